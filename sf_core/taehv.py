@@ -1,0 +1,303 @@
+"""TAEHV: a tiny video autoencoder, and the machinery that runs such a thing over a clip handed in piece by piece.
+
+Every layer works on single frames, except three: `MemBlock` also sees its own previous input frame, `TPool` merges
+frames, `TGrow` splits them. So a clip can be cut anywhere between latents if each MemBlock remembers one frame.
+
+A `Stream` owns those memories and always steps by the same number of frames. Tensor shapes are therefore the same
+however the clip is cut, and so, to the bit, are the results; memory does not grow with the clip either.
+
+Architecture: github.com/madebyollin/taehv (taew2_1 for the latents of Wan 2.1, taew2_2 for those of Wan 2.2 5B).
+
+B batch, T pixel frames, F latent frames, C channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Stateful(nn.Module):
+    """A layer that remembers: forward(x [B, T, C, H, W], state) -> (y, state); state is None before the first frame."""
+
+
+class MemBlock(Stateful):
+    """Residual convolutions over each frame beside the frame before it (zeros before the first). Width is unchanged."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Sequential(
+            conv(2 * width, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, C, H, W], last [B, 1, C, H, W] -> y [B, T, C, H, W] and the new last."""
+        last = torch.zeros_like(x[:, :1]) if last is None else last
+        before = torch.cat([last, x[:, :-1]], 1)  # [B, T, C, H, W]
+        both = torch.cat([x, before], 2).flatten(0, 1)  # [B*T, 2C, H, W]
+        return functional.relu(self.conv(both).view_as(x) + x), x[:, -1:]
+
+
+class TPool(nn.Module):
+    """Merges every `stride` frames into one: [B*T, C, H, W] -> [B*T/stride, C, H, W]."""
+
+    def __init__(self, width: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(width * stride, width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames, width, height, w = x.shape
+        return self.conv(x.reshape(frames // self.stride, self.stride * width, height, w))
+
+
+class TGrow(nn.Module):
+    """Splits every frame into `stride`: [B*T, C, H, W] -> [B*T*stride, C, H, W]."""
+
+    def __init__(self, width: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames, width, height, w = x.shape
+        return self.conv(x).reshape(frames * self.stride, width, height, w)
+
+
+class Clamp(nn.Module):
+    """Softly limits latents to -3..3."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+def conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
+
+
+def walk(layers: nn.Sequential, x: Tensor, states: dict[str, object]) -> Tensor:
+    """Runs frames [B, T, C, H, W] through `layers`, all T at once (as training wants it); updates `states` in place.
+
+    `states` holds what each Stateful layer remembers, by layer name; {} before the first frame.
+    Other layers see [B*T, C, H, W] and may change the number of frames.
+    """
+    batch = x.shape[0]
+    for name, layer in layers.named_children():
+        if isinstance(layer, Stateful):
+            x, states[name] = layer(x, states.get(name))
+        else:
+            x = layer(x.flatten(0, 1)).unflatten(0, (batch, -1))
+    return x
+
+
+class Stream:
+    """Runs `layers` over a clip, `step` frames at a time, and keeps the layers' states between calls."""
+
+    def __init__(self, layers: nn.Sequential, step: int = 1):
+        self.layers = layers
+        self.step = step
+        self.states: dict[str, object] = {}
+
+    def reset(self) -> None:
+        """Forgets the clip; the next frame is a first one."""
+        self.states = {}
+
+    def run(self, x: Tensor) -> Iterator[Tensor]:
+        """x [B, T, C, H, W], T a multiple of `step` -> one output per step."""
+        for piece in x.split(self.step, 1):
+            yield walk(self.layers, piece, self.states)
+
+
+class DecoderStream:
+    """Latents in, frames out, any number of latents at a time.
+
+        stream = DecoderStream(vae)
+        for chunk in rollout(...):
+            frames = stream.decode(chunk.latents)
+
+    The first call gives 4F-3 frames, later ones 4F (a clip's first latent stands for one frame). `vae` is any
+    autoencoder with `channels`, `time` (frames per latent) and a `decoder` [B, F, C, H, W] -> [B, time*F, 3, 8H, 8W].
+    """
+
+    def __init__(self, vae: nn.Module):
+        self.vae = vae
+        self.stream = Stream(vae.decoder)
+        self.batch = 0  # of the clip under way; 0 before its first latent
+
+    def reset(self) -> None:
+        """Forgets the clip; the next call starts another."""
+        self.stream.reset()
+        self.batch = 0
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, C, F, H, W] in model space -> frames [B, T, 8H, 8W, 3], float32 in 0..1, on the vae's device.
+
+        Raises ValueError for other shapes, or for a batch unlike the one the clip began with.
+        """
+        self._check(latents)
+        weight = next(self.vae.parameters())
+        x = latents.to(weight).transpose(1, 2)  # [B, F, C, H, W]
+        frames = torch.cat([to_frames(y) for y in self.stream.run(x)], 1)
+        trim = 0 if self.batch else self.vae.time - 1
+        self.batch = latents.shape[0]
+        return frames[:, trim:]
+
+    def _check(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.vae.channels or latents.shape[2] < 1:
+            raise ValueError(
+                f"Got latents of shape {list(latents.shape)}; this decoder needs [batch, {self.vae.channels}, "
+                "latent frames (1 or more), height, width]. Decode with the autoencoder that belongs to the model."
+            )
+        if self.batch not in (0, latents.shape[0]):
+            raise ValueError(
+                f"Got a batch of {latents.shape[0]}, but this clip began with {self.batch}. "
+                "Call reset() before decoding another clip."
+            )
+
+
+class EncoderStream:
+    """Frames in, latents out, any number of frames at a time; frames wait until a latent's worth is there.
+
+        stream = EncoderStream(vae)
+        latents = torch.cat([*(stream.encode(frames) for frames in clip), stream.flush()], 2)
+
+    `vae` is any autoencoder with `channels`, `space` (pixels per latent pixel), `time` (frames per latent) and an
+    `encoder` [B, time*F, 3, 8H, 8W] -> [B, F, C, H, W].
+    """
+
+    def __init__(self, vae: nn.Module):
+        self.vae = vae
+        self.stream = Stream(vae.encoder, step=vae.time)
+        self.waiting: Tensor | None = None  # [B, 0..time-1, 3, 8H, 8W]
+
+    def reset(self) -> None:
+        """Forgets the clip; the next call starts another."""
+        self.stream.reset()
+        self.waiting = None
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """frames [B, T, 8H, 8W, 3] in 0..1 -> the latents that are complete, [B, C, F, H, W] in model space, float32.
+
+        F may be 0. Raises ValueError for other shapes.
+        """
+        self._check(frames)
+        x = frames.to(next(self.vae.parameters())).permute(0, 1, 4, 2, 3)  # [B, T, 3, 8H, 8W]
+        x = x if self.waiting is None else torch.cat([self.waiting, x], 1)
+        ready = x.shape[1] // self.vae.time * self.vae.time
+        self.waiting = x[:, ready:]
+        return self._latents(x[:, :ready])
+
+    @torch.no_grad()
+    def flush(self) -> Tensor:
+        """Ends the clip: the latent of the waiting frames, the last of them repeated; F is 0 or 1. Resets the stream.
+
+        Raises ValueError when no frame was given since the last reset.
+        """
+        if self.waiting is None:
+            raise ValueError("Got no frame to encode; a clip needs at least one. Call encode() first.")
+        x = self.waiting
+        if x.shape[1]:
+            x = torch.cat([x, x[:, -1:].expand(-1, self.vae.time - x.shape[1], -1, -1, -1)], 1)
+        latents = self._latents(x)
+        self.reset()
+        return latents
+
+    def _latents(self, x: Tensor) -> Tensor:
+        batch, frames, _, height, width = x.shape
+        if not frames:
+            return x.new_zeros(batch, self.vae.channels, 0, height // self.vae.space, width // self.vae.space).float()
+        return torch.cat(list(self.stream.run(x)), 1).transpose(1, 2).float()
+
+    def _check(self, frames: Tensor) -> None:
+        space = self.vae.space
+        if frames.ndim != 5 or frames.shape[4] != 3 or frames.shape[2] % space or frames.shape[3] % space:
+            raise ValueError(
+                f"Got frames of shape {list(frames.shape)}; this encoder needs [batch, frames, height, width, 3] with "
+                f"height and width multiples of {space}. Crop or resize the frames."
+            )
+
+
+class TAEHV(nn.Module):
+    """The autoencoder itself. Patch 1 with 16 channels is taew2_1; patch 2 with 48 channels is taew2_2."""
+
+    time = 4  # pixel frames per latent frame
+
+    def __init__(
+        self,
+        channels: int = 16,
+        patch: int = 1,
+        widths: tuple[int, int, int, int] = (256, 128, 64, 64),
+        encoder_width: int = 64,
+    ):
+        super().__init__()
+        self.channels = channels
+        self.space = 8 * patch  # pixels per latent pixel
+        self.encoder = _encoder(channels, patch, encoder_width)
+        self.decoder = _decoder(channels, patch, widths)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> TAEHV:
+        """Builds the autoencoder that a state dict describes, in its dtype. Raises ValueError if it is not a TAEHV."""
+        try:
+            channels = state["decoder.1.weight"].shape[1]
+            patch = round((state["encoder.0.weight"].shape[1] / 3) ** 0.5)
+            widths = tuple(state[f"decoder.{i}.weight"].shape[1] for i in (8, 14, 20, 22))
+            encoder_width = state["encoder.0.weight"].shape[0]
+        except KeyError as missing:
+            raise ValueError(
+                f"Got {len(state)} tensors without {missing}; a TAEHV has encoder.0 to 17 and decoder.1 to 22. "
+                "Use taew2_1 for Wan 2.1 latents, taew2_2 for Wan 2.2 5B."
+            ) from None
+        with torch.device("meta"):
+            vae = cls(channels, patch, widths, encoder_width)
+        try:
+            vae.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"Got tensors that do not make up a TAEHV. Download the file again. {error}") from None
+        return vae.requires_grad_(False).eval()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """A whole clip: latents [B, C, F, H, W] in model space -> frames [B, 4F-3, 8H, 8W, 3] in 0..1, float32."""
+        return DecoderStream(self).decode(latents)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """A whole clip: frames [B, T, 8H, 8W, 3] in 0..1 -> latents [B, C, ceil(T/4), H, W] in model space, float32."""
+        stream = EncoderStream(self)
+        return torch.cat([stream.encode(frames), stream.flush()], 2)
+
+
+def to_frames(x: Tensor) -> Tensor:
+    """[B, T, 3, H, W] -> [B, T, H, W, 3] clamped to 0..1, float32."""
+    return x.clamp(0, 1).permute(0, 1, 3, 4, 2).float()
+
+
+def _encoder(channels: int, patch: int, width: int) -> nn.Sequential:
+    layers = [conv(3 * patch * patch, width), nn.ReLU()]
+    for stride in (2, 2, 1):
+        layers += [TPool(width, stride), conv(width, width, stride=2, bias=False)]
+        layers += [MemBlock(width) for _ in range(3)]
+    layers += [conv(width, channels)]
+    return _numbered(layers, first=nn.PixelUnshuffle(patch))
+
+
+def _decoder(channels: int, patch: int, widths: tuple[int, int, int, int]) -> nn.Sequential:
+    layers = [Clamp(), conv(channels, widths[0]), nn.ReLU()]
+    for stride, width, narrower in zip((1, 2, 2), widths, widths[1:]):
+        layers += [MemBlock(width) for _ in range(3)]
+        layers += [nn.Upsample(scale_factor=2), TGrow(width, stride), conv(width, narrower, bias=False)]
+    layers += [nn.ReLU(), conv(widths[-1], 3 * patch * patch), nn.PixelShuffle(patch)]
+    return nn.Sequential(*layers)
+
+
+def _numbered(layers: list[nn.Module], first: nn.Module) -> nn.Sequential:
+    """`first`, then the layers, which keep the numbers that checkpoints give them."""
+    sequential = nn.Sequential()
+    sequential.add_module("patch", first)
+    for i, layer in enumerate(layers):
+        sequential.add_module(str(i), layer)
+    return sequential
