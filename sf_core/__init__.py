@@ -1,0 +1,3 @@
+"""The engine of Self Forcing for ComfyUI: causal Wan rollout, streaming decoders, training. It never imports ComfyUI."""
+
+__version__ = "0.1.0"

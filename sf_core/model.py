@@ -1,0 +1,344 @@
+"""The causal Wan DiT, forward only.
+
+The forward is a handful of functions over a tree of layers that carry Wan's own names (`blocks.0.self_attn.q`, ...), not
+methods of one class: the same code drives `WanModel` below, and any other tree with these names, such as a model that
+ComfyUI has loaded, quantised or patched (wrap it in `WanLayers`). Two things are handed in:
+
+    attend(layer, q, k, v)      how tokens see other tokens: `Sequence` here (training, masks), the rolling cache in cache.py.
+                                It receives queries and keys without positions and adds the rotary embedding itself.
+    attention(q, k, v, mask)    the kernel, [B, N, L, D] in and out: torch's by default, ComfyUI's in a graph.
+
+Letters: B batch, C channels, F latent frames, H W latent size, S tokens per frame, L tokens, N heads, D head width.
+Source: Wan 2.1 (arXiv 2503.20314) with one timestep per latent frame, as in Self Forcing (arXiv 2506.08009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as Frames
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import WanConfig
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Torch's attention, [B, N, L, D]; a boolean mask [L, L] is True where a query may look."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+# --- Layers, with the names that checkpoints use ---------------------------------------------------------------------
+
+
+class Attn(nn.Module):
+    def __init__(self, config: WanConfig, linear: type[nn.Module], **factory) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (linear(config.dim, config.dim, **factory) for _ in range(4))
+        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps, **factory)
+        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps, **factory)
+
+
+class Block(nn.Module):
+    def __init__(self, config: WanConfig, linear: type[nn.Module], **factory) -> None:
+        super().__init__()
+        self.self_attn = Attn(config, linear, **factory)
+        self.cross_attn = Attn(config, linear, **factory)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps, **factory)
+        self.ffn = nn.Sequential(
+            linear(config.dim, config.ffn_dim, **factory),
+            nn.GELU(approximate="tanh"),
+            linear(config.ffn_dim, config.dim, **factory),
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim, **factory) / config.dim**0.5)
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig, linear: type[nn.Module], **factory) -> None:
+        super().__init__()
+        self.head = linear(config.dim, 4 * config.channels, **factory)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim, **factory) / config.dim**0.5)
+
+
+class WanModel(nn.Module):
+    """Wan's layers and nothing else; call `encode_text` and `velocity` on it.
+
+    `linear` is the class of every linear layer (torch's by default); `device` and `dtype` go to all of them.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        linear: type[nn.Module] = nn.Linear,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        dim = config.dim
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.channels, dim, (1, 2, 2), (1, 2, 2), **factory)
+        self.text_embedding = nn.Sequential(
+            linear(config.text_dim, dim, **factory), nn.GELU(approximate="tanh"), linear(dim, dim, **factory)
+        )
+        self.time_embedding = nn.Sequential(
+            linear(config.freq_dim, dim, **factory), nn.SiLU(), linear(dim, dim, **factory)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), linear(dim, 6 * dim, **factory))
+        self.blocks = nn.ModuleList(Block(config, linear, **factory) for _ in range(config.layers))
+        self.head = Head(config, linear, **factory)
+
+    @torch.no_grad()
+    def initialise(self) -> WanModel:
+        """Wan's starting weights: Xavier everywhere, small embeddings, a head that outputs zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.patch_embedding.bias)
+        for sequential in (self.text_embedding, self.time_embedding):
+            for layer in (sequential[0], sequential[2]):
+                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+        return self
+
+
+@dataclass(frozen=True)
+class WanLayers:
+    """A module tree with Wan's layer names that is not a `WanModel`, together with its shape."""
+
+    config: WanConfig
+    patch_embedding: nn.Module
+    text_embedding: nn.Module
+    time_embedding: nn.Module
+    time_projection: nn.Module
+    blocks: nn.ModuleList
+    head: nn.Module
+
+    @classmethod
+    def of(cls, module: nn.Module, config: WanConfig) -> WanLayers:
+        names = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks", "head")
+        return cls(config, *(getattr(module, name) for name in names))
+
+
+Wan = WanModel | WanLayers
+
+
+# --- Rotary position embedding ---------------------------------------------------------------------------------------
+
+
+def rope_angles(head_dim: int, frames: Frames[int], height: int, width: int) -> Tensor:
+    """Angles [F, h, w, D/2] in float64 of absolute positions: frame number, row, column of 2 x 2 patches.
+
+    The D/2 pairs are split over time, rows and columns, each with its own ladder 10000^(-i/n). Angles are computed, not
+    looked up, so there is no longest video; in float64, because bfloat16 positions collide beyond 256.
+    """
+    pairs = head_dim // 2
+    split = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    axes = (torch.tensor(list(frames)), torch.arange(height // 2), torch.arange(width // 2))
+    ladders = [10000.0 ** (-torch.arange(n, dtype=torch.float64) / n) for n in split]
+    t, h, w = (torch.outer(axis.double(), ladder) for axis, ladder in zip(axes, ladders))
+    shape = (len(t), len(h), len(w))
+    return torch.cat(
+        (
+            t[:, None, None].expand(*shape, -1),
+            h[None, :, None].expand(*shape, -1),
+            w[None, None, :].expand(*shape, -1),
+        ),
+        dim=-1,
+    )
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Cosines and sines [L, D/2] of the tokens of some frames, in float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, head_dim: int, frames: Frames[int], height: int, width: int, device: torch.device | str) -> Rope:
+        angles = rope_angles(head_dim, frames, height, width).flatten(0, 2)  # [L, D/2]
+        return cls(angles.cos().float().to(device), angles.sin().float().to(device))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotates the interleaved pairs of [B, N, L, D]."""
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, N, L, D/2]
+        turned = torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), dim=-1)
+        return turned.flatten(-2).to(x.dtype)
+
+
+class Sequence:
+    """Self-attention within one sequence of frames, without a cache.
+
+    frames   position of each frame; may repeat (teacher forcing puts clean and noisy frames side by side)
+    height, width   latent size
+    mask     boolean [L, L], True where the row's token may look at the column's; None: everything (bidirectional)
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        frames: Frames[int],
+        height: int,
+        width: int,
+        device: torch.device | str = "cpu",
+        mask: Tensor | None = None,
+        attention: Attention = sdpa,
+    ) -> None:
+        self.rope = Rope.at(config.head_dim, frames, height, width, device)
+        self.mask = mask
+        self.attention = attention
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention(self.rope(q), self.rope(k), v, self.mask)
+
+
+def block_causal_mask(chunks: Frames[int], tokens_per_frame: int, window: int | None = None) -> Tensor:
+    """Boolean [L, L] of a video cut into `chunks` (frames each): a chunk sees itself and earlier ones.
+
+    With `window` only the newest `window` frames up to the chunk's own end are seen.
+    """
+    ends = torch.tensor([end for end, n in zip(_cumulative(chunks), chunks) for _ in range(n)])  # [F] end of own chunk
+    frame = torch.arange(len(ends))
+    seen = frame[None, :] < ends[:, None]
+    if window is not None:
+        seen &= frame[None, :] >= ends[:, None] - window
+    return seen.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
+
+
+def _cumulative(numbers: Frames[int]) -> list[int]:
+    return [sum(numbers[: i + 1]) for i in range(len(numbers))]
+
+
+# --- The forward -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt as the blocks read it: cross-attention keys and values [B, N, text_len, D] per layer.
+
+    Made once per prompt by `encode_text`; every step of every chunk reuses it.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+def encode_text(wan: Wan, embeds: Tensor) -> Text:
+    """Text embedding and all cross-attention keys and values of prompt embeddings [B, <= text_len, text_dim].
+
+    Shorter prompts are padded with zeros to text_len and not masked, as the model was trained. Raises ValueError for
+    longer ones and for another width.
+    """
+    config = wan.config
+    if embeds.shape[-1] != config.text_dim:
+        raise ValueError(
+            f"Got prompt embeddings of width {embeds.shape[-1]}; this model needs {config.text_dim}. "
+            "Encode the prompt with the text encoder that belongs to the model."
+        )
+    if embeds.shape[1] > config.text_len:
+        raise ValueError(
+            f"Got a prompt of {embeds.shape[1]} tokens; this model reads {config.text_len}. Shorten the prompt."
+        )
+    padded = F.pad(embeds, (0, 0, 0, config.text_len - embeds.shape[1]))
+    context = wan.text_embedding(padded)  # [B, text_len, dim]
+    attns = [block.cross_attn for block in wan.blocks]
+    return Text(
+        tuple(_heads(attn.norm_k(attn.k(context)), config.heads) for attn in attns),
+        tuple(_heads(attn.v(context), config.heads) for attn in attns),
+    )
+
+
+def velocity(wan: Wan, x: Tensor, t: float | Tensor, text: Text, attend: Attend, attention: Attention = sdpa) -> Tensor:
+    """The model's velocity (noise - x0) for noisy latents.
+
+    x      [B, C, F, H, W] in model space, in the dtype to compute in; H and W even
+    t      timestep 0..1000 = 1000 sigma: one number, or [B, F], one per latent frame
+    text   from `encode_text`, for the same batch
+    attend self-attention with positions; `attention` is the kernel of cross-attention
+    """
+    config = wan.config
+    frames, height, width = x.shape[2:]
+    e = wan.time_embedding(time_frequencies(t, config.freq_dim, x))  # [B or 1, F or 1, dim]
+    e6 = wan.time_projection(e).unflatten(-1, (6, config.dim))  # [B or 1, F or 1, 6, dim]
+    x = wan.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, L, dim]
+    for layer, block in enumerate(wan.blocks):
+        see = Context(layer, attend, attention, text)
+        x = run_block(block, x, e6, see, config)
+    shift, scale = (wan.head.modulation.to(x) + e.unsqueeze(2)).unbind(2)  # [B or 1, F or 1, dim]
+    x = wan.head.head(modulated_norm(x, shift, scale, config.eps))  # [B, L, 4C]
+    return rearrange(
+        x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=frames, h=height // 2, w=width // 2, p=2, q=2
+    )
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one block may look at: other frames through `attend`, the prompt through `text`."""
+
+    layer: int
+    attend: Attend
+    attention: Attention
+    text: Text
+
+
+def run_block(block: nn.Module, x: Tensor, e6: Tensor, see: Context, config: WanConfig) -> Tensor:
+    """One transformer block on [B, L, dim], modulated per frame by e6 [B or 1, F or 1, 6, dim]."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation.to(x) + e6).unbind(2)
+    y = self_attention(block.self_attn, modulated_norm(x, shift1, scale1, config.eps), see, config)
+    x = x + gated(y, gate1)
+    x = x + cross_attention(block.cross_attn, block.norm3(x), see, config)
+    return x + gated(block.ffn(modulated_norm(x, shift2, scale2, config.eps)), gate2)
+
+
+def self_attention(attn: nn.Module, x: Tensor, see: Context, config: WanConfig) -> Tensor:
+    # q and k are normalised over the full width, before the split into heads.
+    q = _heads(attn.norm_q(attn.q(x)), config.heads)  # [B, N, L, D]
+    k = _heads(attn.norm_k(attn.k(x)), config.heads)
+    v = _heads(attn.v(x), config.heads)
+    return attn.o(_merge(see.attend(see.layer, q, k, v)))
+
+
+def cross_attention(attn: nn.Module, x: Tensor, see: Context, config: WanConfig) -> Tensor:
+    q = _heads(attn.norm_q(attn.q(x)), config.heads)
+    return attn.o(_merge(see.attention(q, see.text.keys[see.layer], see.text.values[see.layer], None)))
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights of [B, L, dim], then scale and shift [B or 1, F or 1, dim] per frame."""
+    normed = per_frame(F.layer_norm(x, x.shape[-1:], eps=eps), scale)
+    return (normed * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).view_as(x)
+
+
+def gated(y: Tensor, gate: Tensor) -> Tensor:
+    return (per_frame(y, gate) * gate.unsqueeze(2)).view_as(y)
+
+
+def per_frame(x: Tensor, e: Tensor) -> Tensor:
+    """[B, L, dim] seen as [B, F or 1, tokens, dim], to fit a modulation [B or 1, F or 1, dim]."""
+    return x.unflatten(1, (e.shape[1], -1))
+
+
+def time_frequencies(t: float | Tensor, freq_dim: int, like: Tensor) -> Tensor:
+    """Sinusoids [B or 1, F or 1, freq_dim] of timesteps, cosines first, on the device and in the dtype of `like`."""
+    wide = torch.float32 if like.device.type == "mps" else torch.float64  # MPS has no float64
+    t = torch.as_tensor(t, dtype=wide, device=like.device).reshape(-1, 1) if isinstance(t, (int, float)) else t.to(wide)
+    half = freq_dim // 2
+    ladder = 10000.0 ** (-torch.arange(half, dtype=wide, device=like.device) / half)
+    angles = t.unsqueeze(-1) * ladder
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(like.dtype)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, L, dim] -> [B, N, L, D]
+
+
+def _merge(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # [B, N, L, D] -> [B, L, dim]

@@ -1,0 +1,205 @@
+"""The rollout: a few latent frames at a time, in a few steps, each chunk attending to what was made before.
+
+    for chunk in chunks:
+        x = noise
+        for each step of the list:
+            x0 = denoise x, seeing the window
+            x = x0 with fresh noise, less of it
+        yield x0
+        commit x0 to the cache          (the last chunk's keys would never be read)
+
+A generator: the caller decides how far it goes. Stop asking and everything is freed; raise in `on_step` and it ends there.
+Source: arXiv 2506.08009, algorithm 2; numbers as in guandeh17/Self-Forcing, pipeline/causal_inference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cache import ChunkAttention, RollingCache
+from .config import Sampling
+from .model import Attention, Text, Wan, encode_text, sdpa, velocity
+from .noise import Noise
+from .schedule import add_noise, x0_from_velocity
+
+
+@dataclass(frozen=True)
+class Span:
+    """Frames start .. start + frames - 1, generated or `given` by a prefix."""
+
+    index: int
+    start: int
+    frames: int
+    given: bool
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished chunk: clean latents [B, C, frames, H, W] in model space, float32."""
+
+    span: Span
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One forward is done. `step` counts 1..steps within the chunk; the commit that follows is not counted.
+
+    `x0` is the newest guess [B, C, frames, H, W]; `chunks` counts generated chunks, prefix chunks have index < 0 steps.
+    """
+
+    span: Span
+    chunks: int
+    step: int
+    steps: int
+    x0: Tensor
+
+
+def plan_spans(frames: int, sampling: Sampling, prefix: int = 0) -> list[Span]:
+    """Cuts `frames` latent frames, of which the first `prefix` are given, into the chunks of a rollout.
+
+    A prefix is fed in chunks too, the odd one first (one image: 1, n, n, ...). The last chunk may be shorter. Raises
+    ValueError when nothing is left to generate.
+    """
+    if not 0 <= prefix < frames:
+        raise ValueError(
+            f"Got {frames} latent frames in all with a prefix of {prefix}; at least one frame must be left to make. "
+            f"Ask for {prefix + 1} latent frames or more, or give a shorter prefix."
+        )
+    n = sampling.chunk
+    sizes = [size for size in (prefix % n, *[n] * (prefix // n)) if size]
+    given = len(sizes)
+    left = frames - prefix
+    while left:
+        first = sampling.first_chunk if not sizes and sampling.first_chunk else n
+        sizes.append(min(first, left))
+        left -= sizes[-1]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    last = len(sizes) - 1
+    return [Span(i, start, size, i < given, i == last) for i, (start, size) in enumerate(zip(starts, sizes))]
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A model with the prompt it follows and the numbers it computes in: x_t -> x0."""
+
+    wan: Wan
+    text: Text
+    dtype: torch.dtype
+    attention: Attention = sdpa
+
+    def x0(self, x: Tensor, timestep: float, sigma: float, attend: ChunkAttention) -> Tensor:
+        v = velocity(self.wan, x.to(self.dtype), timestep, self.text, attend, self.attention)
+        return x0_from_velocity(x, v.float(), sigma)
+
+    def commit(self, x0: Tensor, timestep: float, attend: ChunkAttention) -> None:
+        """Overwrites the chunk's keys and values with those of its clean latents."""
+        velocity(self.wan, x0.to(self.dtype), timestep, self.text, attend, self.attention)
+
+
+def rollout(
+    wan: Wan,
+    sampling: Sampling,
+    embeds: Tensor,
+    noise: Noise,
+    frames: int,
+    height: int,
+    width: int,
+    prefix: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    attention: Attention = sdpa,
+    on_step: Callable[[Progress], None] | None = None,
+) -> Iterator[Chunk]:
+    """Generates `frames` latent frames and yields them chunk by chunk, those of the prefix first.
+
+    embeds         prompt embeddings [B, <= text_len, text_dim], on the device to compute on
+    noise          `SeededNoise(seed)`, or recorded noise
+    height, width  latent size, even (8 latent pixels are 64 pixels)
+    prefix         clean latents [B, C, P, H, W] in model space to start from; P < frames
+    dtype          dtype to compute and to cache in; that of `embeds` by default. Latents stay float32 between steps
+    on_step        called after every forward of a step; what it raises ends the rollout
+
+    Raises ValueError for sizes that do not fit, at the call and not at the first chunk.
+    """
+    batch, config, dtype = len(embeds), wan.config, dtype or embeds.dtype
+    _check_size(height, width)
+    if prefix is not None:
+        _check_prefix(prefix, (batch, config.channels, height, width))
+    spans = plan_spans(frames, sampling, 0 if prefix is None else prefix.shape[2])
+
+    def generate() -> Iterator[Chunk]:
+        size = {"batch": batch, "height": height, "width": width}
+        cache = RollingCache.for_rollout(config, sampling, frames, **size, dtype=dtype, device=embeds.device)
+        model = Denoiser(wan, encode_text(wan, embeds.to(dtype)), dtype, attention)
+        shape = (batch, config.channels, height, width)
+        generated = [span for span in spans if not span.given]
+        for span in spans:
+            attend = cache.chunk(span.start, span.frames, attention)
+            if span.given:
+                x0 = prefix[:, :, span.start : span.start + span.frames].to(embeds.device, torch.float32)
+            else:
+                report = _reporter(on_step, span, len(generated))
+                x0 = denoise(model, sampling, noise, span, attend, shape, span is generated[0], report)
+            yield Chunk(span, x0)
+            if not span.is_last:
+                model.commit(x0, 0.0 if span.given else sampling.context_noise, attend)
+
+    return torch.inference_mode()(generate)()
+
+
+def denoise(
+    model: Denoiser,
+    sampling: Sampling,
+    noise: Noise,
+    span: Span,
+    attend: ChunkAttention,
+    shape: tuple[int, int, int, int],
+    first: bool,
+    report: Callable[[int, int, Tensor], None],
+) -> Tensor:
+    """Clean latents [B, C, frames, H, W] of one chunk, from noise, through the few-step list."""
+    device = attend.rope.cos.device
+    steps = sampling.steps_of(first)
+
+    def draw(step: int) -> Tensor:
+        return noise(span.start, span.frames, step, shape).to(device, torch.float32)
+
+    x = draw(0)
+    for i, (timestep, sigma) in enumerate(steps):
+        x0 = model.x0(x, timestep, sigma, attend)
+        report(i + 1, len(steps), x0)
+        if i + 1 < len(steps):
+            x = add_noise(x0, draw(i + 1), steps[i + 1].sigma)
+    return x0
+
+
+def _reporter(
+    on_step: Callable[[Progress], None] | None, span: Span, chunks: int
+) -> Callable[[int, int, Tensor], None]:
+    def report(step: int, steps: int, x0: Tensor) -> None:
+        if on_step is not None:
+            on_step(Progress(span, chunks, step, steps, x0))
+
+    return report
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < 2 or width < 2 or height % 2 or width % 2:
+        raise ValueError(
+            f"Got latents of {height} x {width}; both must be even and at least 2. "
+            "Use a height and width in pixels that are multiples of 16."
+        )
+
+
+def _check_prefix(prefix: Tensor, shape: tuple[int, int, int, int]) -> None:
+    batch, channels, height, width = shape
+    if prefix.ndim != 5 or (*prefix.shape[:2], *prefix.shape[3:]) != shape:
+        raise ValueError(
+            f"Got a prefix of shape {list(prefix.shape)}; this rollout needs "
+            f"[{batch}, {channels}, frames, {height}, {width}]. Encode the image or clip at the video's size and batch."
+        )
