@@ -6,7 +6,8 @@ frames, `TGrow` splits them. So a clip can be cut anywhere between latents if ea
 A `Stream` owns those memories and always steps by the same number of frames. Tensor shapes are therefore the same
 however the clip is cut, and so, to the bit, are the results; memory does not grow with the clip either.
 
-Architecture: github.com/madebyollin/taehv (taew2_1 for the latents of Wan 2.1, taew2_2 for those of Wan 2.2 5B).
+Architecture: github.com/madebyollin/taehv (taew2_1 for the latents of Wan 2.1, taew2_2 and taew2_2_super for those of
+Wan 2.2 5B).
 
 B batch, T pixel frames, F latent frames, C channels, H W latent size.
 """
@@ -14,10 +15,10 @@ B batch, T pixel frames, F latent frames, C channels, H W latent size.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 class Stateful(nn.Module):
@@ -32,13 +33,28 @@ class MemBlock(Stateful):
         self.conv = nn.Sequential(
             conv(2 * width, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width),
         )  # fmt: skip
+        self.activation = nn.ReLU()
 
     def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, T, C, H, W], last [B, 1, C, H, W] -> y [B, T, C, H, W] and the new last."""
         last = torch.zeros_like(x[:, :1]) if last is None else last
         before = torch.cat([last, x[:, :-1]], 1)  # [B, T, C, H, W]
         both = torch.cat([x, before], 2).flatten(0, 1)  # [B*T, 2C, H, W]
-        return functional.relu(self.conv(both).view_as(x) + x), x[:, -1:]
+        return self.activation(self.conv(both).view_as(x) + x), x[:, -1:]
+
+
+class SuperMemBlock(MemBlock):
+    """The `super` decoder's MemBlock: depthwise 7x7, then four times wider and back; no activation after the sum."""
+
+    def __init__(self, width: int):
+        nn.Module.__init__(self)
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width, bias=False),
+            nn.Conv2d(2 * width, 4 * width, 1),
+            nn.ReLU(),
+            nn.Conv2d(4 * width, width, 1, bias=False),
+        )
+        self.activation = nn.Identity()
 
 
 class TPool(nn.Module):
@@ -118,8 +134,8 @@ class DecoderStream:
         for chunk in rollout(...):
             frames = stream.decode(chunk.latents)
 
-    The first call gives 4F-3 frames, later ones 4F (a clip's first latent stands for one frame). `vae` is any
-    autoencoder with `channels`, `time` (frames per latent) and a `decoder` [B, F, C, H, W] -> [B, time*F, 3, 8H, 8W].
+    The first call gives 4F-3 frames, later ones 4F: of the frames a clip's first latent decodes to, the last counts.
+    `vae` is any autoencoder with `channels` and a `decoder`, a Sequential [B, F, C, H, W] -> [B, 4F, 3, 8H, 8W].
     """
 
     def __init__(self, vae: nn.Module):
@@ -141,10 +157,11 @@ class DecoderStream:
         self._check(latents)
         weight = next(self.vae.parameters())
         x = latents.to(weight).transpose(1, 2)  # [B, F, C, H, W]
-        frames = torch.cat([to_frames(y) for y in self.stream.run(x)], 1)
-        trim = 0 if self.batch else self.vae.time - 1
+        frames = [to_frames(y) for y in self.stream.run(x)]  # [B, 4, 8H, 8W, 3] each
+        if not self.batch:
+            frames[0] = frames[0][:, -1:]
         self.batch = latents.shape[0]
-        return frames[:, trim:]
+        return torch.cat(frames, 1)
 
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.vae.channels or latents.shape[2] < 1:
@@ -166,7 +183,7 @@ class EncoderStream:
         latents = torch.cat([*(stream.encode(frames) for frames in clip), stream.flush()], 2)
 
     `vae` is any autoencoder with `channels`, `space` (pixels per latent pixel), `time` (frames per latent) and an
-    `encoder` [B, time*F, 3, 8H, 8W] -> [B, F, C, H, W].
+    `encoder`, a Sequential [B, time*F, 3, 8H, 8W] -> [B, F, C, H, W].
     """
 
     def __init__(self, vae: nn.Module):
@@ -222,43 +239,60 @@ class EncoderStream:
             )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What tells one TAEHV from another. The default is taew2_1; channels 48 with patch 2 is taew2_2."""
+
+    channels: int = 16
+    patch: int = 1  # output pixels per pixel of the last layer, each way
+    widths: tuple[int, ...] = (256, 128, 64, 64)  # of the decoder's three stages and its last layer
+    encoder_width: int = 64
+    grow: tuple[int, ...] = (1, 2, 2)  # frames each stage makes of one; 1, 1, 1 decodes a preview frame per latent
+    super_decoder: bool = False  # the larger decoder of taew2_2_super
+
+    @classmethod
+    def of(cls, state: dict[str, Tensor]) -> Layout:
+        """Reads the layout off a state dict's shapes. Raises KeyError or IndexError if they are not a TAEHV's."""
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        if super_decoder := "decoder.0.weight" in shapes:
+            first, narrowing, growing = 0, (4, 11, 18, 22), (7, 14, 21)
+        else:
+            first, narrowing, growing = 1, (8, 14, 20, 22), (7, 13, 19)
+        grow = [shapes[f"decoder.{i}.conv.weight"] for i in growing]
+        return cls(
+            channels=shapes[f"decoder.{first}.weight"][1],
+            patch=round((shapes["encoder.0.weight"][1] / 3) ** 0.5),
+            widths=tuple(shapes[f"decoder.{i}.weight"][1] for i in narrowing),
+            encoder_width=shapes["encoder.0.weight"][0],
+            grow=tuple(shape[0] // shape[1] for shape in grow),
+            super_decoder=super_decoder,
+        )
+
+
 class TAEHV(nn.Module):
-    """The autoencoder itself. Patch 1 with 16 channels is taew2_1; patch 2 with 48 channels is taew2_2."""
+    """The autoencoder itself."""
 
     time = 4  # pixel frames per latent frame
 
-    def __init__(
-        self,
-        channels: int = 16,
-        patch: int = 1,
-        widths: tuple[int, int, int, int] = (256, 128, 64, 64),
-        encoder_width: int = 64,
-    ):
+    def __init__(self, layout: Layout = Layout()):
         super().__init__()
-        self.channels = channels
-        self.space = 8 * patch  # pixels per latent pixel
-        self.encoder = _encoder(channels, patch, encoder_width)
-        self.decoder = _decoder(channels, patch, widths)
+        self.channels = layout.channels
+        self.space = 8 * layout.patch  # pixels per latent pixel
+        self.encoder = _encoder(layout)
+        self.decoder = _super_decoder(layout) if layout.super_decoder else _decoder(layout)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> TAEHV:
         """Builds the autoencoder that a state dict describes, in its dtype. Raises ValueError if it is not a TAEHV."""
         try:
-            channels = state["decoder.1.weight"].shape[1]
-            patch = round((state["encoder.0.weight"].shape[1] / 3) ** 0.5)
-            widths = tuple(state[f"decoder.{i}.weight"].shape[1] for i in (8, 14, 20, 22))
-            encoder_width = state["encoder.0.weight"].shape[0]
-        except KeyError as missing:
-            raise ValueError(
-                f"Got {len(state)} tensors without {missing}; a TAEHV has encoder.0 to 17 and decoder.1 to 22. "
-                "Use taew2_1 for Wan 2.1 latents, taew2_2 for Wan 2.2 5B."
-            ) from None
-        with torch.device("meta"):
-            vae = cls(channels, patch, widths, encoder_width)
-        try:
-            vae.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"Got tensors that do not make up a TAEHV. Download the file again. {error}") from None
+            with torch.device("meta"):
+                vae = cls(Layout.of(state))
+        except (KeyError, IndexError) as error:
+            raise ValueError(_not_a_taehv(state, error)) from None
+        needed, found = ({name: tensor.shape for name, tensor in d.items()} for d in (vae.state_dict(), state))
+        if wrong := needed.items() ^ found.items():
+            raise ValueError(_not_a_taehv(state, min(wrong)[0]))
+        vae.load_state_dict(state, assign=True)
         return vae.requires_grad_(False).eval()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -276,22 +310,41 @@ def to_frames(x: Tensor) -> Tensor:
     return x.clamp(0, 1).permute(0, 1, 3, 4, 2).float()
 
 
-def _encoder(channels: int, patch: int, width: int) -> nn.Sequential:
-    layers = [conv(3 * patch * patch, width), nn.ReLU()]
+def _encoder(layout: Layout) -> nn.Sequential:
+    width = layout.encoder_width
+    layers = [conv(3 * layout.patch**2, width), nn.ReLU()]
     for stride in (2, 2, 1):
         layers += [TPool(width, stride), conv(width, width, stride=2, bias=False)]
         layers += [MemBlock(width) for _ in range(3)]
-    layers += [conv(width, channels)]
-    return _numbered(layers, first=nn.PixelUnshuffle(patch))
+    layers += [conv(width, layout.channels)]
+    return _numbered(layers, first=nn.PixelUnshuffle(layout.patch))
 
 
-def _decoder(channels: int, patch: int, widths: tuple[int, int, int, int]) -> nn.Sequential:
-    layers = [Clamp(), conv(channels, widths[0]), nn.ReLU()]
-    for stride, width, narrower in zip((1, 2, 2), widths, widths[1:]):
+def _decoder(layout: Layout) -> nn.Sequential:
+    widths = layout.widths
+    layers = [Clamp(), conv(layout.channels, widths[0]), nn.ReLU()]
+    for stride, width, narrower in zip(layout.grow, widths, widths[1:]):
         layers += [MemBlock(width) for _ in range(3)]
         layers += [nn.Upsample(scale_factor=2), TGrow(width, stride), conv(width, narrower, bias=False)]
-    layers += [nn.ReLU(), conv(widths[-1], 3 * patch * patch), nn.PixelShuffle(patch)]
+    layers += [nn.ReLU(), conv(widths[-1], 3 * layout.patch**2), nn.PixelShuffle(layout.patch)]
     return nn.Sequential(*layers)
+
+
+def _super_decoder(layout: Layout) -> nn.Sequential:
+    widths = layout.widths
+    layers = [nn.Conv2d(layout.channels, widths[0], 1, bias=False)]
+    for stride, width, narrower in zip(layout.grow, widths, widths[1:]):
+        layers += [SuperMemBlock(width) for _ in range(3)]
+        layers += [conv(width, 4 * narrower), nn.ReLU(), nn.PixelShuffle(2), TGrow(narrower, stride)]
+    layers += [conv(widths[-1], 3 * layout.patch**2), nn.PixelShuffle(layout.patch)]
+    return nn.Sequential(*layers)
+
+
+def _not_a_taehv(state: dict[str, Tensor], reason: object) -> str:
+    return (
+        f"Got {len(state)} tensors that do not make up a TAEHV: {reason} is missing, unknown or of a wrong shape. "
+        "Use taew2_1 for Wan 2.1 latents, taew2_2 for Wan 2.2 5B, and download the file again if it is one of these."
+    )
 
 
 def _numbered(layers: list[nn.Module], first: nn.Module) -> nn.Sequential:
