@@ -1,0 +1,45 @@
+# make demo       a first video with the built-in model: demo.mp4, and its contact sheet demo.png
+# make test       the linter and the core tests
+# make host-test  the tests inside a ComfyUI: make host-test COMFYUI_PATH=~/ComfyUI
+# make clean      removes what these made
+#
+# Each sets itself up in .venv. What can be overridden, as in `make demo TORCH=torch==2.9.1`:
+#   PYTHON       the Python that makes the environment (default: the first of 3.10 to 3.13 on PATH)
+#   VENV         an environment to use instead of .venv; `make clean` leaves it alone
+#   TORCH        what is installed if the environment has no torch. CPU builds are looked for at TORCH_INDEX;
+#                where that cannot be reached, Linux gets PyPI's CUDA build (several GB)
+#   HOST_PYTHON  the Python that has ComfyUI's requirements and pytest
+
+PYTHON =
+VENV = .venv
+TORCH = torch==2.13.0
+TORCH_INDEX = https://download.pytorch.org/whl/cpu
+COMFYUI_PATH = ../..
+RUN = $(VENV)/bin/python
+HOST_PYTHON = $(RUN)
+
+.PHONY: demo test host-test clean
+
+demo: $(VENV)/.runtime
+	"$(RUN)" -m sf_core generate "a red circle moves right" --out demo.mp4 --preview demo.png
+
+test: $(VENV)/.dev
+	"$(RUN)" -m ruff check .
+	OMP_NUM_THREADS=1 "$(RUN)" -m pytest tests/core
+
+host-test: $(VENV)/.dev
+	COMFYUI_PATH="$(COMFYUI_PATH)" "$(HOST_PYTHON)" -m pytest tests/host
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo.mp4 demo.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.runtime: requirements.txt
+	PYTHON="$(PYTHON)" sh scripts/make_venv.sh "$(VENV)"
+	"$(RUN)" -c "import torch" 2>/dev/null || "$(RUN)" -m pip install --extra-index-url "$(TORCH_INDEX)" "$(TORCH)"
+	"$(RUN)" -m pip install -r requirements.txt
+	touch "$@"
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+	"$(RUN)" -m pip install -r requirements-dev.txt
+	touch "$@"
