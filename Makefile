@@ -36,8 +36,9 @@ clean:
 
 $(VENV)/.runtime: requirements.txt
 	PYTHON="$(PYTHON)" sh scripts/make_venv.sh "$(VENV)"
-	"$(RUN)" -c "import torch" 2>/dev/null || "$(RUN)" -m pip install --extra-index-url "$(TORCH_INDEX)" "$(TORCH)"
-	"$(RUN)" -m pip install -r requirements.txt
+	"$(RUN)" -c "import torch" 2>/dev/null || \
+		"$(RUN)" -m pip install --no-deps --retries 1 --extra-index-url "$(TORCH_INDEX)" "$(TORCH)"
+	"$(RUN)" -m pip install -r requirements.txt torch
 	touch "$@"
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
