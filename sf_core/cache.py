@@ -1,18 +1,18 @@
 """The rolling KV cache: a ring of frame slots, allocated once per rollout.
 
-A slot holds one latent frame's keys and values. The first `sink` slots belong to the first frames for good; the others are a
-ring in which the newest frame takes the place of the oldest. While a chunk is denoised its keys are written straight into
-the slots it will own, over the frames that just left the window, so attention reads one slice [B, N, slots * S, D] and
-nothing is ever moved, copied or asked back from the device. Softmax does not care for the order of keys, which is why a ring
-is exact; positions live in the keys, which are stored with their rotary embedding.
+A slot holds one latent frame's keys and values. The first `sink` slots belong to the first frames for good; the
+others are a ring in which the newest frame takes the place of the oldest. While a chunk is denoised its keys are
+written straight into the slots it will own, over the frames that just left the window, so attention reads one slice
+[B, N, slots * S, D] and nothing is ever moved, copied or asked back from the device. Softmax does not care for the
+order of keys, which is why a ring is exact; positions live in the keys, which are stored with their rotary embedding.
 
     frame      0 1 2 | 3 4 5 | 6 7 8 | 9 10 11        window 9, sink 3
     slots      0 1 2 | 3 4 5 | 6 7 8 |                 frames 0..8 fill them
                0 1 2 | 9 10 11 | 6 7 8                 frames 9..11 replace 3..5
 
-Pinned sinks also keep their keys without positions, and get positions just before the window's oldest frame whenever the
-window moves, so that no distance exceeds what training has seen (LongLive's relative positions). Sources: the rolling cache
-of arXiv 2506.08009; attention sinks, arXiv 2309.17453; LongLive, arXiv 2509.22622.
+Pinned sinks also keep their keys without positions, and get positions just before the window's oldest frame whenever
+the window moves, so that no distance exceeds what training has seen (LongLive's relative positions). Sources: the
+rolling cache of arXiv 2506.08009; attention sinks, arXiv 2309.17453; LongLive, arXiv 2509.22622.
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ class RollingCache:
 class ChunkAttention:
     """Self-attention of one chunk over the cache; call it as `attend(layer, q, k, v)`, [B, N, L, D].
 
-    Without gradients it writes the chunk's keys and values into the cache and attends to all that is filled. With gradients
-    it leaves the cache alone and attends to [cached frames, chunk], so that nothing flows into earlier chunks.
+    Without gradients it writes the chunk's keys and values into the cache and attends to all that is filled. With
+    gradients it leaves the cache alone and attends to [cached frames, chunk], so that nothing flows into earlier
+    chunks.
     """
 
     def __init__(self, cache: RollingCache, start: int, frames: int, attention: Attention) -> None:

@@ -1,12 +1,12 @@
 """The causal Wan DiT, forward only.
 
-The forward is a handful of functions over a tree of layers that carry Wan's own names (`blocks.0.self_attn.q`, ...), not
-methods of one class: the same code drives `WanModel` below, and any other tree with these names, such as a model that
+The forward is a handful of functions over a tree of layers that carry Wan's own names (`blocks.0.self_attn.q`, ...),
+not methods of one class: the same code drives `WanModel` below and any other tree with these names, such as a model that
 ComfyUI has loaded, quantised or patched (wrap it in `WanLayers`). Two things are handed in:
 
-    attend(layer, q, k, v)      how tokens see other tokens: `Sequence` here (training, masks), the rolling cache in cache.py.
-                                It receives queries and keys without positions and adds the rotary embedding itself.
-    attention(q, k, v, mask)    the kernel, [B, N, L, D] in and out: torch's by default, ComfyUI's in a graph.
+    attend(layer, q, k, v)    how tokens see other tokens: `Sequence` here (training, masks), the rolling cache in
+                              cache.py. It gets queries and keys without positions and adds the rotary embedding itself.
+    attention(q, k, v, mask)  the kernel, [B, N, L, D] in and out: torch's by default, ComfyUI's in a graph.
 
 Letters: B batch, C channels, F latent frames, H W latent size, S tokens per frame, L tokens, N heads, D head width.
 Source: Wan 2.1 (arXiv 2503.20314) with one timestep per latent frame, as in Self Forcing (arXiv 2506.08009).
@@ -14,7 +14,8 @@ Source: Wan 2.1 (arXiv 2503.20314) with one timestep per latent frame, as in Sel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Frames
+from collections.abc import Callable
+from collections.abc import Sequence as Frames
 from dataclasses import dataclass
 
 import torch

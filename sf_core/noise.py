@@ -1,7 +1,8 @@
 """Noise that belongs to (seed, latent frame, step), drawn on the CPU from generators of its own.
 
-Each latent frame of each step has its own generator, so a frame's noise depends neither on the length of the video nor on how
-it is cut into chunks, the same seed gives the same noise on every device, and the global generator is never touched.
+Each latent frame of each step has its own generator, so a frame's noise depends neither on the length of the video
+nor on how it is cut into chunks, the same seed gives the same noise on every device, and the global generator is
+never touched.
 """
 
 from __future__ import annotations

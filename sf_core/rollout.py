@@ -8,7 +8,8 @@
         yield x0
         commit x0 to the cache          (the last chunk's keys would never be read)
 
-A generator: the caller decides how far it goes. Stop asking and everything is freed; raise in `on_step` and it ends there.
+A generator: the caller decides how far it goes. Stop asking and everything is freed; raise in `on_step` and it ends
+there.
 Source: arXiv 2506.08009, algorithm 2; numbers as in guandeh17/Self-Forcing, pipeline/causal_inference.py.
 """
 

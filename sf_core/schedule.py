@@ -1,12 +1,14 @@
 """Flow matching in numbers: x_t = (1 - sigma) x0 + sigma noise, and the network's velocity is noise - x0.
 
-The published scheduler is a table of 1000 sigmas, sigma_i = s u / (1 + (s - 1) u) with u = 1 - i/1000, timestep = 1000 sigma.
-A few-step list is read through that table ("warped"): step 750 means entry 250. Everything here is Python numbers, so no
-device is ever asked for an index. Source: guandeh17/Self-Forcing, utils/scheduler.py; arXiv 2506.08009.
+The published scheduler is a table of 1000 sigmas, sigma_i = s u / (1 + (s - 1) u) with u = 1 - i/1000, timestep =
+1000 sigma. A few-step list is read through that table ("warped"): step 750 means entry 250. Everything here is Python
+numbers, so no device is ever asked for an index. Source: guandeh17/Self-Forcing, utils/scheduler.py; arXiv
+2506.08009.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -59,3 +61,12 @@ def x0_from_velocity(x: Tensor, velocity: Tensor, sigma: float | Tensor) -> Tens
 def velocity_from_x0(x: Tensor, x0: Tensor, sigma: float | Tensor) -> Tensor:
     """The velocity that leads from x_t to `x0`; sigma above 0."""
     return (x - x0) / sigma
+
+
+@lru_cache
+def loss_weights(shift: float) -> tuple[float, ...]:
+    """Weight of each table entry in a flow-matching loss: a bell around timestep 500, 0 at its lowest, mean 1."""
+    bell = [math.exp(-2 * (sigma - 0.5) ** 2) for sigma in sigma_table(shift)]
+    lowest = min(bell)
+    total = sum(bell) - TABLE_SIZE * lowest
+    return tuple((value - lowest) * TABLE_SIZE / total for value in bell)

@@ -1,0 +1,32 @@
+"""The golden tensors of the engine, and the tiny model they were made with."""
+
+import os
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sf_core.config import WanConfig
+from sf_core.model import WanModel
+from tests.core.regenerate import weights
+
+FOLDER = Path(os.environ.get("SELF_FORCING_GOLDENS", Path(__file__).parents[1] / "golden"))
+CONFIG = WanConfig(dim=128, heads=4, layers=2, ffn_dim=256, freq_dim=64, text_dim=64, text_len=32)
+HEIGHT, WIDTH = 8, 12
+TOKENS = CONFIG.tokens_per_frame(HEIGHT, WIDTH)
+CAUSAL, REAL_SCORE = 1, 2  # seeds of the weights
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    return load_file(FOLDER / f"{name}.safetensors")
+
+
+def model(seed: int = CAUSAL) -> WanModel:
+    wan = WanModel(CONFIG).requires_grad_(False)
+    wan.load_state_dict(weights({name: tuple(t.shape) for name, t in wan.state_dict().items()}, seed))
+    return wan
+
+
+def frames_second(x: Tensor) -> Tensor:
+    """[B, F, C, H, W], as the goldens have it, to [B, C, F, H, W] and back."""
+    return x.transpose(1, 2)

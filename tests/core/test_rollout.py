@@ -1,0 +1,286 @@
+"""Laws of the rollout and its cache that hold for any size, chunking, window and sink."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sf_core.cache import RollingCache
+from sf_core.config import PRESETS, Sampling, WanConfig
+from sf_core.model import Sequence, WanLayers, WanModel, block_causal_mask, encode_text, velocity
+from sf_core.noise import SeededNoise
+from sf_core.rollout import plan_spans, rollout
+
+SMALL = WanConfig(dim=24, heads=2, layers=2, ffn_dim=32, channels=4, freq_dim=16, text_dim=8, text_len=6)
+HEIGHT, WIDTH = 4, 6
+chunk_sizes = st.lists(st.integers(1, 4), min_size=1, max_size=5)
+
+
+def small_model():
+    torch.manual_seed(0)
+    wan = WanModel(SMALL).requires_grad_(False)
+    torch.nn.init.normal_(wan.head.head.weight, std=0.2)
+    return wan
+
+
+WAN = small_model()
+PROMPT = torch.randn(1, 5, SMALL.text_dim, generator=torch.Generator().manual_seed(1))
+
+
+def roll(frames, sampling=None, seed=0, prompt=PROMPT, wan=WAN, size=(HEIGHT, WIDTH), **options):
+    chunks = rollout(wan, sampling or Sampling(), prompt, SeededNoise(seed), frames, *size, **options)
+    return torch.cat([chunk.latents for chunk in chunks], 2)
+
+
+def equal(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+@settings(max_examples=25)
+@given(chunks=chunk_sizes, batch=st.integers(1, 2))
+@torch.no_grad()
+def test_cached_chunk_by_chunk_is_the_block_causal_forward(chunks, batch):
+    frames = sum(chunks)
+    generator = torch.Generator().manual_seed(frames)
+    x = torch.randn(batch, SMALL.channels, frames, HEIGHT, WIDTH, generator=generator)
+    text = encode_text(WAN, PROMPT.expand(batch, -1, -1))
+    tokens = SMALL.tokens_per_frame(HEIGHT, WIDTH)
+    see = Sequence(SMALL, range(frames), HEIGHT, WIDTH, mask=block_causal_mask(chunks, tokens))
+    whole = velocity(WAN, x, 500, text, see)
+    cache = RollingCache(SMALL, batch, HEIGHT, WIDTH, slots=frames)
+    start, pieces = 0, []
+    for n in chunks:
+        pieces.append(velocity(WAN, x[:, :, start : start + n], 500, text, cache.chunk(start, n)))
+        start += n
+    equal(torch.cat(pieces, 2), whole)
+
+
+@settings(max_examples=60)
+@given(
+    chunks=st.lists(st.integers(1, 4), min_size=1, max_size=9),
+    sink=st.integers(0, 4),
+    spare=st.integers(0, 5),
+)
+@torch.no_grad()
+def test_the_ring_holds_what_a_list_of_frames_would(chunks, sink, spare):
+    window = sink + max(chunks) + spare
+    cache = RollingCache(SMALL, 1, HEIGHT, WIDTH, slots=window, sink=sink)
+    tokens, start, seen = cache.tokens, 0, []
+
+    def spy(q, k, v, mask):
+        seen.append(sorted(set(v[0, 0, :, 0].int().tolist())))
+        return q
+
+    for n in chunks:
+        for _ in range(2):  # a chunk is written once per step and again when it is committed
+            values = torch.arange(start, start + n).repeat_interleave(tokens).float()
+            v = values[None, None, :, None].expand(1, SMALL.heads, -1, SMALL.head_dim)
+            cache.chunk(start, n, spy)(0, v, v, v)
+        start += n
+        oracle = list(range(start))
+        if start > window:
+            oracle = oracle[:sink] + oracle[start - (window - sink) :]
+        assert seen[-1] == seen[-2] == oracle
+
+
+@settings(max_examples=20)
+@given(chunks=st.lists(st.integers(1, 3), min_size=2, max_size=6), sink=st.integers(0, 2), spare=st.integers(0, 3))
+def test_with_gradients_a_chunk_sees_the_same_window(chunks, sink, spare):
+    window = sink + max(chunks) + spare
+    cache = RollingCache(SMALL, 1, HEIGHT, WIDTH, slots=window, sink=sink)
+    x = torch.randn(1, SMALL.channels, sum(chunks), HEIGHT, WIDTH, generator=torch.Generator().manual_seed(len(chunks)))
+    text, start = encode_text(WAN, PROMPT), 0
+    for n in chunks:
+        piece = x[:, :, start : start + n]
+        with torch.enable_grad():
+            beside = velocity(WAN, piece, 500, text, cache.chunk(start, n))
+        with torch.no_grad():
+            equal(beside, velocity(WAN, piece, 500, text, cache.chunk(start, n)))
+        start += n
+
+
+@pytest.mark.parametrize("window", [9, 12, 100])
+def test_a_window_as_long_as_the_video_changes_nothing(window):
+    assert torch.equal(roll(9, Sampling(window=window, sink=2)), roll(9))
+
+
+@settings(max_examples=20)
+@given(frames=st.integers(1, 12), more=st.integers(1, 6), sink=st.integers(0, 2), pinned=st.booleans())
+def test_the_first_frames_do_not_depend_on_the_length(frames, more, sink, pinned):
+    sampling = Sampling(window=6, sink=sink, pinned=pinned)
+    whole_chunks = frames - frames % sampling.chunk
+    short, long = roll(frames, sampling), roll(frames + more, sampling)
+    equal(short[:, :, :whole_chunks], long[:, :, :whole_chunks])
+
+
+def test_a_prefix_continues_as_if_it_had_been_generated():
+    whole = roll(12)
+    equal(roll(12, prefix=whole[:, :, :6]), whole)
+
+
+def test_a_video_of_a_batch_is_the_same_alone():
+    both = roll(6, prompt=PROMPT.expand(2, -1, -1))
+    equal(both[:1], roll(6))
+
+
+def test_pinned_sinks_cost_nothing_before_the_window_moves_and_differ_after():
+    free, pinned = (roll(15, Sampling(window=6, sink=2, pinned=pinned)) for pinned in (False, True))
+    equal(free[:, :, :6], pinned[:, :, :6])
+    assert (free[:, :, 9:] - pinned[:, :, 9:]).abs().max() > 1e-4
+
+
+def test_any_even_size_and_chunking():
+    for size in ((2, 2), (10, 4)):
+        for sampling in (Sampling(chunk=1), Sampling(chunk=5), Sampling(chunk=3, first_chunk=1)):
+            latents = roll(7, sampling, size=size)
+            assert latents.shape == (1, SMALL.channels, 7, *size)
+            assert latents.isfinite().all()
+
+
+def test_the_first_chunk_may_take_other_steps():
+    calls = []
+    roll(
+        6,
+        Sampling(steps=(1000, 500), first_steps=(1000, 750, 500, 250)),
+        on_step=lambda progress: calls.append((progress.span.index, progress.step, progress.steps)),
+    )
+    assert calls == [(0, 1, 4), (0, 2, 4), (0, 3, 4), (0, 4, 4), (1, 1, 2), (1, 2, 2)]
+
+
+def test_the_last_chunk_is_not_committed(monkeypatch):
+    calls = []
+    monkeypatch.setattr("sf_core.rollout.velocity", lambda *args: calls.append(args[2]) or velocity(*args))
+    roll(9)
+    assert len(calls) == 3 * 4 + 2
+
+
+def test_the_cache_is_allocated_once_and_as_small_as_the_window():
+    cache = RollingCache.for_rollout(SMALL, Sampling(window=6, sink=1), 99, batch=2, height=HEIGHT, width=WIDTH)
+    assert cache.nbytes == 2 * 6 * SMALL.cache_bytes_per_frame(HEIGHT, WIDTH, 4)
+    assert RollingCache.for_rollout(SMALL, Sampling(), 4, batch=1, height=HEIGHT, width=WIDTH).slots == 4
+
+
+def test_far_positions_change_next_to_nothing():
+    # Rotary attention knows distances only; float32 angles would have lost them at this position.
+    x = torch.randn(1, SMALL.channels, 6, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
+    text = encode_text(WAN, PROMPT)
+
+    def last(origin):
+        cache = RollingCache(SMALL, 1, HEIGHT, WIDTH, slots=6, origin=origin)
+        with torch.no_grad():
+            velocity(WAN, x[:, :, :3], 0, text, cache.chunk(0, 3))
+            return velocity(WAN, x[:, :, 3:], 500, text, cache.chunk(3, 3))
+
+    equal(last(0), last(300_000))
+
+
+def test_the_same_forward_runs_on_any_tree_with_wans_names():
+    class Host(torch.nn.Module):  # as a host would hold it: same layers, other class, other attributes
+        def __init__(self, wan):
+            super().__init__()
+            for name, child in wan.named_children():
+                setattr(self, name, child)
+
+    assert torch.equal(roll(6, wan=WanLayers.of(Host(WAN), SMALL)), roll(6))
+
+
+def test_linear_layers_are_injected():
+    class Doubling(torch.nn.Linear):
+        pass
+
+    wan = WanModel(SMALL, linear=Doubling)
+    kinds = {type(module) for module in wan.modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds == {Doubling}
+
+
+def test_attention_is_injected():
+    seen = []
+
+    def attention(q, k, v, mask):
+        seen.append(k.shape[2])
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    assert torch.equal(roll(6, attention=attention), roll(6))
+    tokens = SMALL.tokens_per_frame(HEIGHT, WIDTH)
+    assert set(seen) == {SMALL.text_len, 3 * tokens, 6 * tokens}
+
+
+def test_raising_in_a_step_ends_the_rollout():
+    class Stop(Exception):
+        pass
+
+    def stop(progress):
+        raise Stop
+
+    with pytest.raises(Stop):
+        roll(6, on_step=stop)
+
+
+def test_global_randomness_is_left_alone():
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    roll(3)
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_seeds_give_different_videos_and_the_same_seed_the_same():
+    assert torch.equal(roll(6, seed=2**64 - 1), roll(6, seed=2**64 - 1))
+    assert (roll(6, seed=0) - roll(6, seed=1)).abs().max() > 0.1
+    with pytest.raises(ValueError, match="seed -1"):
+        SeededNoise(-1)
+
+
+def test_spans_feed_the_odd_prefix_chunk_first():
+    sizes = [(span.frames, span.given) for span in plan_spans(12, Sampling(), prefix=4)]
+    assert sizes == [(1, True), (3, True), (3, False), (3, False), (2, False)]
+    sizes = [span.frames for span in plan_spans(8, Sampling(first_chunk=1))]
+    assert sizes == [1, 3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 0}, "at least one frame must be left"),
+        ({"frames": 6, "prefix": torch.zeros(1, 4, 6, HEIGHT, WIDTH)}, "Ask for 7 latent frames"),
+        ({"frames": 6, "prefix": torch.zeros(1, 3, 2, HEIGHT, WIDTH)}, r"prefix of shape \[1, 3, 2, 4, 6\]"),
+        ({"frames": 6, "size": (3, 6)}, "latents of 3 x 6.*multiples of 16"),
+        ({"frames": 6, "prompt": torch.zeros(1, 5, 9)}, "width 9; this model needs 8"),
+        ({"frames": 6, "prompt": torch.zeros(1, 7, 8)}, "prompt of 7 tokens; this model reads 6"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        roll(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": ()},
+        {"steps": (500, 1000)},
+        {"steps": (1000, 0)},
+        {"first_steps": (2000,)},
+        {"shift": 0},
+        {"chunk": 0},
+        {"first_chunk": 0},
+        {"window": 0},
+        {"sink": -1},
+        {"context_noise": 1000},
+        {"window": 3, "sink": 1},
+    ],
+)
+def test_impossible_samplings_are_refused(options):
+    with pytest.raises(ValueError, match=r"^Got"):
+        Sampling(**options)
+
+
+def test_presets_are_the_published_ones():
+    assert [round(step.timestep, 2) for step in PRESETS["cli"].steps_of(True)] == [1000, 937.5, 833.33, 625]
+    assert [round(step.timestep, 2) for step in PRESETS["demo"].steps_of(True)] == [1000, 960, 888.89, 727.27]
+    assert [round(step.sigma, 3) for step in PRESETS["tiny"].steps_of(True)] == [1, 0.9, 0.75, 0.5]
+
+
+def test_an_odd_head_is_refused():
+    with pytest.raises(ValueError, match="dim 30 with 2 heads"):
+        WanConfig(dim=30, heads=2)

@@ -1,0 +1,76 @@
+"""Cuts the full golden tensors of the engine down to what the repository carries.
+
+    python tests/golden/derive.py DIRECTORY_OF_THE_FULL_SET
+
+A rollout's first frames do not depend on its length, so rollouts are kept up to the frame where they have shown what
+they are there to show. With SELF_FORCING_GOLDENS=DIRECTORY the tests read the full set instead.
+"""
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).parent
+FORWARDS = ("kv.", "bidir.", "train.context", "train_nfb3.", "train_indep_local5.", "train_tf_aug.")
+ROLLOUTS = {  # case -> latent frames kept, the prefix included
+    "chunk21": 6,
+    "chunk21_b2": 6,
+    "ctxnoise": 6,
+    "nowarp": 3,
+    "frame21": 4,
+    "extend_chunk": 9,
+    "i2v_frame": 4,
+    "i2v_chunk_indep": 7,
+    "indep19": 7,
+}
+WINDOWS = {"local6_sink1": 12, "local7_sink0": 12, "local9_sink3": 15, "frame_local6_sink2": 10}
+LONGLIVE = {"infinity_local9_sink3": 18}
+
+
+def batch_first(tensors: dict, prefixes: tuple[str, ...]) -> dict:
+    """The tensors under `prefixes`; cached keys and values of the first video only."""
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+    return {name: t[:1].clone() if ".cache_" in name or ".cross_" in name else t for name, t in kept.items()}
+
+
+def rollout_cases(tensors: dict, frames: dict[str, int]) -> dict:
+    kept = {}
+    for case, count in frames.items():
+        one = {name[len(case) + 1 :]: t for name, t in tensors.items() if name.split(".")[0] == case}
+        given = one["initial_latent"].shape[1] if "initial_latent" in one else 0
+        one["latents"] = one["latents"][:, :count].clone()
+        one["noise"] = one["noise"][:, : count - given].clone()
+        draws = draws_for(one, count - given)
+        one = {key: t for key, t in one.items() if not key.startswith(("renoise", "call"))}
+        one |= {f"renoise.{i}": draw for i, draw in enumerate(draws)}
+        kept |= {f"{case}.{key}": tensor for key, tensor in one.items()}
+    return kept
+
+
+def draws_for(case: dict, frames: int) -> list:
+    """The re-noise draws [B*n, C, H, W] of the chunks that make up `frames` frames, three to a chunk."""
+    if "renoise" in case:
+        every = [draw.clone() for draw in case["renoise"]]
+    else:
+        every = [case[f"renoise.{i}"] for i in range(sum(key.startswith("renoise.") for key in case))]
+    draws = []
+    while frames > 0:
+        draws += every[len(draws) : len(draws) + 3]
+        frames -= len(draws[-1]) // len(case["latents"])
+    return draws
+
+
+def main(source: Path) -> None:
+    def read(name: str) -> dict:
+        return load_file(source / f"{name}.safetensors")
+
+    save_file(batch_first(read("g1_forwards"), FORWARDS), HERE / "g1_forwards.safetensors")
+    save_file(rollout_cases(read("g2_rollouts"), ROLLOUTS), HERE / "g2_rollouts.safetensors")
+    save_file(rollout_cases(read("g3_window"), WINDOWS), HERE / "g3_window.safetensors")
+    save_file(read("g6_scheduler"), HERE / "g6_scheduler.safetensors")
+    save_file(rollout_cases(read("g8_longlive"), LONGLIVE), HERE / "g8_longlive.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
