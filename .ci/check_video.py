@@ -10,4 +10,4 @@ if len(video) != frames:
     sys.exit(f"Got {len(video)} frames in {path}; {frames} were asked for.")
 if video.std() < 1:
     sys.exit(f"Got a picture without contrast in {path} (standard deviation {video.std():.2f}).")
-sys.stdout.write(f"{path}: {len(video)} frames of {video.shape[2]}x{video.shape[1]}\n")
+print(f"{path}: {len(video)} frames of {video.shape[2]}x{video.shape[1]}")
