@@ -1,0 +1,198 @@
+"""Frames to files and back: mp4, webm, gif, or a folder of PNGs, by the name of the file.
+
+Frames are handed in piece by piece and go straight to the encoder, so memory does not grow with the video. Everything is
+written beside its destination under another name and moved there when it is whole: an error or ^C leaves what was there.
+
+T frames, H W size in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import av
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+FRAME_NAME = re.compile(r"frame_\d{5,}\.png")
+NAMES = "Use a name that ends in .mp4, .webm or .gif, or in / for a folder of PNGs."
+
+
+def save_video(path: str | Path, frames: Tensor | Iterable[Tensor], fps: float = 16) -> int:
+    """Writes frames [T, H, W, 3] in 0..1, or an iterable of such pieces; returns how many frames were written.
+
+    The format goes by the name: .mp4 (H.264), .webm (VP9), .gif (whose clock has 100 ticks a second), or a folder of
+    PNGs when it ends in / or has no suffix. An existing video is replaced.
+
+    Raises ValueError for a name, size or rate that cannot be written, OSError when the place cannot be written to.
+    """
+    check_destination(path)
+    if not 1 <= fps <= 1000:
+        raise ValueError(f"Got {fps} frames per second; a video needs 1 to 1000. The models make 16.")
+    write, target = WRITERS[_kind(path)], Path(path).resolve()
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    try:
+        count = write(partial, _images(frames), fps)
+        _move(partial, target)
+    finally:
+        _remove(partial)
+    return count
+
+
+def read_video(path: str | Path) -> Tensor:
+    """The frames [T, H, W, 3] of a video file or a folder of images, float32 in 0..1.
+
+    Raises OSError when it cannot be read, ValueError when it holds no frames.
+    """
+    path = Path(path)
+    if path.is_dir():
+        images = [imageio.imread(file, mode="RGB") for file in sorted(path.glob("*.png"))]
+    elif _kind(path) == ".gif":
+        images = list(imageio.imiter(path, plugin="pillow", mode="RGB"))
+    else:
+        images = list(imageio.imiter(path, plugin="pyav"))
+    if not images:
+        raise ValueError(f"Got {path}, which holds no frames. Give a video file or a folder of PNGs.")
+    return torch.from_numpy(np.stack(images)).float() / 255
+
+
+def contact_sheet(frames: Tensor, labels: Iterable[object] | None = None, columns: int = 6) -> Image.Image:
+    """One picture of frames [T, H, W, 3] in 0..1, row by row, each under its label (its number by default)."""
+    count, height, width, _ = frames.shape
+    scale = max(1, round(128 / min(height, width)))  # small frames are enlarged
+    height, width, line, gap = height * scale, width * scale, 16, 4
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, label) in enumerate(zip(_images(frames), range(count) if labels is None else labels)):
+        x, y = gap + i % columns * (width + gap), i // columns * (height + line + gap)
+        draw.text((x, y + 3), str(label), fill="black")
+        sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (x, y + line))
+    return sheet
+
+
+def check_destination(path: str | Path) -> None:
+    """Raises ValueError or OSError if a video cannot be written there, before the work of making one."""
+    kind, target = _kind(path), Path(path).resolve()
+    if kind not in WRITERS:
+        raise ValueError(f"Got {str(path)!r}; videos cannot be written as {kind!r}. {NAMES}")
+    if kind in CODECS and CODECS[kind] not in av.codecs_available:
+        raise ValueError(
+            f"Got a PyAV without {CODECS[kind]}, which {kind} needs. Reinstall it (pip install av), or use .gif."
+        )
+    if kind and target.is_dir():
+        raise IsADirectoryError(f"Got {str(path)!r}, which is a folder. {NAMES}")
+    if not kind and target.exists() and not _holds_only_frames(target):
+        raise FileExistsError(f"Got {str(path)!r}, which is not a folder of frames. Choose a new or an empty folder.")
+    check_folder(path)
+
+
+def check_folder(path: str | Path) -> None:
+    """Raises OSError if no file can be made beside `path`."""
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Got {str(path)!r}, but there is no folder {str(folder)!r}. Make it first.")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise PermissionError(f"Got {str(path)!r}, but cannot write there: {reason}. Choose another folder.") from None
+
+
+def _kind(path: str | Path) -> str:
+    return "" if str(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
+
+
+def _holds_only_frames(folder: Path) -> bool:
+    return folder.is_dir() and all(FRAME_NAME.fullmatch(file.name) for file in folder.iterdir())
+
+
+def _images(frames: Tensor | Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """Each frame as uint8 [H, W, 3]."""
+    for piece in [frames] if isinstance(frames, Tensor) else frames:
+        if piece.ndim != 4 or piece.shape[-1] != 3:
+            raise ValueError(
+                f"Got frames of shape {list(piece.shape)}; a video is written from [frames, height, width, 3]."
+            )
+        yield from (piece.clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy()
+
+
+def _write_av(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
+    count = 0
+    with imageio.imopen(path, "w", plugin="pyav") as file:
+        file.init_video_stream(CODECS[path.suffix.lower()], fps=fps, pixel_format="yuv420p")
+        for image in images:
+            _check_even(image)
+            file.write_frame(image)
+            count += 1
+        _check_any(count)
+    return count
+
+
+def _write_gif(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
+    count = 0
+
+    def pictures() -> Iterator[Image.Image]:
+        nonlocal count
+        for count, image in enumerate(images, 1):
+            yield Image.fromarray(image).quantize(dither=Image.Dither.NONE)
+
+    rest = pictures()
+    first = next(rest, None)
+    _check_any(count)
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    return count
+
+
+def _write_folder(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
+    count = 0
+    path.mkdir()
+    for image in images:
+        imageio.imwrite(path / f"frame_{count:05d}.png", image)
+        count += 1
+    _check_any(count)
+    return count
+
+
+CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9"}
+WRITERS: dict[str, Callable[[Path, Iterator[np.ndarray], float], int]] = {
+    ".mp4": _write_av,
+    ".webm": _write_av,
+    ".gif": _write_gif,
+    "": _write_folder,
+}
+
+
+def _check_even(image: np.ndarray) -> None:
+    height, width, _ = image.shape
+    if height % 2 or width % 2:
+        raise ValueError(
+            f"Got frames of {width} x {height} pixels; mp4 and webm need even sizes. Crop them, or use .gif."
+        )
+
+
+def _check_any(count: int) -> None:
+    if not count:
+        raise ValueError("Got no frames to write; a video needs at least one.")
+
+
+def _move(partial: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(partial, target)
+
+
+def _remove(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    else:
+        partial.unlink(missing_ok=True)
