@@ -1,7 +1,7 @@
 """The causal Wan DiT, forward only.
 
 The forward is a handful of functions over a tree of layers that carry Wan's own names (`blocks.0.self_attn.q`, ...),
-not methods of one class: the same code drives `WanModel` below and any other tree with these names, such as a model that
+not methods of one class: the same code drives `WanModel` below and any other tree with these names, such as one that
 ComfyUI has loaded, quantised or patched (wrap it in `WanLayers`). Two things are handed in:
 
     attend(layer, q, k, v)    how tokens see other tokens: `Sequence` here (training, masks), the rolling cache in
