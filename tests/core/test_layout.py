@@ -17,7 +17,6 @@ HOST_MODULES = {
 }  # fmt: skip
 HOST_OWNED = {"torch", "torchvision", "torchaudio", "xformers", "triton", "sageattention", "flash-attn"}
 DISTRIBUTION = {"PIL": "pillow"}
-COMES_WITH_IMAGEIO = {"numpy", "pillow"}
 
 
 def python_files(folder: str) -> list[Path]:
@@ -69,7 +68,7 @@ def test_engine_does_not_reach_out_of_its_folder():
 
 def test_requirements_cover_what_the_pack_imports():
     required = requirement_names((ROOT / "requirements.txt").read_text(encoding="utf-8"))
-    allowed = required | HOST_OWNED | HOST_MODULES | COMES_WITH_IMAGEIO | set(sys.stdlib_module_names)
+    allowed = required | HOST_OWNED | HOST_MODULES | set(sys.stdlib_module_names)
     for path in [ROOT / "__init__.py", *python_files("sf_core"), *python_files("nodes")]:
         needed = {DISTRIBUTION.get(name, name).lower() for name in outside(path)}
         assert needed <= allowed, f"{path.relative_to(ROOT)} imports {needed - allowed}"
