@@ -10,9 +10,14 @@ order of keys, which is why a ring is exact; positions live in the keys, which a
     slots      0 1 2 | 3 4 5 | 6 7 8 |                 frames 0..8 fill them
                0 1 2 | 9 10 11 | 6 7 8                 frames 9..11 replace 3..5
 
-Pinned sinks also keep their keys without positions, and get positions just before the window's oldest frame whenever
-the window moves, so that no distance exceeds what training has seen (LongLive's relative positions). Sources: the
-rolling cache of arXiv 2506.08009; attention sinks, arXiv 2309.17453; LongLive, arXiv 2509.22622.
+Pinned sinks also keep their keys as first written, and are turned to positions just before the window's oldest frame
+whenever the window moves, so that no distance exceeds what training has seen (LongLive's relative positions). A
+rotary embedding is a rotation: turning a key by the angle of n frames is the same as having placed it n frames later.
+
+A cache in float8 keeps a scale per token and head and is turned back, one layer at a time, when it is read: half the
+memory of bfloat16.
+
+Sources: the rolling cache of arXiv 2506.08009; attention sinks, arXiv 2309.17453; LongLive, arXiv 2509.22622.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ class RollingCache:
     slots   frames it can hold: the window, or the length of the video where there is no window
     sink    first frames that stay
     pinned  whether sinks move along with the window
+    dtype   of what is kept; torch.float8_e4m3fn keeps scales beside it
     origin  position of the first frame that will be written; later frames count on from there
     """
 
@@ -51,11 +57,11 @@ class RollingCache:
         self.config, self.height, self.width, self.device = config, height, width, device
         self.slots, self.sink, self.origin = slots, sink, origin
         self.tokens = config.tokens_per_frame(height, width)
-        self.keys, self.values = (
-            [self._empty(batch, slots, dtype) for _ in range(config.layers)] for _ in range(2)
-        )
-        self.bare_sinks = [self._empty(batch, sink, dtype) for _ in range(config.layers)] if pinned and sink else []
-        self._pinned_at = 0
+        shape = (batch, config.heads, slots * self.tokens, config.head_dim)
+        ring = ScaledRing if dtype.itemsize == 1 else Ring
+        self.keys, self.values = ([ring(shape, dtype, device) for _ in range(config.layers)] for _ in range(2))
+        self.sinks: list[Tensor] | None = [] if pinned and sink else None  # sink keys at their first positions
+        self._sinks_at = 0
 
     @classmethod
     def for_rollout(cls, config: WanConfig, sampling: Sampling, frames: int, **size) -> RollingCache:
@@ -63,21 +69,17 @@ class RollingCache:
         slots = frames if sampling.window is None else min(sampling.window, frames)
         return cls(config, slots=slots, sink=min(sampling.sink, slots), pinned=sampling.pinned, **size)
 
-    def _empty(self, batch: int, frames: int, dtype: torch.dtype) -> Tensor:
-        shape = (batch, self.config.heads, frames * self.tokens, self.config.head_dim)
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, *self.bare_sinks))
+        return sum(ring.nbytes for ring in (*self.keys, *self.values))
 
     def chunk(self, start: int, frames: int, attention: Attention = sdpa) -> ChunkAttention:
         """How the chunk of frames start .. start + frames - 1 sees itself and the window before it.
 
         `start` counts from the first frame this cache was given. Chunks come in order; the newest may come repeatedly.
         """
-        if self.bare_sinks:
-            self._pin_sinks(start + frames)
+        if self.sinks is not None and start + frames > self.slots:
+            self._move_sinks(start + frames - self.slots)
         return ChunkAttention(self, start, frames, attention)
 
     def runs(self, start: int, frames: int) -> Iterator[tuple[int, int, int]]:
@@ -103,15 +105,57 @@ class RollingCache:
         first = self.origin + start
         return Rope.at(self.config.head_dim, range(first, first + frames), self.height, self.width, self.device)
 
-    def _pin_sinks(self, end: int) -> None:
-        """Gives the sinks the positions just before the window that ends at frame `end`."""
-        at = max(0, end - self.slots)
-        if at == self._pinned_at:
-            return
-        rope = self.rope(at, self.sink)
-        for keys, bare in zip(self.keys, self.bare_sinks):
-            keys[:, :, : bare.shape[2]] = rope(bare)
-        self._pinned_at = at
+    def _move_sinks(self, frames: int) -> None:
+        """Puts the sinks `frames` later than they were made: just before the window's oldest other frame."""
+        count = self.sink * self.tokens
+        if not self.sinks:
+            self.sinks = [keys.read(count).clone() for keys in self.keys]
+        if frames != self._sinks_at:
+            later = Rope.at(self.config.head_dim, [frames], 2, 2, self.device)  # one angle: rows and columns stay
+            for keys, sinks in zip(self.keys, self.sinks):
+                keys.write(0, later(sinks))
+            self._sinks_at = frames
+
+
+class Ring:
+    """Tokens [B, N, L, D] of one layer, as they are."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        self.tokens = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes
+
+    def write(self, at: int, tokens: Tensor) -> None:
+        self.tokens[:, :, at : at + tokens.shape[2]] = tokens
+
+    def read(self, end: int) -> Tensor:
+        """The first `end` tokens, as a view where nothing has to be computed."""
+        return self.tokens[:, :, :end]
+
+
+class ScaledRing(Ring):
+    """Tokens in float8 with a scale [B, N, L, 1] each, so that the largest number of each token and head is exact."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(shape, dtype, device)
+        self.scales = torch.empty((*shape[:3], 1), device=device)
+        self.largest = torch.finfo(dtype).max
+        self.dtype = torch.float32  # of what was written last, and is read back
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.scales.nbytes
+
+    def write(self, at: int, tokens: Tensor) -> None:
+        self.dtype = tokens.dtype
+        scales = tokens.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / self.largest
+        self.scales[:, :, at : at + tokens.shape[2]] = scales
+        self.tokens[:, :, at : at + tokens.shape[2]] = (tokens / scales).to(self.tokens.dtype)
+
+    def read(self, end: int) -> Tensor:
+        return self.tokens[:, :, :end].to(self.dtype) * self.scales[:, :, :end].to(self.dtype)
 
 
 class ChunkAttention:
@@ -130,33 +174,23 @@ class ChunkAttention:
         self.length = cache.filled(start + frames) * cache.tokens
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, roped = self.rope(q), self.rope(k)
-        if torch.is_grad_enabled():
-            keys, values = self._beside(self.cache.keys[layer], roped), self._beside(self.cache.values[layer], v)
-            return self.attention(q, keys, values, None)
-        self._write(self.cache.keys[layer], roped)
-        self._write(self.cache.values[layer], v)
-        if self.cache.bare_sinks and self.frames.start < self.cache.sink:
-            self._write_sinks(self.cache.bare_sinks[layer], k)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return self.attention(q, keys[:, :, : self.length], values[:, :, : self.length], None)
+        if torch.is_grad_enabled():
+            return self.attention(q, self._beside(keys, k), self._beside(values, v), None)
+        self._write(keys, k)
+        self._write(values, v)
+        return self.attention(q, keys.read(self.length), values.read(self.length), None)
 
-    def _write(self, ring: Tensor, chunk: Tensor) -> None:
+    def _write(self, ring: Ring, chunk: Tensor) -> None:
         tokens = self.cache.tokens
         for slot, offset, count in self.runs:
-            source = chunk[:, :, offset * tokens : (offset + count) * tokens]
-            ring[:, :, slot * tokens : (slot + count) * tokens] = source
+            ring.write(slot * tokens, chunk[:, :, offset * tokens : (offset + count) * tokens])
 
-    def _write_sinks(self, sinks: Tensor, chunk: Tensor) -> None:
-        tokens, first = self.cache.tokens, self.frames.start
-        count = min(self.cache.sink - first, len(self.frames))
-        sinks[:, :, first * tokens : (first + count) * tokens] = chunk[:, :, : count * tokens]
-
-    def _beside(self, ring: Tensor, chunk: Tensor) -> Tensor:
+    def _beside(self, ring: Ring, chunk: Tensor) -> Tensor:
         """[frames of the window before the chunk, chunk] along the tokens, as a new tensor."""
-        tokens, kept, at = self.cache.tokens, [], 0
+        tokens, filled, kept, at = self.cache.tokens, ring.read(self.length), [], 0
         for slot, _, count in sorted(self.runs):
-            kept.append(ring[:, :, at * tokens : slot * tokens])
+            kept.append(filled[:, :, at * tokens : slot * tokens])
             at = slot + count
-        kept.append(ring[:, :, at * tokens : max(at * tokens, self.length)])
+        kept.append(filled[:, :, at * tokens :])
         return torch.cat((*kept, chunk), dim=2)

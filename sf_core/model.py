@@ -5,8 +5,11 @@ not methods of one class: the same code drives `WanModel` below and any other tr
 ComfyUI has loaded, quantised or patched (wrap it in `WanLayers`). Two things are handed in:
 
     attend(layer, q, k, v)    how tokens see other tokens: `Sequence` here (training, masks), the rolling cache in
-                              cache.py. It gets queries and keys without positions and adds the rotary embedding itself.
-    attention(q, k, v, mask)  the kernel, [B, N, L, D] in and out: torch's by default, ComfyUI's in a graph.
+                              cache.py. It also carries the positions (`attend.rope`) and the attention kernel.
+    stages                    the parts of a block before and after self-attention, which torch.compile may replace:
+                              their shapes do not change while a cache fills.
+
+The attention kernel is `attention(q, k, v, mask)`, [B, N, L, D] in and out: torch's by default, ComfyUI's in a graph.
 
 Letters: B batch, C channels, F latent frames, H W latent size, S tokens per frame, L tokens, N heads, D head width.
 Source: Wan 2.1 (arXiv 2503.20314) with one timestep per latent frame, as in Self Forcing (arXiv 2506.08009).
@@ -17,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Frames
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +30,15 @@ from torch import Tensor, nn
 from .config import WanConfig
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Attend(Protocol):
+    """Self-attention of one forward: queries and keys come with positions, [B, N, L, D] each."""
+
+    rope: Rope
+    attention: Attention
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -198,7 +210,7 @@ class Sequence:
         self.attention = attention
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.attention(self.rope(q), self.rope(k), v, self.mask)
+        return self.attention(q, k, v, self.mask)
 
 
 def block_causal_mask(chunks: Frames[int], tokens_per_frame: int, window: int | None = None) -> Tensor:
@@ -257,13 +269,52 @@ def encode_text(wan: Wan, embeds: Tensor) -> Text:
     )
 
 
-def velocity(wan: Wan, x: Tensor, t: float | Tensor, text: Text, attend: Attend, attention: Attention = sdpa) -> Tensor:
+def before_attention(block: nn.Module, x: Tensor, e6: Tensor, rope: Rope, config: WanConfig) -> tuple[Tensor, ...]:
+    """Queries and keys with positions, and values, [B, N, L, D], of tokens [B, L, dim]."""
+    shift, scale = (block.modulation.to(x) + e6).unbind(2)[:2]
+    attn, x = block.self_attn, modulated_norm(x, shift, scale, config.eps)
+    # q and k are normalised over the full width, before the split into heads.
+    q = rope(_heads(attn.norm_q(attn.q(x)), config.heads))
+    k = rope(_heads(attn.norm_k(attn.k(x)), config.heads))
+    return q, k, _heads(attn.v(x), config.heads)
+
+
+def after_attention(
+    block: nn.Module,
+    x: Tensor,
+    seen: Tensor,
+    e6: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention: Attention,
+    config: WanConfig,
+) -> Tensor:
+    """The rest of a block: what self-attention has `seen` [B, N, L, D], then the prompt, then the feed-forward."""
+    _, _, gate1, shift2, scale2, gate2 = (block.modulation.to(x) + e6).unbind(2)
+    x = x + gated(block.self_attn.o(_merge(seen)), gate1)
+    attn, y = block.cross_attn, block.norm3(x)
+    q = _heads(attn.norm_q(attn.q(y)), config.heads)
+    x = x + attn.o(_merge(attention(q, keys, values, None)))
+    return x + gated(block.ffn(modulated_norm(x, shift2, scale2, config.eps)), gate2)
+
+
+class Stages(NamedTuple):
+    """The two parts of a block around self-attention."""
+
+    before: Callable[..., tuple[Tensor, ...]] = before_attention
+    after: Callable[..., Tensor] = after_attention
+
+
+EAGER = Stages()
+
+
+def velocity(wan: Wan, x: Tensor, t: float | Tensor, text: Text, attend: Attend, stages: Stages = EAGER) -> Tensor:
     """The model's velocity (noise - x0) for noisy latents.
 
     x      [B, C, F, H, W] in model space, in the dtype to compute in; H and W even
-    t      timestep 0..1000 = 1000 sigma: one number, or [B, F], one per latent frame
+    t      timestep 0..1000 = 1000 sigma: one number, or [B or 1, F or 1], one per latent frame
     text   from `encode_text`, for the same batch
-    attend self-attention with positions; `attention` is the kernel of cross-attention
+    attend self-attention: `Sequence`, or a chunk of the rolling cache
     """
     config = wan.config
     frames, height, width = x.shape[2:]
@@ -271,45 +322,14 @@ def velocity(wan: Wan, x: Tensor, t: float | Tensor, text: Text, attend: Attend,
     e6 = wan.time_projection(e).unflatten(-1, (6, config.dim))  # [B or 1, F or 1, 6, dim]
     x = wan.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, L, dim]
     for layer, block in enumerate(wan.blocks):
-        see = Context(layer, attend, attention, text)
-        x = run_block(block, x, e6, see, config)
+        q, k, v = stages.before(block, x, e6, attend.rope, config)
+        seen = attend(layer, q, k, v)
+        x = stages.after(block, x, seen, e6, text.keys[layer], text.values[layer], attend.attention, config)
     shift, scale = (wan.head.modulation.to(x) + e.unsqueeze(2)).unbind(2)  # [B or 1, F or 1, dim]
     x = wan.head.head(modulated_norm(x, shift, scale, config.eps))  # [B, L, 4C]
     return rearrange(
         x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=frames, h=height // 2, w=width // 2, p=2, q=2
     )
-
-
-@dataclass(frozen=True)
-class Context:
-    """What one block may look at: other frames through `attend`, the prompt through `text`."""
-
-    layer: int
-    attend: Attend
-    attention: Attention
-    text: Text
-
-
-def run_block(block: nn.Module, x: Tensor, e6: Tensor, see: Context, config: WanConfig) -> Tensor:
-    """One transformer block on [B, L, dim], modulated per frame by e6 [B or 1, F or 1, 6, dim]."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation.to(x) + e6).unbind(2)
-    y = self_attention(block.self_attn, modulated_norm(x, shift1, scale1, config.eps), see, config)
-    x = x + gated(y, gate1)
-    x = x + cross_attention(block.cross_attn, block.norm3(x), see, config)
-    return x + gated(block.ffn(modulated_norm(x, shift2, scale2, config.eps)), gate2)
-
-
-def self_attention(attn: nn.Module, x: Tensor, see: Context, config: WanConfig) -> Tensor:
-    # q and k are normalised over the full width, before the split into heads.
-    q = _heads(attn.norm_q(attn.q(x)), config.heads)  # [B, N, L, D]
-    k = _heads(attn.norm_k(attn.k(x)), config.heads)
-    v = _heads(attn.v(x), config.heads)
-    return attn.o(_merge(see.attend(see.layer, q, k, v)))
-
-
-def cross_attention(attn: nn.Module, x: Tensor, see: Context, config: WanConfig) -> Tensor:
-    q = _heads(attn.norm_q(attn.q(x)), config.heads)
-    return attn.o(_merge(see.attention(q, see.text.keys[see.layer], see.text.values[see.layer], None)))
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

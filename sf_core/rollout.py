@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .cache import ChunkAttention, RollingCache
 from .config import Sampling
-from .model import Attention, Text, Wan, encode_text, sdpa, velocity
+from .model import EAGER, Attention, Stages, Text, Wan, encode_text, sdpa, velocity
 from .noise import Noise
 from .schedule import add_noise, x0_from_velocity
 
@@ -92,15 +92,15 @@ class Denoiser:
     wan: Wan
     text: Text
     dtype: torch.dtype
-    attention: Attention = sdpa
+    stages: Stages = EAGER
 
     def x0(self, x: Tensor, timestep: float, sigma: float, attend: ChunkAttention) -> Tensor:
-        v = velocity(self.wan, x.to(self.dtype), timestep, self.text, attend, self.attention)
+        v = velocity(self.wan, x.to(self.dtype), timestep, self.text, attend, self.stages)
         return x0_from_velocity(x, v.float(), sigma)
 
     def commit(self, x0: Tensor, timestep: float, attend: ChunkAttention) -> None:
         """Overwrites the chunk's keys and values with those of its clean latents."""
-        velocity(self.wan, x0.to(self.dtype), timestep, self.text, attend, self.attention)
+        velocity(self.wan, x0.to(self.dtype), timestep, self.text, attend, self.stages)
 
 
 def rollout(
@@ -113,7 +113,9 @@ def rollout(
     width: int,
     prefix: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    cache_dtype: torch.dtype | None = None,
     attention: Attention = sdpa,
+    stages: Stages = EAGER,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Iterator[Chunk]:
     """Generates `frames` latent frames and yields them chunk by chunk, those of the prefix first.
@@ -122,12 +124,15 @@ def rollout(
     noise          `SeededNoise(seed)`, or recorded noise
     height, width  latent size, even (8 latent pixels are 64 pixels)
     prefix         clean latents [B, C, P, H, W] in model space to start from; P < frames
-    dtype          dtype to compute and to cache in; that of `embeds` by default. Latents stay float32 between steps
+    dtype          dtype to compute in; that of `embeds` by default. Latents stay float32 between steps
+    cache_dtype    dtype of the cache; `dtype` by default, torch.float8_e4m3fn for half the memory of bfloat16
+    attention      the attention kernel; `stages` from `compile_stages` for compiled blocks
     on_step        called after every forward of a step; what it raises ends the rollout
 
     Raises ValueError for sizes that do not fit, at the call and not at the first chunk.
     """
     batch, config, dtype = len(embeds), wan.config, dtype or embeds.dtype
+    cache_dtype = cache_dtype or dtype
     _check_size(height, width)
     if prefix is not None:
         _check_prefix(prefix, (batch, config.channels, height, width))
@@ -135,8 +140,8 @@ def rollout(
 
     def generate() -> Iterator[Chunk]:
         size = {"batch": batch, "height": height, "width": width}
-        cache = RollingCache.for_rollout(config, sampling, frames, **size, dtype=dtype, device=embeds.device)
-        model = Denoiser(wan, encode_text(wan, embeds.to(dtype)), dtype, attention)
+        cache = RollingCache.for_rollout(config, sampling, frames, **size, dtype=cache_dtype, device=embeds.device)
+        model = Denoiser(wan, encode_text(wan, embeds.to(dtype)), dtype, stages)
         shape = (batch, config.channels, height, width)
         generated = [span for span in spans if not span.given]
         for span in spans:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sf_core.cache import RollingCache
-from sf_core.config import PRESETS, Sampling, WanConfig
+from sf_core.config import PRESETS, WAN_1_3B, Sampling, WanConfig
 from sf_core.model import Sequence, WanLayers, WanModel, block_causal_mask, encode_text, velocity
 from sf_core.noise import SeededNoise
 from sf_core.rollout import plan_spans, rollout
@@ -158,6 +158,15 @@ def test_the_cache_is_allocated_once_and_as_small_as_the_window():
     cache = RollingCache.for_rollout(SMALL, Sampling(window=6, sink=1), 99, batch=2, height=HEIGHT, width=WIDTH)
     assert cache.nbytes == 2 * 6 * SMALL.cache_bytes_per_frame(HEIGHT, WIDTH, 4)
     assert RollingCache.for_rollout(SMALL, Sampling(), 4, batch=1, height=HEIGHT, width=WIDTH).slots == 4
+
+
+def test_a_float8_cache_takes_half_the_memory_and_moves_the_video_little():
+    size = {"batch": 1, "height": HEIGHT, "width": WIDTH}
+    half = RollingCache.for_rollout(WAN_1_3B, Sampling(window=2, chunk=1), 9, dtype=torch.bfloat16, **size)
+    eighth = RollingCache.for_rollout(WAN_1_3B, Sampling(window=2, chunk=1), 9, dtype=torch.float8_e4m3fn, **size)
+    assert eighth.nbytes / half.nbytes == pytest.approx(0.5, abs=0.02)  # the scales: 4 bytes for 128 numbers
+    plain, eighth = roll(12), roll(12, cache_dtype=torch.float8_e4m3fn)
+    assert (plain - eighth).norm() / plain.norm() < 0.02
 
 
 def test_far_positions_change_next_to_nothing():
