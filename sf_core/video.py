@@ -1,7 +1,8 @@
 """Frames to files and back: mp4, webm, gif, or a folder of PNGs, by the name of the file.
 
-Frames are handed in piece by piece and go straight to the encoder, so memory does not grow with the video. Everything is
-written beside its destination under another name and moved there when it is whole: an error or ^C leaves what was there.
+Frames are handed in piece by piece and go straight to the encoder, so memory does not grow with the video. Everything
+is written beside its destination under another name and moved there when it is whole: an error or ^C leaves what was
+there before.
 
 T frames, H W size in pixels.
 """
@@ -141,15 +142,15 @@ def _write_av(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
 def _write_gif(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
     count = 0
 
-    def pictures() -> Iterator[Image.Image]:
+    def picture(image: np.ndarray) -> Image.Image:
         nonlocal count
-        for count, image in enumerate(images, 1):
-            yield Image.fromarray(image).quantize(dither=Image.Dither.NONE)
+        count += 1
+        return Image.fromarray(image).quantize(dither=Image.Dither.NONE)
 
-    rest = pictures()
-    first = next(rest, None)
+    pictures = map(picture, images)
+    first = next(pictures, None)
     _check_any(count)
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    first.save(path, save_all=True, append_images=pictures, duration=round(1000 / fps), loop=0)
     return count
 
 

@@ -1,0 +1,256 @@
+"""The command line, in this process and with small random models in place of the built-in one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sf_core import generate, tiny
+from sf_core.cli import STOPPED, main
+from sf_core.config import WanConfig
+from sf_core.model import WanModel
+from sf_core.taehv import TAEHV, DecoderStream, Layout
+from sf_core.tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
+from sf_core.video import read_video
+from tests.core.regenerate import weights
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "a red circle moves right"
+CONFIG = WanConfig(dim=48, ffn_dim=64, heads=2, layers=2, freq_dim=32, text_dim=TEXT_DIM, text_len=TEXT_LEN)
+
+
+def drawn(module):
+    """The module with weights that are the same in every run."""
+    state = weights({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, seed=5)
+    module.load_state_dict(state)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def small_models(monkeypatch):
+    words = "a red circle moves right".split()
+    layout = Layout(widths=(16, 12, 8, 8), encoder_width=8)
+    load_model = lambda device, dtype: drawn(WanModel(CONFIG)).to(device, dtype)  # noqa: E731
+    monkeypatch.setattr(tiny, "load_model", load_model, raising=False)
+    monkeypatch.setattr(tiny, "load_text_encoder", lambda: drawn(TinyTextEncoder(words)), raising=False)
+    monkeypatch.setattr(tiny, "load_autoencoder", lambda: drawn(TAEHV(layout)), raising=False)
+
+
+@pytest.fixture
+def make(tmp_path, capsys):
+    """make("--frames", "9") -> what was printed as JSON, and the frames."""
+
+    def run(*options, prompt=PROMPT, name="frames/"):
+        out = f"{tmp_path}/{name}"
+        assert main(["generate", prompt, "--out", out, "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out), read_video(out)
+
+    return run
+
+
+def refused(capsys, *argv):
+    """The one line an impossible command ends with."""
+    assert main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    line = captured.err.splitlines()[-1]
+    assert line.startswith("sf_core: error: ")
+    return line
+
+
+def test_report_tells_what_was_done(make, tmp_path):
+    report, frames = make("--frames", "10", "--width", "32", "--height", "48", "--fps", "8", name="clip.mp4")
+    assert frames.shape == (10, 48, 32, 3)
+    assert (report["seed"], report["frames"], report["width"], report["height"], report["fps"]) == (0, 10, 32, 48, 8)
+    assert {"load", "prompt", "rollout", "decode", "write", "first_frames", "total"} == report["seconds"].keys()
+    assert all(seconds >= 0 for seconds in report["seconds"].values())
+    assert report["frames_per_second"] > 0 and report["out"] == f"{tmp_path}/clip.mp4"
+    assert report["sampling"]["window"] == 9 and report["device"] == "cpu" and report["dtype"] == "float32"
+
+
+def test_default_is_81_frames_of_64_x_64(make):
+    report, frames = make()
+    assert frames.shape == (81, 64, 64, 3) and report["latent_frames"] == 21 and report["fps"] == 16
+
+
+@pytest.mark.parametrize("frames", [1, 2, 9, 10, 13, 22])
+def test_first_frames_do_not_depend_on_the_number_asked_for(make, frames):
+    _, longest = make("--frames", "33", "--width", "16", "--height", "16")
+    _, shorter = make("--frames", str(frames), "--width", "16", "--height", "16", name="shorter/")
+    assert torch.equal(shorter, longest[:frames])
+
+
+def test_a_seed_gives_the_same_bytes(make, tmp_path):
+    make("--frames", "9", "--seed", "7", name="one.mp4")
+    make("--frames", "9", "--seed", "7", name="two.mp4")
+    make("--frames", "9", "--seed", "8", name="other.mp4")
+    one, two, other = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("one", "two", "other"))
+    assert one == two != other
+
+
+def test_seed_minus_one_draws_a_seed_that_can_be_used_again(make):
+    drawn_report, first = make("--frames", "5", "--seed", "-1")
+    again_report, again = make("--frames", "5", "--seed", str(drawn_report["seed"]), name="again/")
+    other_report, _ = make("--frames", "5", "--seed", "-1", name="other/")
+    assert torch.equal(first, again)
+    assert other_report["seed"] != drawn_report["seed"] >= 0 and again_report["seed"] == drawn_report["seed"]
+
+
+def test_drawn_seed_is_told_before_the_work(tmp_path, capsys):
+    assert main(["generate", PROMPT, "--out", f"{tmp_path}/frames/", "--frames", "1", "--seed", "-1"]) == 0
+    assert capsys.readouterr().err.startswith("sf_core: seed ")
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--preset", "cli"], {"shift": 5.0, "window": None}),
+        (["--preset", "demo", "--steps", "2"], {"shift": 8.0, "steps": [1000, 500]}),
+        (["--steps", "1000,700,200"], {"steps": [1000, 700, 200], "shift": 3.0}),
+        (["--window", "all"], {"window": None}),
+        (["--window", "4", "--sink", "2", "--chunk", "2"], {"window": 4, "sink": 2, "chunk": 2}),
+    ],
+)
+def test_options_change_the_preset(make, options, expected):
+    report, _ = make("--frames", "5", "--width", "16", "--height", "16", *options)
+    assert {name: report["sampling"][name] for name in expected} == expected
+
+
+def test_half_precision(make):
+    report, frames = make("--frames", "5", "--dtype", "bfloat16")
+    assert report["dtype"] == "bfloat16" and frames.isfinite().all()
+
+
+@pytest.mark.parametrize("preview, name", [(["--preview"], "clip.png"), (["--preview", "sheet.png"], "sheet.png")])
+def test_preview_is_a_png(make, tmp_path, monkeypatch, preview, name):
+    monkeypatch.chdir(tmp_path)
+    report, _ = make("--frames", "9", *preview, name="clip.gif")
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and report["preview"].endswith(name)
+
+
+def test_progress_tells_chunk_speed_and_first_frames(tmp_path, capsys):
+    assert main(["generate", PROMPT, "--out", f"{tmp_path}/clip.gif", "--frames", "33"]) == 0
+    captured = capsys.readouterr()
+    assert "chunk 3/3" in captured.err and "frames/s" in captured.err and "first after" in captured.err
+    assert captured.out.startswith(f"{tmp_path}/clip.gif: 33 frames of 64 x 64, seed 0")
+
+
+def test_words_it_does_not_know_are_told(make, capsys, tmp_path):
+    argv = ["generate", "a red dinosaur 🦖 moves right", "--out", f"{tmp_path}/clip.gif", "--frames", "1"]
+    assert main(argv) == 0
+    assert "leaves them out: dinosaur" in capsys.readouterr().err
+
+
+def test_a_very_long_prompt_is_cut_and_told(capsys, tmp_path):
+    assert main(["generate", "a red circle " * 5000, "--out", f"{tmp_path}/clip.gif", "--frames", "1"]) == 0
+    error = capsys.readouterr().err
+    assert "has no room for" in error and len(error) < 1000
+
+
+IMPOSSIBLE = [
+    (["--bogus"], "--bogus"),
+    (["--frames", "0"], "from 1 to 1000000"),
+    (["--frames", "-3"], "from 1 to 1000000"),
+    (["--frames", "99999999999999999999"], "from 1 to 1000000"),
+    (["--frames", "many"], "whole number"),
+    (["--width", "60"], "multiple of 16.* 64"),
+    (["--height", "0"], "from 1|multiple of 16"),
+    (["--width", "-64"], "from 1|multiple of 16"),
+    (["--height", "100000"], "up to 4096"),
+    (["--fps", "0"], "from 1 to 120"),
+    (["--seed", "-2"], "from -1"),
+    (["--seed", "18446744073709551616"], "from -1"),
+    (["--steps", "0"], "from 1"),
+    (["--steps", "250,500"], "must fall"),
+    (["--steps", "1000,x"], "numbers like"),
+    (["--chunk", "0"], "from 1"),
+    (["--window", "2"], "window of at least 3"),
+    (["--window", "4", "--sink", "2"], "window of at least 5"),
+    (["--window", "none"], "whole number"),
+    (["--sink", "-1"], "from 0"),
+    (["--preset", "best"], "cli.*demo.*tiny"),
+    (["--device", "toaster"], "use .*cpu"),
+    (["--device", "meta"], "use .*cpu"),
+    (["--dtype", "int8"], "float32"),
+    (["--preview", "sheet.jpg"], r"ends in \.png"),
+    (["--out", "clip.avi"], r"\.mp4, \.webm or \.gif"),
+    (["--out", "missing/clip.mp4"], "Make it first"),
+    (["--preview", "missing/sheet.png"], "Make it first"),
+]
+
+
+@pytest.mark.parametrize("options, remedy", IMPOSSIBLE, ids=[" ".join(options) for options, _ in IMPOSSIBLE])
+def test_impossible_options_are_refused_in_one_line(tmp_path, capsys, monkeypatch, options, remedy):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, "generate", PROMPT, "--out", "clip.mp4", *options)
+    assert re.search(remedy, line), line
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "🦖", "dinosaurs\ndance"])
+def test_a_prompt_without_a_known_word_is_refused(tmp_path, capsys, prompt):
+    assert "red circle" in refused(capsys, "generate", prompt, "--out", f"{tmp_path}/clip.mp4")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("argv", [["dance"], ["train"], ["train", "giant"], ["generate"], ["generate", PROMPT]])
+def test_incomplete_commands_are_refused(capsys, argv):
+    assert "--help" in refused(capsys, *argv)
+
+
+def test_a_cache_that_cannot_fit_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "_memory", lambda device: 2**20)
+    line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", "--window", "all", "--frames", "1000")
+    assert "GiB" in line and "smaller --window" in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_out_of_memory_is_told(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(DecoderStream, "decode", full)
+    assert "--device cpu" in refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.webm", "clip.gif", "clip/"])
+def test_stopping_leaves_nothing(tmp_path, capsys, monkeypatch, name):
+    calls = []
+    decode = DecoderStream.decode
+
+    def interrupted(stream, latents):
+        calls.append(latents)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(stream, latents)
+
+    monkeypatch.setattr(DecoderStream, "decode", interrupted)
+    assert main(["generate", PROMPT, "--out", f"{tmp_path}/{name}"]) == STOPPED
+    assert "stopped" in capsys.readouterr().err and os.listdir(tmp_path) == []
+
+
+def test_info_lists_model_presets_and_devices(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "M parameters" in out and "circle" in out and "demo" in out and "shift 8" in out and "cpu" in out
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_overview_names_every_command(capsys, argv):
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("generate", "info", "train tiny", "evaluate"))
+
+
+def test_module_can_be_run():
+    done = subprocess.run(
+        [sys.executable, "-m", "sf_core", "generate", "--frames", "0"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("sf_core: error: ") and done.stderr.count("\n") == 1
