@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def plan_spans(frames: int, sampling: Sampling, prefix: int = 0) -> list[Span]:
         first = sampling.first_chunk if not sizes and sampling.first_chunk else n
         sizes.append(min(first, left))
         left -= sizes[-1]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    starts = accumulate(sizes, initial=0)
     last = len(sizes) - 1
     return [Span(i, start, size, i < given, i == last) for i, (start, size) in enumerate(zip(starts, sizes))]
 
