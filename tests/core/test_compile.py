@@ -1,0 +1,58 @@
+"""torch.compile: how often, and what happens without a compiler. No kernels are built: a backend only counts graphs."""
+
+import logging
+
+import pytest
+import torch
+
+from sf_core.compile import compile_stages
+from sf_core.config import Sampling
+from sf_core.model import EAGER
+from tests.core.test_rollout import roll
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counting:
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, module, inputs):
+        self.graphs += 1
+        return module
+
+
+def test_each_part_is_compiled_once_while_the_cache_fills_and_rolls():
+    count = Counting()
+    sampling = Sampling(window=6, sink=1)
+    compiled = roll(21, sampling, stages=compile_stages("default", count))
+    assert count.graphs == 2  # before and after attention; one graph for all layers, steps and chunks
+    torch.testing.assert_close(compiled, roll(21, sampling), rtol=0, atol=2e-5)
+
+
+def test_a_chunk_of_another_size_is_compiled_once_more():
+    count = Counting()
+    roll(20, Sampling(first_chunk=2), stages=compile_stages("default", count))
+    assert count.graphs == 4
+
+
+def test_without_a_compiler_one_warning_and_the_same_video(caplog):
+    def broken(module, inputs):
+        raise RuntimeError("Cannot find a working triton installation")
+
+    with caplog.at_level(logging.WARNING, "sf_core.compile"):
+        video = roll(6, stages=compile_stages("default", broken))
+    assert torch.equal(video, roll(6))
+    assert len(caplog.records) == 1
+    assert "does not work here" in caplog.text and "triton" in caplog.text
+
+
+def test_off_is_eager_and_other_modes_are_refused():
+    assert compile_stages("off") is EAGER
+    with pytest.raises(ValueError, match="Got compile mode 'fast'"):
+        compile_stages("fast")
