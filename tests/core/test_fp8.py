@@ -1,0 +1,65 @@
+"""Linear layers in float8: how far they are off, what they leave alone, what they weigh."""
+
+import copy
+
+import pytest
+import torch
+
+from sf_core.fp8 import FLOAT8, Fp8Linear, quantise, quantised
+from tests.core.goldens import model
+from tests.core.test_rollout import PROMPT, WAN, roll
+
+
+def error(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def test_rows_keep_their_own_range():
+    x = torch.randn(3, 64) * torch.tensor([[1e-4], [1.0], [1e4]])
+    numbers, scale = quantised(x)
+    assert numbers.dtype == FLOAT8
+    back = numbers.float() * scale
+    for row, expected in zip(back, x):
+        assert error(row, expected) < 0.04
+    torch.testing.assert_close(back.abs().amax(1), x.abs().amax(1), rtol=1e-6, atol=0)
+
+
+def test_zeros_stay_zeros():
+    numbers, scale = quantised(torch.zeros(2, 16))
+    assert (numbers.float() * scale == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("product", [Fp8Linear._product, Fp8Linear._product_in_float8])
+def test_a_product_is_near_the_exact_one(product, dtype):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(128, 96, bias=False), torch.randn(2, 40, 128)
+    got = product(Fp8Linear.of(linear), x.to(dtype))
+    assert got.shape == (2, 40, 96) and got.dtype == dtype
+    assert 0 < error(got.float(), linear(x)) < 0.05
+
+
+def test_blocks_are_quantised_and_what_touches_latents_is_not():
+    wan = quantise(model())
+    inside = [module for module in wan.blocks.modules() if isinstance(module, (torch.nn.Linear, Fp8Linear))]
+    assert len(inside) == 2 * 10 and all(isinstance(module, Fp8Linear) for module in inside)
+    outside = (wan.head, wan.text_embedding, wan.time_embedding, wan.time_projection, wan.patch_embedding)
+    assert not any(isinstance(module, Fp8Linear) for part in outside for module in part.modules())
+
+
+def test_a_video_from_float8_weights_is_near_the_exact_one():
+    exact, near = roll(9), roll(9, wan=quantise(copy.deepcopy(WAN)))
+    assert 0 < error(near, exact) < 0.1
+
+
+def test_block_weights_take_a_quarter_of_float32():
+    wan = model().blocks
+    before = sum(p.nbytes for p in wan.parameters())
+    quantise(type("Wan", (), {"blocks": wan}))
+    after = sum(t.nbytes for t in (*wan.parameters(), *wan.buffers()))
+    assert after < 0.3 * before
+
+
+def test_prompts_are_read_with_float8_layers_too():
+    wan = quantise(copy.deepcopy(WAN))
+    assert roll(3, wan=wan, prompt=PROMPT.bfloat16(), dtype=torch.float32).isfinite().all()
