@@ -33,8 +33,8 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 @lru_cache
 def multiplies_float8(device: torch.device) -> bool:
     """Whether the device has float8 matrix units that torch can use: NVIDIA from compute capability 8.9 on."""
-    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >=
-    (8, 9)
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Fp8Linear(nn.Module):
