@@ -1,0 +1,218 @@
+"""The seam to ComfyUI: models, memory, attention, progress and latents, as the core wants them and the host has them.
+
+The core walks Wan's layer names, so it drives the network that ComfyUI has loaded, patched, quantised or offloaded,
+through ComfyUI's own layers. On wires everything is native: a MODEL is a ModelPatcher, a LATENT is raw VAE space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import comfy.model_management as management
+import comfy.utils
+import latent_preview
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.wan.model import WanModel
+from comfy.model_patcher import ModelPatcher
+from PIL import Image
+from torch import Tensor
+
+from ..sf_core.cache import RollingCache
+from ..sf_core.config import Sampling, WanConfig
+from ..sf_core.model import Attention, WanLayers
+from ..sf_core.rollout import Progress
+
+Size = tuple[int, int, int, int]
+Preview = tuple[str, Image.Image, int]  # format, picture, largest side
+
+GIB = 1024**3
+SMALL = 64 * 1024**2
+FAMILY = "self_forcing_family"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a MODEL knows about its own sampling: it travels with the MODEL through LoRAs and other patches.
+
+    preset   name in PRESETS
+    preview  newest latents [B, C, F, H, W] in model space -> picture; None: ComfyUI's own preview for the latents
+    """
+
+    preset: str = "cli"
+    preview: Callable[[Tensor], Image.Image] | None = None
+
+
+def set_family(patcher: ModelPatcher, family: Family) -> None:
+    patcher.set_attachments(FAMILY, family)
+
+
+def family_of(patcher: ModelPatcher) -> Family:
+    return patcher.get_attachment(FAMILY) or Family()
+
+
+# --- The network -----------------------------------------------------------------------------------------------------
+
+
+def wan_of(patcher: ModelPatcher) -> WanLayers:
+    """The Wan layers of a MODEL. Raises ValueError for anything that is not a Wan text-to-video model."""
+    module = patcher.model.diffusion_model
+    if not isinstance(module, WanModel):
+        raise ValueError(
+            f"Got a MODEL of type {type(patcher.model).__name__}; this node samples Wan video models. "
+            "Connect Load Tiny Self Forcing, or a Self Forcing checkpoint of Wan 2.1 from Load Diffusion Model."
+        )
+    if module.in_dim != module.out_dim or module.img_emb is not None:
+        raise ValueError(
+            f"Got a Wan model with {module.in_dim} input channels, made for image or control inputs; this node needs a "
+            "text-to-video model. Use a text-to-video checkpoint, and the prefix input to start from an image."
+        )
+    layers = WanLayers.of(module, wan_config(module))
+    return replace(layers, patch_embedding=_in_float32(module.patch_embedding))
+
+
+def wan_config(module: WanModel) -> WanConfig:
+    return WanConfig(
+        dim=module.dim,
+        ffn_dim=module.ffn_dim,
+        heads=module.num_heads,
+        layers=module.num_layers,
+        channels=module.in_dim,
+        freq_dim=module.freq_dim,
+        text_dim=module.text_dim,
+        text_len=module.text_len,
+        eps=module.eps,
+    )
+
+
+def _in_float32(layer: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    """ComfyUI keeps the patch embedding in float32, whatever the other layers are."""
+    return lambda x: layer(x.float()).to(x.dtype)
+
+
+def attention_of(patcher: ModelPatcher) -> Attention:
+    """ComfyUI's attention, [B, N, L, D] in and out, with whatever the MODEL's patches put in its place."""
+    options = patcher.model_options["transformer_options"]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return optimized_attention(
+            q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, transformer_options=options
+        )
+
+    return attention
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def loaded(patcher: ModelPatcher, wan: WanLayers, sampling: Sampling, size: Size) -> Iterator[None]:
+    """The model on its device, with room for the KV cache and one chunk's forward; `size` is latent: B, F, H, W.
+
+    Raises ValueError when the cache alone is larger than the device.
+    """
+    batch, frames, height, width = size
+    cache = cache_bytes(wan, sampling, size, patcher.model.get_dtype_inference())
+    total = management.get_total_memory(patcher.load_device)
+    if cache > total:
+        raise ValueError(
+            f"Got {frames} latent frames of {width * 8} x {height * 8} pixels, whose KV cache takes "
+            f"{cache / GIB:.1f} GiB; this device has {total / GIB:.1f} GiB. Set a smaller window (12, say), or make a "
+            "smaller video."
+        )
+    forward = patcher.memory_required([batch, wan.config.channels, sampling.chunk, height, width])
+    management.load_models_gpu([patcher], memory_required=cache + forward)
+    patcher.pre_run()
+    try:
+        with threads_for(patcher):
+            yield
+    finally:
+        patcher.cleanup()
+
+
+@contextmanager
+def threads_for(patcher: ModelPatcher) -> Iterator[None]:
+    """One thread for a model so small that, on a CPU, handing work between threads takes longer than the work."""
+    threads = torch.get_num_threads()
+    if patcher.load_device.type == "cpu" and patcher.model_size() < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cache_bytes(wan: WanLayers, sampling: Sampling, size: Size, dtype: torch.dtype) -> int:
+    batch, frames, height, width = size
+    meta = {"batch": batch, "height": height, "width": width, "dtype": dtype, "device": "meta"}
+    return RollingCache.for_rollout(wan.config, sampling, frames, **meta).nbytes
+
+
+# --- Latents and prompts ---------------------------------------------------------------------------------------------
+
+
+def latents_of(latent: dict, patcher: ModelPatcher, what: str = "latent") -> Tensor:
+    """The samples [B, C, F, H, W] of a LATENT that fits the MODEL. Raises ValueError where it does not."""
+    samples, channels = latent["samples"], patcher.model.diffusion_model.in_dim
+    if samples.ndim != 5 or samples.shape[1] != channels:
+        raise ValueError(
+            f"Got a {what} of shape {list(samples.shape)}; this model needs [batch, {channels}, frames, height, "
+            "width]. Make it with Self Forcing Latent, or with VAE Encode and the VAE that belongs to the model."
+        )
+    return samples
+
+
+def prompt_of(conditioning: list, batch: int) -> Tensor:
+    """Embeddings [B, tokens, width] of the first entry, repeated to `batch`. Raises ValueError if there is none."""
+    if not conditioning:
+        raise ValueError("Got empty conditioning; the sampler needs a prompt. Connect Self Forcing Prompt.")
+    return comfy.utils.repeat_to_batch_size(conditioning[0][0], batch)
+
+
+# --- Progress --------------------------------------------------------------------------------------------------------
+
+
+def check_cancelled() -> None:
+    """Raises ComfyUI's interruption when the user has pressed Cancel."""
+    management.throw_exception_if_processing_interrupted()
+
+
+class SamplingProgress:
+    """A step of a rollout on the node's progress bar, with a picture of the newest frames; Cancel is heard here."""
+
+    def __init__(self, patcher: ModelPatcher) -> None:
+        self.bar, self.done = comfy.utils.ProgressBar(1), 0
+        self.preview = family_of(patcher).preview
+        self.previewer = previewer_of(patcher)
+
+    def __call__(self, progress: Progress) -> None:
+        check_cancelled()
+        self.done += 1
+        self.bar.update_absolute(self.done, progress.chunks * progress.steps, self.picture(progress.x0))
+
+    def picture(self, x0: Tensor) -> Preview:
+        newest = x0[:1, :, -1:]  # [1, C, 1, H, W]
+        if self.preview is not None:
+            return as_preview(self.preview(newest))
+        return self.previewer.decode_latent_to_preview_image("JPEG", newest)
+
+
+def previewer_of(patcher: ModelPatcher) -> latent_preview.LatentPreviewer:
+    """The kind the user has chosen. Where previews are off, as they are by default, plain colours: watching the video
+    grow is the point, and they cost nothing beside a step."""
+    form = patcher.model.latent_format
+    return latent_preview.get_previewer(patcher.load_device, form) or latent_preview.Latent2RGBPreviewer(
+        form.latent_rgb_factors, form.latent_rgb_factors_bias, form.latent_rgb_factors_reshape
+    )
+
+
+def as_preview(picture: Image.Image) -> Preview:
+    """A picture for a progress bar, made smaller where it is large and never larger."""
+    return ("JPEG", picture, min(latent_preview.MAX_PREVIEW_RESOLUTION, max(picture.size)))
+
+
+def frame_picture(frame: Tensor) -> Image.Image:
+    """A frame [H, W, 3] in 0..1 as a picture."""
+    return Image.fromarray(frame.mul(255).round().to("cpu", torch.uint8).numpy())

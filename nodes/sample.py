@@ -1,0 +1,187 @@
+"""Size in, latents out: the empty latent, and the rollout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import comfy.model_management as management
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..sf_core.config import PRESETS, Sampling
+from ..sf_core.noise import MAX_SEED, Noise, SeededNoise
+from ..sf_core.rollout import plan_spans, rollout
+from . import host
+
+CATEGORY = "Self Forcing"
+AUTO = "auto"
+
+
+class SelfForcingLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SelfForcingLatent",
+            display_name="Self Forcing Latent",
+            category=CATEGORY,
+            description="The size and length of the video to make.",
+            search_aliases=["empty latent video", "empty wan latent", "video size", "video length", "resolution"],
+            inputs=[
+                io.Int.Input(
+                    "width", default=832, min=16, max=8192, step=16,
+                    tooltip="Width in pixels, a multiple of 16. 832 for Wan 2.1 1.3B, 64 for the built-in model.",
+                ),
+                io.Int.Input(
+                    "height", default=480, min=16, max=8192, step=16,
+                    tooltip="Height in pixels, a multiple of 16. 480 for Wan 2.1 1.3B, 64 for the built-in model.",
+                ),
+                io.Int.Input(
+                    "frames", default=81, min=1, max=200_001, step=4,
+                    tooltip="Length in frames; rounded up to 1, 5, 9, ... (a latent frame is 4 frames). Ignored when "
+                    "seconds is above 0.",
+                ),
+                io.Float.Input(
+                    "seconds", default=0.0, min=0.0, max=100_000.0, step=0.25,
+                    tooltip="Length in seconds at the given fps. 0: use frames instead.",
+                ),
+                io.Float.Input(
+                    "fps", default=16.0, min=1.0, max=120.0, step=1.0,
+                    tooltip="Frames per second that seconds are counted with. 16 is Wan 2.1's own rate.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos made at once, each different."),
+            ],
+            outputs=[io.Latent.Output(tooltip="An empty video latent for Self Forcing Sampler.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, width, height, frames, seconds, fps, batch_size) -> io.NodeOutput:
+        length = latent_frames(frames, seconds, fps)
+        shape = [batch_size, 16, length, *latent_size(width, height)]
+        return io.NodeOutput({"samples": torch.zeros(shape, device=management.intermediate_device())})
+
+
+def latent_frames(frames: int, seconds: float, fps: float) -> int:
+    """Latent frames that hold at least so many frames, or seconds where they are given: 1 + ceil((frames - 1) / 4)."""
+    wanted = max(1, round(seconds * fps)) if seconds > 0 else frames
+    return 1 + -(-(wanted - 1) // 4)
+
+
+def latent_size(width: int, height: int) -> tuple[int, int]:
+    """(height, width) in latent pixels. Raises ValueError unless both are multiples of 16 pixels."""
+    if width % 16 or height % 16:
+        nearest = [max(16, round(pixels / 16) * 16) for pixels in (width, height)]
+        raise ValueError(
+            f"Got {width} x {height} pixels; width and height must be multiples of 16. Use {nearest[0]} x {nearest[1]}."
+        )
+    return height // 8, width // 8
+
+
+class SelfForcingSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SelfForcingSampler",
+            display_name="Self Forcing Sampler",
+            category=CATEGORY,
+            description="Makes a video a few latent frames at a time, each chunk attending to the ones before it.",
+            search_aliases=[
+                "autoregressive sampler", "causal sampler", "rolling kv cache", "wan sampler", "causvid", "long video",
+            ],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A causal Wan text-to-video model from any loader, with or without LoRAs.",
+                ),
+                io.Conditioning.Input("positive", tooltip="The prompt. The first entry is used."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="Size, length and batch of the video, prefix included; its content is not used.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
+                    tooltip="The same seed gives the same frames. A longer video with the same seed starts with "
+                    "them too.",
+                ),
+                io.Combo.Input(
+                    "preset", options=[AUTO, *PRESETS], default=AUTO,
+                    tooltip="Steps, shift, chunk and window that belong together. auto: what the model was made for; "
+                    "cli: the published script (shift 5); demo: the published web demo (shift 8); tiny: the built-in "
+                    "model.",
+                ),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=100,
+                    tooltip="Denoising steps per chunk, evenly spaced before the shift. 0: the preset's (4).",
+                ),
+                io.Int.Input(
+                    "chunk", default=0, min=0, max=100,
+                    tooltip="Latent frames made together (4 frames each). 0: the preset's (3), which is what the model "
+                    "was trained with.",
+                ),
+                io.Int.Input(
+                    "window", default=0, min=0, max=100_000,
+                    tooltip="Latent frames the model sees, the current chunk included; memory and time grow with it. "
+                    "0: the preset's. A number as large as the video means all of it.",
+                ),
+                io.Int.Input(
+                    "sink", default=-1, min=-1, max=100_000,
+                    tooltip="First latent frames that never leave the window; steadies long videos. -1: the preset's.",
+                ),
+                io.Latent.Input(
+                    "prefix", optional=True,
+                    tooltip="Latents the video starts with: an image or a clip from VAE Encode at the same size, or "
+                    "another sampler's output to go on from. They stay in the output and count in its length.",
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The video's latents, for Self Forcing Decode or VAE Decode.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, positive, latent, seed, preset, steps, chunk, window, sink, prefix=None) -> io.NodeOutput:
+        sampling = sampling_of(preset, host.family_of(model).preset, steps, chunk, window, sink)
+        shape = host.latents_of(latent, model).shape
+        start = None if prefix is None else host.latents_of(prefix, model, "prefix")
+        return io.NodeOutput({"samples": sample(model, positive, shape, SeededNoise(seed), sampling, start)})
+
+
+def sampling_of(preset: str, own: str, steps: int, chunk: int, window: int, sink: int) -> Sampling:
+    """The preset (`own` for auto) with what the user has set; 0, or -1 for the sink, leaves it as it is."""
+    sampling = PRESETS[own if preset == AUTO else preset]
+    return replace(
+        sampling,
+        steps=tuple(1000 * (steps - i) / steps for i in range(steps)) or sampling.steps,
+        chunk=chunk or sampling.chunk,
+        window=window or sampling.window,
+        sink=sampling.sink if sink < 0 else sink,
+    )
+
+
+def whole_chunks(frames: int, sampling: Sampling, prefix: int) -> int:
+    """Latent frames rounded up so that the last chunk is a full one, as the model was trained."""
+    last = plan_spans(frames, sampling, prefix)[-1]
+    full = sampling.first_chunk if last.start == 0 and sampling.first_chunk else sampling.chunk
+    return frames + full - last.frames
+
+
+def sample(
+    model: ModelPatcher, positive: list, shape: torch.Size, noise: Noise, sampling: Sampling, prefix: Tensor | None
+) -> Tensor:
+    """A video [B, C, F, H, W] of `shape` on ComfyUI's intermediate device; like every LATENT, in raw VAE space."""
+    batch, _, frames, height, width = shape
+    wan, dtype = host.wan_of(model), model.model.get_dtype_inference()
+    embeds = host.prompt_of(positive, batch)
+    if prefix is not None:
+        prefix = model.model.process_latent_in(comfy.utils.repeat_to_batch_size(prefix, batch))
+    total = whole_chunks(frames, sampling, 0 if prefix is None else prefix.shape[2])
+    with host.loaded(model, wan, sampling, (batch, total, height, width)):
+        chunks = rollout(
+            wan, sampling, embeds.to(model.load_device), noise, total, height, width,
+            prefix=prefix, dtype=dtype, attention=host.attention_of(model), on_step=host.SamplingProgress(model),
+        )  # fmt: skip
+        latents = torch.cat([chunk.latents.to(management.intermediate_device()) for chunk in chunks], dim=2)
+    return model.model.process_latent_out(latents[:, :, :frames])
+
+
+NODES = [SelfForcingLatent, SelfForcingSampler]
