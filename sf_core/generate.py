@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import tiny
-from .config import PRESETS, Sampling
+from .config import PRESETS, Sampling, WanConfig
 from .noise import MAX_SEED, SeededNoise
 from .rollout import rollout
 from .taehv import DecoderStream
@@ -36,7 +36,8 @@ except ImportError:  # Windows
     resource = None
 
 MAX_FRAMES = 1_000_000  # 17 hours
-MAX_SIZE = 4096  # pixels
+MAX_SIZE = 2048  # pixels
+WORKING_BYTES = 2048  # per pixel of a frame, beside the cache: measured for the built-in model
 TILES = 12  # frames on the contact sheet
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -162,23 +163,27 @@ def run(args: argparse.Namespace) -> str:
         contact_sheet(torch.stack(list(tiles.values())), tiles).save(preview)
     stages.seconds["total"] = time.perf_counter() - started
     report = _report(request, args, preview, stages)
-    return json.dumps(report, indent=2, ensure_ascii=False) if args.json else _sentence(report)
+    return json.dumps(report, indent=2) if args.json else _sentence(report)
 
 
 def _load(request: Request) -> Models:
-    """The built-in model; refuses a cache that cannot fit before anything is allocated."""
+    """The built-in model; refuses what cannot fit before it is allocated."""
     wan = tiny.load_model(request.device, request.dtype)
-    window = min(request.sampling.window or request.rollout_frames, request.rollout_frames)
-    bytes_per_number = torch.finfo(request.dtype).bits // 8
-    needed = window * wan.config.cache_bytes_per_frame(request.height // 8, request.width // 8, bytes_per_number)
-    there = _memory(request.device)
-    if there and needed > there:
-        raise MemoryError(
-            f"Got a window of {window} latent frames at {request.width} x {request.height}, whose cache needs "
-            f"{needed / 2**30:.1f} GiB; {request.device} has {there / 2**30:.1f} GiB. Use a smaller --window or size."
-        )
+    _check_memory(request, wan.config)
     text, vae = tiny.load_text_encoder(), tiny.load_autoencoder()
     return Models(wan, text.to(request.device), vae.to(request.device, request.dtype))
+
+
+def _check_memory(request: Request, config: WanConfig) -> None:
+    window = min(request.sampling.window or request.rollout_frames, request.rollout_frames)
+    bytes_per_number = torch.finfo(request.dtype).bits // 8
+    cache = window * config.cache_bytes_per_frame(request.height // 8, request.width // 8, bytes_per_number)
+    needed, there = cache + WORKING_BYTES * request.width * request.height, _memory(request.device)
+    if there and needed > there:
+        raise MemoryError(
+            f"Got {request.width} x {request.height} pixels with a window of {window} latent frames, which need "
+            f"{needed / 2**30:.1f} GiB; {request.device} has {there / 2**30:.1f} GiB. Use a smaller size or --window."
+        )
 
 
 def _watched(pieces: Iterator[Tensor], request: Request, stages: Stages, tiles: dict[int, Tensor]) -> Iterator[Tensor]:
@@ -314,11 +319,13 @@ def _device(text: str) -> torch.device:
 
 @contextmanager
 def _told_memory() -> Iterator[None]:
-    """Out of memory on a GPU, as an error with a remedy."""
+    """Out of memory, as an error with a remedy; torch tells it of a CPU by the words alone."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(f"{error} Use a smaller --window, a smaller size or --device cpu.") from None
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise MemoryError(f"{error} Use a smaller size or --window, or --device cpu.") from None
 
 
 def _memory(device: torch.device) -> int | None:
