@@ -1,5 +1,5 @@
 # make demo       a first video with the built-in model: demo.mp4, and its contact sheet demo.png
-# make test       the linter and the core tests
+# make test       the core tests and the linter
 # make host-test  the tests inside a ComfyUI: make host-test COMFYUI_PATH=~/ComfyUI
 # make clean      removes what these made
 #
@@ -24,8 +24,8 @@ demo: $(VENV)/.runtime
 	"$(RUN)" -m sf_core generate "a red circle moves right" --out demo.mp4 --preview demo.png
 
 test: $(VENV)/.dev
-	"$(RUN)" -m ruff check .
 	OMP_NUM_THREADS=1 "$(RUN)" -m pytest tests/core
+	"$(RUN)" -m ruff check .
 
 host-test: $(VENV)/.dev
 	COMFYUI_PATH="$(COMFYUI_PATH)" "$(HOST_PYTHON)" -m pytest tests/host
