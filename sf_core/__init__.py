@@ -1,3 +1,3 @@
-"""The engine of Self Forcing for ComfyUI: causal Wan rollout, streaming decoders, training. It never imports ComfyUI."""
+"""The engine of Self Forcing for ComfyUI: causal Wan rollout, streaming decoders, training. It imports no ComfyUI."""
 
 __version__ = "0.1.0"
