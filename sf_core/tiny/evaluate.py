@@ -1,0 +1,133 @@
+"""Scores a checkpoint of the built-in model: does the video show what the prompt says, and for how long.
+
+Prompts are random combinations of colour, shape, motion and background (`--split held-out` takes only those never trained on).
+Every prompt is sampled chunk by chunk as in production, decoded, and read by `detect`. A window is 36 pixel frames, a little over
+one period of every motion; the first window is what the model was trained on, later ones show drift.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import tiny
+from ..config import PRESETS, Sampling
+from ..model import WanModel
+from ..noise import SeededNoise
+from ..rollout import rollout
+from ..taehv import DecoderStream
+from ..video import contact_sheet
+from . import detect
+from .autoencoder import SPACE, TinyAutoencoder, psnr
+from .data import SIZE, Clips, caption, draw, render
+from .text import TinyTextEncoder
+
+WINDOW = 36  # pixel frames
+BATCH = 16
+COLUMNS = (*detect.ATTRIBUTES, "all")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", nargs="+", type=Path, default=[None], metavar="FILE", help="transformer files to score (the built-in one)")
+    add("--text-encoder", type=Path, metavar="FILE", help="text encoder that belongs to them (the built-in one)")
+    add("--prompts", type=int, default=96, metavar="N", help="number of prompts (96)")
+    add("--windows", type=int, default=1, metavar="N", help=f"windows of {WINDOW} frames to generate and score (1)")
+    add("--split", choices=("all", "trained", "held-out"), default="all", help="which combinations to ask for (all)")
+    add("--seed", type=int, default=0, help="of prompts and noise (0)")
+    add("--sheet", type=Path, metavar="PNG", help="write a contact sheet of the first videos: one row each")
+    add("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> str:
+    if args.prompts < 1 or args.windows < 1:
+        raise ValueError(f"Got {args.prompts} prompts and {args.windows} windows; both must be 1 or more.")
+    torch.set_num_threads(1)
+    text, vae = tiny.load_text_encoder(args.text_encoder), tiny.load_autoencoder()
+    results = []
+    for path in args.model:
+        clips, prompts = ask(args.prompts, args.seed, args.split)
+        videos = generate(tiny.load_model(path=path), text, vae, prompts, args.windows, args.seed)
+        shown = []
+        scores = score(keep(videos, shown), clips, args.windows)
+        results.append({"model": str(path or "built in"), "prompts": args.prompts, "windows": scores})
+        if args.sheet:
+            write_sheet(shown[0], args.sheet)
+    return json.dumps(results, indent=1) if args.json else "\n\n".join(table(result) for result in results)
+
+
+def ask(n: int, seed: int, split: str = "all") -> tuple[Clips, list[str]]:
+    """n random clips and prompts for them; positions and phases of the clips do not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    clips = draw(n, generator, split)
+    return clips, caption(clips, generator)
+
+
+def generate(
+    wan: WanModel,
+    text: TinyTextEncoder,
+    vae: TinyAutoencoder,
+    prompts: list[str],
+    windows: int = 1,
+    seed: int = 0,
+    sampling: Sampling = PRESETS["tiny"],
+) -> Iterator[Tensor]:
+    """Videos of the prompts in order, [<= BATCH, windows * WINDOW, 64, 64, 3] at a time; different noise for each batch."""
+    latent = SIZE // SPACE
+    frames = -(-(windows * WINDOW + 3) // 4)  # latent frames, decoding to 4 frames each but the first
+    for first in range(0, len(prompts), BATCH):
+        embeds = text.encode(prompts[first : first + BATCH])
+        stream = DecoderStream(vae)
+        chunks = rollout(wan, sampling, embeds, SeededNoise(seed + first), frames, latent, latent)
+        video = torch.cat([stream.decode(chunk.latents) for chunk in chunks], 1)
+        yield video[:, : windows * WINDOW]
+
+
+def keep(videos: Iterator[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
+    """Passes batches of videos on and puts them into `kept`."""
+    for video in videos:
+        kept.append(video)
+        yield video
+
+
+def score(videos: Iterator[Tensor], clips: Clips, windows: int = 1) -> list[dict[str, float]]:
+    """Share of prompts followed, per attribute, and mean residual, for each window."""
+    sums = [{} for _ in range(windows)]
+    first = 0
+    for video in videos:
+        asked = clips[first : first + len(video)]
+        first += len(video)
+        for window, total in enumerate(sums):
+            piece = video[:, window * WINDOW : (window + 1) * WINDOW]
+            found = detect.matches(detect.read(piece), asked)
+            for name, value in {**found, "residual": detect.residual(piece, asked)}.items():
+                total[name] = total.get(name, 0.0) + float(value.float().sum())
+    return [{name: value / first for name, value in total.items()} for total in sums]
+
+
+def score_truth(n: int, seed: int, vae: TinyAutoencoder) -> dict[str, dict[str, float]]:
+    """What the detectors say of drawn clips and of their reconstructions, with the autoencoder's PSNR in dB."""
+    clips, _ = ask(n, seed)
+    truth = render(clips, WINDOW + 1)
+    with torch.no_grad():
+        again = torch.cat([vae.decode(vae.encode(part)) for part in truth.split(BATCH)])
+    scores = {name: score(iter([video[:, :WINDOW]]), clips)[0] for name, video in (("truth", truth), ("reconstruction", again))}
+    scores["reconstruction"]["psnr"] = float(psnr(again, truth).mean())
+    return scores
+
+
+def table(result: dict) -> str:
+    lines = [f"{result['model']}: {result['prompts']} prompts", "window  " + "".join(f"{c:>12}" for c in (*COLUMNS, "residual"))]
+    for number, scores in enumerate(result["windows"], 1):
+        shares = "".join(f"{scores[c]:12.3f}" for c in COLUMNS)
+        lines.append(f"{number:6}  {shares}{scores['residual']:12.4f}")
+    return "\n".join(lines)
+
+
+def write_sheet(videos: Tensor, path: Path) -> None:
+    """Every fourth frame of each video [B, T, H, W, 3], a row each, under its number."""
+    numbers = range(0, videos.shape[1], 4)
+    contact_sheet(videos[:, ::4].flatten(0, 1), [*numbers] * len(videos), len(numbers)).save(path)
