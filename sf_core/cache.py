@@ -38,7 +38,7 @@ class RollingCache:
     sink    first frames that stay
     pinned  whether sinks move along with the window
     dtype   of what is kept; torch.float8_e4m3fn keeps scales beside it
-    origin  position of the first frame that will be written; later frames count on from there
+    first   number, and so position, of the first frame that will be written
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class RollingCache:
         slots: int,
         sink: int = 0,
         pinned: bool = False,
-        origin: int = 0,
+        first: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.height, self.width, self.device = config, height, width, device
-        self.slots, self.sink, self.origin = slots, sink, origin
+        self.slots, self.sink = slots, sink
         self.tokens = config.tokens_per_frame(height, width)
         shape = (batch, config.heads, slots * self.tokens, config.head_dim)
         ring = ScaledRing if dtype.itemsize == 1 else Ring
         self.keys, self.values = ([ring(shape, dtype, device) for _ in range(config.layers)] for _ in range(2))
-        self.sinks: list[Tensor] | None = [] if pinned and sink else None  # sink keys at their first positions
-        self._sinks_at = 0
+        self.pinned = pinned and sink > 0
+        self.restart(first)
 
     @classmethod
     def for_rollout(cls, config: WanConfig, sampling: Sampling, frames: int, **size) -> RollingCache:
@@ -73,48 +73,64 @@ class RollingCache:
     def nbytes(self) -> int:
         return sum(ring.nbytes for ring in (*self.keys, *self.values))
 
+    def restart(self, first: int) -> None:
+        """Forgets everything; frame `first` comes next."""
+        self.first, self.ring_first = first, first + self.sink
+        self._sinks: list[Tensor] = []  # sink keys at their first positions, once they have to move
+        self._moved = 0
+
+    def cut(self, frame: int) -> None:
+        """Forgets everything but the sinks; `frame` comes next."""
+        self.ring_first = max(self.ring_first, frame)
+
     def chunk(self, start: int, frames: int, attention: Attention = sdpa) -> ChunkAttention:
         """How the chunk of frames start .. start + frames - 1 sees itself and the window before it.
 
-        `start` counts from the first frame this cache was given. Chunks come in order; the newest may come repeatedly.
+        Chunks come in order; the newest frames may come again, in one chunk or several.
         """
-        if self.sinks is not None and start + frames > self.slots:
-            self._move_sinks(start + frames - self.slots)
+        if self.pinned:
+            self._move_sinks(max(self.ring_first, start + frames - self.ring))
         return ChunkAttention(self, start, frames, attention)
 
+    @property
+    def ring(self) -> int:
+        """Slots that are not sinks'."""
+        return self.slots - self.sink
+
     def runs(self, start: int, frames: int) -> Iterator[tuple[int, int, int]]:
-        """(slot, offset in the chunk, count) of each stretch of slots that the frames take, at most three."""
+        """(slot, offset in the chunk, count) of each stretch of slots that the frames take, in order."""
         offset = 0
         while offset < frames:
             frame = start + offset
-            if frame < self.sink:
-                slot, room = frame, self.sink - frame
+            if frame < self.first + self.sink:
+                slot, room = frame - self.first, self.first + self.sink - frame
             else:
-                ring = self.slots - self.sink
-                at = (frame - self.sink) % ring
-                slot, room = self.sink + at, ring - at
+                at = (frame - self.ring_first) % self.ring
+                slot, room = self.sink + at, self.ring - at
             count = min(room, frames - offset)
             yield slot, offset, count
             offset += count
 
     def filled(self, end: int) -> int:
         """Slots in use once frame end - 1 is written: always the first ones."""
-        return min(end, self.slots)
+        if end <= self.first + self.sink:
+            return end - self.first
+        return min(self.sink + end - self.ring_first, self.slots)
 
     def rope(self, start: int, frames: int) -> Rope:
-        first = self.origin + start
-        return Rope.at(self.config.head_dim, range(first, first + frames), self.height, self.width, self.device)
+        return Rope.at(self.config.head_dim, range(start, start + frames), self.height, self.width, self.device)
 
-    def _move_sinks(self, frames: int) -> None:
-        """Puts the sinks `frames` later than they were made: just before the window's oldest other frame."""
-        count = self.sink * self.tokens
-        if not self.sinks:
-            self.sinks = [keys.read(count).clone() for keys in self.keys]
-        if frames != self._sinks_at:
-            later = Rope.at(self.config.head_dim, [frames], 2, 2, self.device)  # one angle: rows and columns stay
-            for keys, sinks in zip(self.keys, self.sinks):
-                keys.write(0, later(sinks))
-            self._sinks_at = frames
+    def _move_sinks(self, oldest: int) -> None:
+        """Puts the sinks just before frame `oldest`, the window's oldest other frame."""
+        later = oldest - self.sink - self.first
+        if later == self._moved:
+            return
+        if not self._sinks:
+            self._sinks = [keys.read(self.sink * self.tokens).clone() for keys in self.keys]
+        turn = Rope.at(self.config.head_dim, [later], 2, 2, self.device)  # one angle: rows and columns stay
+        for keys, sinks in zip(self.keys, self._sinks):
+            keys.write(0, turn(sinks))
+        self._moved = later
 
 
 class Ring:

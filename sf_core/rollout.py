@@ -1,6 +1,7 @@
 """The rollout: a few latent frames at a time, in a few steps, each chunk attending to what was made before.
 
     for chunk in chunks:
+        at a new prompt: renew what was remembered
         x = noise
         for each step of the list:
             x0 = denoise x, seeing the window
@@ -15,8 +16,8 @@ Source: arXiv 2506.08009, algorithm 2; numbers as in guandeh17/Self-Forcing, pip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -27,6 +28,7 @@ from .config import Sampling
 from .model import EAGER, Attention, Stages, Text, Wan, encode_text, sdpa, velocity
 from .noise import Noise
 from .schedule import add_noise, x0_from_velocity
+from .script import Cue, Script, padded_alike
 
 
 @dataclass(frozen=True)
@@ -88,31 +90,46 @@ def plan_spans(frames: int, sampling: Sampling, prefix: int = 0) -> list[Span]:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A model with the prompt it follows and the numbers it computes in: x_t -> x0."""
+    """A model with the prompt it follows and the numbers it computes in: x_t -> x0.
+
+    With guidance other than 1 `text` holds the prompts of the batch and then the negative ones; both run side by side,
+    each with its own half of the cache: v = negative + guidance (positive - negative).
+    """
 
     wan: Wan
     text: Text
     dtype: torch.dtype
+    guidance: float = 1.0
     stages: Stages = EAGER
 
     def x0(self, x: Tensor, timestep: float, sigma: float, attend: ChunkAttention) -> Tensor:
-        v = velocity(self.wan, x.to(self.dtype), timestep, self.text, attend, self.stages)
-        return x0_from_velocity(x, v.float(), sigma)
+        v = self._velocity(x, timestep, attend).float()
+        if self.guidance != 1:
+            positive, negative = v.chunk(2)
+            v = torch.lerp(negative, positive, self.guidance)
+        return x0_from_velocity(x, v, sigma)
 
     def commit(self, x0: Tensor, timestep: float, attend: ChunkAttention) -> None:
-        """Overwrites the chunk's keys and values with those of its clean latents."""
-        velocity(self.wan, x0.to(self.dtype), timestep, self.text, attend, self.stages)
+        """Overwrites the keys and values of frames with those of their clean latents."""
+        self._velocity(x0, timestep, attend)
+
+    def _velocity(self, x: Tensor, timestep: float, attend: ChunkAttention) -> Tensor:
+        x = x.to(self.dtype)
+        both = x if self.guidance == 1 else torch.cat((x, x))
+        return velocity(self.wan, both, timestep, self.text, attend, self.stages)
 
 
 def rollout(
     wan: Wan,
     sampling: Sampling,
-    embeds: Tensor,
+    prompt: Tensor | Sequence[Cue],
     noise: Noise,
     frames: int,
     height: int,
     width: int,
     prefix: Tensor | None = None,
+    negative: Tensor | None = None,
+    guidance: float = 1.0,
     dtype: torch.dtype | None = None,
     cache_dtype: torch.dtype | None = None,
     attention: Attention = sdpa,
@@ -121,42 +138,95 @@ def rollout(
 ) -> Iterator[Chunk]:
     """Generates `frames` latent frames and yields them chunk by chunk, those of the prefix first.
 
-    embeds         prompt embeddings [B, <= text_len, text_dim], on the device to compute on
+    prompt         embeddings [B, <= text_len, text_dim] on the device to compute on, or cues that follow each other
     noise          `SeededNoise(seed)`, or recorded noise
     height, width  latent size, even (8 latent pixels are 64 pixels)
     prefix         clean latents [B, C, P, H, W] in model space to start from; P < frames
-    dtype          dtype to compute in; that of `embeds` by default. Latents stay float32 between steps
+    negative       embeddings [B, tokens, text_dim] to steer away from, where `guidance` (CFG) is not 1; that doubles
+    the
+                   work and the cache
+    dtype          dtype to compute in; that of the prompt by default. Latents stay float32 between steps
     cache_dtype    dtype of the cache; `dtype` by default, torch.float8_e4m3fn for half the memory of bfloat16
     attention      the attention kernel; `stages` from `compile_stages` for compiled blocks
     on_step        called after every forward of a step; what it raises ends the rollout
 
     Raises ValueError for sizes that do not fit, at the call and not at the first chunk.
     """
-    batch, config, dtype = len(embeds), wan.config, dtype or embeds.dtype
-    cache_dtype = cache_dtype or dtype
+    script = Script.of(prompt)
+    first, config = script.cues[0].embeds, wan.config
+    batch, device, dtype = len(first), first.device, dtype or first.dtype
     _check_size(height, width)
     if prefix is not None:
         _check_prefix(prefix, (batch, config.channels, height, width))
+    _check_guidance(guidance, negative, batch)
     spans = plan_spans(frames, sampling, 0 if prefix is None else prefix.shape[2])
 
+    def read(embeds: Tensor) -> Text:
+        both = embeds if guidance == 1 else torch.cat(padded_alike(embeds, negative))
+        return encode_text(wan, both.to(dtype))
+
     def generate() -> Iterator[Chunk]:
-        size = {"batch": batch, "height": height, "width": width}
-        cache = RollingCache.for_rollout(config, sampling, frames, **size, dtype=cache_dtype, device=embeds.device)
-        model = Denoiser(wan, encode_text(wan, embeds.to(dtype)), dtype, stages)
+        size = {"batch": batch if guidance == 1 else 2 * batch, "height": height, "width": width}
+        cache = RollingCache.for_rollout(
+            config, sampling, frames, **size, dtype=cache_dtype or dtype, device=device
+        )
+        following, embeds = script.embeds_at(0)
+        model = Denoiser(wan, read(embeds), dtype, guidance, stages)
         shape = (batch, config.channels, height, width)
         generated = [span for span in spans if not span.given]
+        made = Made(cache.slots if script.rereads else 0)
         for span in spans:
+            now, embeds = script.embeds_at(span.start)
+            if now != following:
+                model = replace(model, text=read(embeds))
+                if now[0] != following[0]:
+                    switch(model, cache, script.cues[now[0]].transition, span.start, made, sampling, attention)
+                following = now
             attend = cache.chunk(span.start, span.frames, attention)
             if span.given:
-                x0 = prefix[:, :, span.start : span.start + span.frames].to(embeds.device, torch.float32)
+                x0 = prefix[:, :, span.start : span.start + span.frames].to(device, torch.float32)
             else:
                 report = _reporter(on_step, span, len(generated))
                 x0 = denoise(model, sampling, noise, span, attend, shape, span is generated[0], report)
             yield Chunk(span, x0)
+            made.add(x0)
             if not span.is_last:
                 model.commit(x0, 0.0 if span.given else sampling.context_noise, attend)
 
     return torch.inference_mode()(generate)()
+
+
+class Made:
+    """The newest finished latents [B, C, <= most, H, W], for a prompt that has to read them again."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.latents: Tensor | None = None
+
+    def add(self, x0: Tensor) -> None:
+        if self.most:
+            joined = x0 if self.latents is None else torch.cat((self.latents, x0), dim=2)
+            self.latents = joined[:, :, -self.most :]
+
+
+def switch(
+    model: Denoiser,
+    cache: RollingCache,
+    transition: str,
+    frame: int,
+    made: Made,
+    sampling: Sampling,
+    attention: Attention,
+) -> None:
+    """Brings the cache in line with a prompt that starts at `frame`; see script.py."""
+    if transition == "cut":
+        cache.cut(frame)
+    if transition not in ("recache", "renew"):
+        return
+    start = frame - made.latents.shape[2]
+    if transition == "renew":
+        cache.restart(start)
+    model.commit(made.latents, sampling.context_noise, cache.chunk(start, frame - start, attention))
 
 
 def denoise(
@@ -200,6 +270,15 @@ def _check_size(height: int, width: int) -> None:
         raise ValueError(
             f"Got latents of {height} x {width}; both must be even and at least 2. "
             "Use a height and width in pixels that are multiples of 16."
+        )
+
+
+def _check_guidance(guidance: float, negative: Tensor | None, batch: int) -> None:
+    if guidance != 1 and (negative is None or len(negative) != batch):
+        got = "no negative prompt" if negative is None else f"negative prompts for {len(negative)} videos"
+        raise ValueError(
+            f"Got guidance {guidance:g} with {got}; guidance needs one for each of {batch}. Give a negative prompt (an "
+            "empty one will do), or set guidance to 1, which step-distilled models are made for."
         )
 
 

@@ -20,6 +20,7 @@ from sf_core.schedule import (
     velocity_from_x0,
     x0_from_velocity,
 )
+from sf_core.script import Cue
 from tests.core.goldens import CONFIG, HEIGHT, REAL_SCORE, TOKENS, WIDTH, frames_second, golden, model
 
 TOLERANCE = 2e-5
@@ -56,8 +57,8 @@ def frame_mask(case):
     return mask.repeat_interleave(TOKENS, 0).repeat_interleave(TOKENS, 1)
 
 
-def replay(tensors, case, sampling):
-    """Rolls a recorded case out again, [B, F, C, H, W]."""
+def replay(tensors, case, sampling, prompt=None):
+    """Rolls a recorded case out again, [B, F, C, H, W]; `prompt` where it is not the recorded one."""
     expected = tensors[f"{case}.latents"]
     batch, frames = expected.shape[:2]
     draws = tensors.get(f"{case}.renoise")
@@ -67,7 +68,8 @@ def replay(tensors, case, sampling):
     noise = RecordedNoise(
         frames_second(tensors[f"{case}.noise"]), [frames_second(draw.unflatten(0, (batch, -1))) for draw in draws]
     )
-    prompt = tensors.get(f"{case}.prompt_embeds", tensors.get(f"{case}.prompt_embeds0"))
+    if prompt is None:
+        prompt = tensors.get(f"{case}.prompt_embeds", tensors.get(f"{case}.prompt_embeds0"))
     prefix = tensors.get(f"{case}.initial_latent")
     prefix = None if prefix is None else frames_second(prefix)
     chunks = rollout(model(), sampling, prompt, noise, frames, HEIGHT, WIDTH, prefix=prefix)
@@ -166,6 +168,20 @@ def test_a_window_too_small_for_sink_and_chunk_is_refused():
 def test_longlive_window(case):
     window, sink = map(int, re.search(r"local(\d)_sink(\d)", case).groups())
     close(*replay(LONGLIVE, case, Sampling(window=window, sink=sink, pinned=case.startswith("infinity"))))
+
+
+@pytest.mark.parametrize(
+    ("case", "starts", "transition"),
+    [
+        ("switch_early", (0, 6), "recache"),
+        ("switch_globalsink", (0, 12, 21), "recache"),
+        ("switch_noglobalsink", (0, 12, 21), "renew"),
+    ],
+)
+def test_longlive_prompt_switch(case, starts, transition):
+    prompts = [LONGLIVE[f"{case}.prompt_embeds{i}"] for i in range(len(starts))]
+    cues = [Cue(start, embeds, transition) for start, embeds in zip(starts, prompts)]
+    close(*replay(LONGLIVE, case, Sampling(window=9, sink=3), cues))
 
 
 @pytest.mark.parametrize("shift", [1, 3, 5, 8])

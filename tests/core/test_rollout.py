@@ -174,11 +174,11 @@ def test_far_positions_change_next_to_nothing():
     x = torch.randn(1, SMALL.channels, 6, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
     text = encode_text(WAN, PROMPT)
 
-    def last(origin):
-        cache = RollingCache(SMALL, 1, HEIGHT, WIDTH, slots=6, origin=origin)
+    def last(first):
+        cache = RollingCache(SMALL, 1, HEIGHT, WIDTH, slots=6, first=first)
         with torch.no_grad():
-            velocity(WAN, x[:, :, :3], 0, text, cache.chunk(0, 3))
-            return velocity(WAN, x[:, :, 3:], 500, text, cache.chunk(3, 3))
+            velocity(WAN, x[:, :, :3], 0, text, cache.chunk(first, 3))
+            return velocity(WAN, x[:, :, 3:], 500, text, cache.chunk(first + 3, 3))
 
     equal(last(0), last(300_000))
 

@@ -25,7 +25,7 @@ ROLLOUTS = {  # case -> latent frames kept, the prefix included
     "indep19": 7,
 }
 WINDOWS = {"local6_sink1": 12, "local7_sink0": 12, "local9_sink3": 15, "frame_local6_sink2": 10}
-LONGLIVE = {"infinity_local9_sink3": 18}
+LONGLIVE = {"infinity_local9_sink3": 18, "switch_early": 9, "switch_globalsink": 15, "switch_noglobalsink": 15}
 
 
 def batch_first(tensors: dict, prefixes: tuple[str, ...]) -> dict:
