@@ -1,8 +1,10 @@
-"""The built-in model: a Wan-type DiT of a few MB with its own autoencoder and text encoder, made by `python -m sf_core train tiny`.
+"""The built-in model: a Wan-type DiT of a few MB with its own autoencoder and text encoder, made by `python -m sf_core
+train tiny`.
 
     wan, text, vae = load_model(), load_text_encoder(), load_autoencoder()
 
-It draws one coloured shape that moves on a background, 64 x 64 pixels; `data` says what it has seen, `text` which words it knows.
+It draws one coloured shape that moves on a background, 64 x 64 pixels; `data` says what it has seen, `text` which
+words it knows.
 """
 
 import json
@@ -21,7 +23,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("transformer", "autoencoder", "text_encoder")
 
 
-def load_model(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, path: Path | None = None) -> WanModel:
+def load_model(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, path: Path | None = None
+) -> WanModel:
     """The DiT, ready to sample. `path` is another file of the same kind; raises as `read` does."""
     path = Path(path or WEIGHTS / "transformer.safetensors")
     state, metadata = read(path)
@@ -58,7 +62,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def entry(metadata: dict[str, str], key: str, path: Path) -> str:
     if key not in metadata:
-        raise ValueError(f"Got {path} without the metadata entry {key!r}; a part of the built-in model has it. {_remedy(path)}")
+        raise ValueError(
+            f"Got {path} without the metadata entry {key!r}; a part of the built-in model has it. {_remedy(path)}"
+        )
     return metadata[key]
 
 
@@ -68,11 +74,13 @@ def fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
         module.load_state_dict(state, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"Got {path}, whose tensors do not fit this part of the built-in model ({reason}). {_remedy(path)}") from None
+        raise ValueError(
+            f"Got {path}, whose tensors do not fit this part of the built-in model ({reason}). {_remedy(path)}"
+        ) from None
     return module.requires_grad_(False).eval()
 
 
 def _remedy(path: Path) -> str:
     if path.parent == WEIGHTS:
-        return "Reinstall the package, or restore the file with git checkout, or train it again: python -m sf_core train tiny."
+        return "Reinstall the package, or train the model again: python -m sf_core train tiny."
     return "Give a file written by python -m sf_core train tiny."

@@ -1,12 +1,12 @@
 """The autoencoder of the built-in model: 16 channels, one latent pixel for 8 x 8 pixels of 4 frames.
 
-The encoder is a fixed linear map, the principal components of 4 x 8 x 8 x 3 blocks of the training clips; their scale is
-flattened (standard deviation ~ eigenvalue^0.15) so that latents come out near unit variance. The decoder adds to the linear
-reconstruction what a small causal network makes of the latents; it is made of the same streaming layers as TAEHV, so
-`DecoderStream` runs it.
+The encoder is a fixed linear map, the principal components of 4 x 8 x 8 x 3 blocks of the training clips; their scale
+is flattened (standard deviation ~ eigenvalue^0.15) so that latents come out near unit variance. The decoder adds to
+the linear reconstruction what a small causal network makes of the latents; it is made of the same streaming layers as
+TAEHV, so `DecoderStream` runs it.
 
-Time is Wan's: 1 + 4k frames are 1 + k latents. The first frame is encoded as if it had been standing still for three frames
-before, so latent 0 always is a still, and decodes to one frame.
+Time is Wan's: 1 + 4k frames are 1 + k latents. The first frame is encoded as if it had been standing still for three
+frames before, so latent 0 always is a still, and decodes to one frame.
 
 B batch, T pixel frames, F latent frames, C channels, H W latent size.
 """
@@ -85,12 +85,13 @@ class TinyAutoencoder(nn.Module):
     def encode(self, frames: Tensor) -> Tensor:
         """frames [B, T, 8H, 8W, 3] in 0..1 -> latents [B, C, 1 + ceil((T-1)/4), H, W] in model space.
 
-        The last frame is repeated where T is not 1 + 4k. Raises ValueError for a height or width that 8 does not divide.
+        The last frame is repeated where T is not 1 + 4k. Raises ValueError for a size that 8 does not divide.
         """
         _, length, height, width, _ = frames.shape
         if height % SPACE or width % SPACE:
             raise ValueError(
-                f"Got frames of {width} x {height} pixels; the built-in autoencoder needs multiples of {SPACE}. Crop or resize them."
+                f"Got frames of {width} x {height} pixels; the built-in autoencoder needs "
+                f"multiples of {SPACE}. Crop or resize them."
             )
         still = frames[:, :1].expand(-1, TIME - 1, -1, -1, -1)
         after = frames[:, -1:].expand(-1, -(length - 1) % TIME, -1, -1, -1)

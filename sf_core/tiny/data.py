@@ -1,11 +1,11 @@
 """The world of the built-in model: one coloured shape on a background, 64x64 pixels, moving for ever.
 
-The picture is a torus (what leaves on the right comes back on the left) and every motion is periodic, so a clip can be cut at
-any frame and "moves right" means the same in the tenth second as in the first. That makes drift measurable.
+The picture is a torus (what leaves on the right comes back on the left) and every motion is periodic, so a clip can
+be cut at any frame and "moves right" means the same in the tenth second as in the first. That makes drift measurable.
 
-A clip is eight numbers (`Clips`); `render` draws it, `caption` says it in English. What a caption leaves out has a default: a
-black background, a medium size, standing still. Combinations of colour, shape, motion and background marked in `held_out()` are
-never trained on.
+A clip is eight numbers (`Clips`); `render` draws it, `caption` says it in English. What a caption leaves out has a
+default: a black background, a medium size, standing still. Combinations of colour, shape, motion and background
+marked in `held_out()` are never trained on.
 """
 
 import math
@@ -33,7 +33,12 @@ BACKGROUNDS = ("black", "gray", "white", "navy", "checkered")
 SIZES = {"small": 8.5, "medium": 11.0, "big": 14.0}  # radius in pixels of the circle of equal area
 DEFAULT_BACKGROUND, DEFAULT_MOTION, DEFAULT_SIZE = BACKGROUNDS.index("black"), MOTIONS.index("still"), 1
 
-FLAT = {"black": (0.02, 0.02, 0.02), "gray": (0.50, 0.50, 0.50), "white": (0.96, 0.96, 0.96), "navy": (0.06, 0.08, 0.32)}
+FLAT = {
+    "black": (0.02, 0.02, 0.02),
+    "gray": (0.50, 0.50, 0.50),
+    "white": (0.96, 0.96, 0.96),
+    "navy": (0.06, 0.08, 0.32),
+}
 CHECKER_TILE, CHECKER_LEVELS = 8, (0.30, 0.65)
 
 MOTION_PHRASES = {
@@ -54,7 +59,7 @@ COMBINATIONS = len(COLOURS) * len(SHAPES) * len(MOTIONS) * len(BACKGROUNDS)
 
 @dataclass(frozen=True)
 class Clips:
-    """A batch of clips as numbers, each field [B]: indices into the tables above, start (pixels) and phase (turns, 0..1)."""
+    """A batch of clips, each field [B]: indices into the tables above, start (pixels) and phase (turns, 0..1)."""
 
     colour: Tensor
     shape: Tensor
@@ -83,7 +88,7 @@ def held_out() -> Tensor:
 
 
 def draw(n: int, generator: torch.Generator, split: str = "trained") -> Clips:
-    """n random clips. split: "trained", "held-out" or "all" combinations, each equally likely; half are of medium size."""
+    """n random clips of "trained", "held-out" or "all" combinations, each equally likely; half are of medium size."""
     allowed = {"trained": ~held_out(), "held-out": held_out(), "all": torch.ones(COMBINATIONS, dtype=torch.bool)}[split]
     choices = allowed.nonzero().squeeze(1)
     combination = choices[torch.randint(len(choices), (n,), generator=generator)]
@@ -91,7 +96,10 @@ def draw(n: int, generator: torch.Generator, split: str = "trained") -> Clips:
     x, y, phase, along = torch.rand(4, n, generator=generator)
     rest, background = combination // len(BACKGROUNDS), combination % len(BACKGROUNDS)
     rest, motion = rest // len(MOTIONS), rest % len(MOTIONS)
-    middle, where = SIZE / 2, SIZE * along  # a travelling shape may start anywhere on its path, which is near the middle
+    middle, where = (
+        SIZE / 2,
+        SIZE * along,
+    )  # a travelling shape may start anywhere on its path, which is near the middle
     x, y = (middle + OFF_CENTRE * (2 * offset - 1) for offset in (x, y))
     x = torch.where(motion <= MOTIONS.index("left"), where, x)
     y = torch.where((motion == MOTIONS.index("up")) | (motion == MOTIONS.index("down")), where, y)
@@ -100,7 +108,7 @@ def draw(n: int, generator: torch.Generator, split: str = "trained") -> Clips:
 
 
 def caption(clips: Clips, generator: torch.Generator, backgrounds: bool = False) -> list[str]:
-    """One English sentence per clip, phrased at random. backgrounds: name the background even where it is the default."""
+    """One English sentence per clip, phrased at random; `backgrounds`: naming the background even if it is black."""
 
     def pick(options):
         return options[int(torch.randint(len(options), (1,), generator=generator))]
@@ -112,7 +120,9 @@ def caption(clips: Clips, generator: torch.Generator, backgrounds: bool = False)
         subject = f"{'an' if subject.startswith('orange') else 'a'} {subject}"
         place = pick(BACKGROUND_PHRASES).format(pick(BACKGROUND_WORDS.get(BACKGROUNDS[b], (BACKGROUNDS[b],))))
         unnamed = b == DEFAULT_BACKGROUND and not backgrounds and pick((True, False))
-        captions.append(subject if unnamed else pick((f"{subject} {place}", f"{subject} {place}", f"{place} {subject}")))
+        captions.append(
+            subject if unnamed else pick((f"{subject} {place}", f"{subject} {place}", f"{place} {subject}"))
+        )
     return captions
 
 
@@ -133,7 +143,16 @@ def trajectory(clips: Clips, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     travel = zero + SPEED * time
     dx = torch.stack([travel, -travel, zero, zero, zero, ORBIT_RADIUS * (2 * math.pi * turn).cos(), zero, zero])
     dy = torch.stack(
-        [zero, zero, -travel, travel, -BOUNCE_HEIGHT * hop.sin().abs(), ORBIT_RADIUS * (2 * math.pi * turn).sin(), zero, zero]
+        [
+            zero,
+            zero,
+            -travel,
+            travel,
+            -BOUNCE_HEIGHT * hop.sin().abs(),
+            ORBIT_RADIUS * (2 * math.pi * turn).sin(),
+            zero,
+            zero,
+        ]
     )
     row = torch.arange(len(clips))
     pulse = (clips.motion == MOTIONS.index("pulse"))[:, None]
@@ -142,9 +161,10 @@ def trajectory(clips: Clips, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def coverage(shape: int, x: Tensor, y: Tensor, radius: Tensor, size: int = SIZE) -> Tensor:
-    """How much of each pixel the shape covers, 0..1, [..., size, size]; centre and radius (of the circle of equal area) are [...].
+    """How much of each pixel the shape covers, 0..1, [..., size, size].
 
-    Distance to the outline in pixels, turned into an anti-aliased edge. The plane wraps around.
+    Centre and radius (of the circle of equal area) are [...], in pixels. The distance to the outline becomes an
+    anti-aliased edge. The plane wraps around.
     """
     grid = torch.arange(size) + 0.5
     px = (grid - x[..., None] + size / 2) % size - size / 2  # [..., size]

@@ -4,8 +4,8 @@ background  the backdrop that the median pixel is nearest to
 colour      the palette entry that most pixels unlike the backdrop are near to
 shape       overlap of what the shape covers with each shape drawn at the same place and size
 motion      speed, spread and growth of that cover, compared with what each motion does
-residual    mean distance of the pixels to the nearer of the prompted colour and the prompted backdrop: 0 is a perfect picture,
-            and its growth over a long video is drift
+residual    mean distance of the pixels to the nearer of the prompted colour and the prompted backdrop: 0 is a perfect
+            picture, and its growth over a long video is drift
 """
 
 import math
@@ -75,7 +75,7 @@ def locate(cover: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def read_shape(cover: Tensor, x: Tensor, y: Tensor, area: Tensor) -> Tensor:
-    """Index [B] of the shape that, drawn at the measured places and sizes, overlaps best (intersection over union)."""
+    """Index [B] of the shape that overlaps best when drawn at the measured places and sizes."""
     radius = (area / math.pi).sqrt()
     overlaps = []
     for shape in range(len(SHAPES)):
@@ -91,7 +91,7 @@ def read_motion(x: Tensor, y: Tensor, area: Tensor) -> Tensor:
 
 
 def motion_features(x: Tensor, y: Tensor, area: Tensor) -> Tensor:
-    """[B, 5]: mean speed (1 = the linear motions'), spread around it (1 = an orbit's), both ways; growth (1 = a pulse's)."""
+    """[B, 5]: speed (1 = the linear motions'), spread (1 = an orbit's), both ways; growth (1 = a pulse's)."""
     pulse = data.PULSE_DEPTH / math.sqrt(2)
     radius = area.clamp(min=1).sqrt()
     return torch.stack([*_path_features(x), *_path_features(y), radius.std(1) / radius.mean(1) / pulse], 1)
@@ -108,7 +108,7 @@ def motion_prototypes() -> Tensor:
 
 
 def _path_features(position: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean speed and standard deviation around uniform motion of positions [B, T] on the torus, in units of the prototypes."""
+    """Speed and spread of positions [B, T] on the torus around uniform motion, in units of the prototypes."""
     step = (position.diff(dim=1) + SIZE / 2) % SIZE - SIZE / 2
     path = torch.cat([torch.zeros_like(step[:, :1]), step.cumsum(1)], 1)
     time = torch.arange(path.shape[1]) - (path.shape[1] - 1) / 2

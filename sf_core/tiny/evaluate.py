@@ -1,8 +1,9 @@
 """Scores a checkpoint of the built-in model: does the video show what the prompt says, and for how long.
 
-Prompts are random combinations of colour, shape, motion and background (`--split held-out` takes only those never trained on).
-Every prompt is sampled chunk by chunk as in production, decoded, and read by `detect`. A window is 36 pixel frames, a little over
-one period of every motion; the first window is what the model was trained on, later ones show drift.
+Prompts are random combinations of colour, shape, motion and background (`--split held-out` takes only those never
+trained on). Every prompt is sampled chunk by chunk as in production, decoded, and read by `detect`. A window is 36
+pixel frames, a little over one period of every motion; the first window is what the model was trained on, later ones
+show drift.
 """
 
 import argparse
@@ -32,7 +33,14 @@ COLUMNS = (*detect.ATTRIBUTES, "all")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", nargs="+", type=Path, default=[None], metavar="FILE", help="transformer files to score (the built-in one)")
+    add(
+        "--model",
+        nargs="+",
+        type=Path,
+        default=[None],
+        metavar="FILE",
+        help="transformer files to score (the built-in one)",
+    )
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder that belongs to them (the built-in one)")
     add("--prompts", type=int, default=96, metavar="N", help="number of prompts (96)")
     add("--windows", type=int, default=1, metavar="N", help=f"windows of {WINDOW} frames to generate and score (1)")
@@ -75,7 +83,7 @@ def generate(
     seed: int = 0,
     sampling: Sampling = PRESETS["tiny"],
 ) -> Iterator[Tensor]:
-    """Videos of the prompts in order, [<= BATCH, windows * WINDOW, 64, 64, 3] at a time; different noise for each batch."""
+    """Videos of the prompts, [<= BATCH, windows * WINDOW, 64, 64, 3] at a time, each batch with its own noise."""
     latent = SIZE // SPACE
     frames = -(-(windows * WINDOW + 3) // 4)  # latent frames, decoding to 4 frames each but the first
     for first in range(0, len(prompts), BATCH):
@@ -114,13 +122,19 @@ def score_truth(n: int, seed: int, vae: TinyAutoencoder) -> dict[str, dict[str, 
     truth = render(clips, WINDOW + 1)
     with torch.no_grad():
         again = torch.cat([vae.decode(vae.encode(part)) for part in truth.split(BATCH)])
-    scores = {name: score(iter([video[:, :WINDOW]]), clips)[0] for name, video in (("truth", truth), ("reconstruction", again))}
+    scores = {
+        name: score(iter([video[:, :WINDOW]]), clips)[0]
+        for name, video in (("truth", truth), ("reconstruction", again))
+    }
     scores["reconstruction"]["psnr"] = float(psnr(again, truth).mean())
     return scores
 
 
 def table(result: dict) -> str:
-    lines = [f"{result['model']}: {result['prompts']} prompts", "window  " + "".join(f"{c:>12}" for c in (*COLUMNS, "residual"))]
+    lines = [
+        f"{result['model']}: {result['prompts']} prompts",
+        "window  " + "".join(f"{c:>12}" for c in (*COLUMNS, "residual")),
+    ]
     for number, scores in enumerate(result["windows"], 1):
         shares = "".join(f"{scores[c]:12.3f}" for c in COLUMNS)
         lines.append(f"{number:6}  {shares}{scores['residual']:12.4f}")

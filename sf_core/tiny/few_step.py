@@ -1,12 +1,15 @@
-"""Stage 4: four steps instead of many, by Self Forcing with distribution matching (arXiv 2506.08009, algorithm 1; DMD2, arXiv 2405.14867).
+"""Stage 4: four steps instead of many, by Self Forcing with distribution matching (arXiv 2506.08009, algorithm 1; DMD2,
+arXiv 2405.14867).
 
-The generator makes whole clips as it does in production, each chunk attending to its own earlier output through the rolling
-cache. One exit step is drawn per rollout: every chunk stops there, and only that forward carries gradient. The clip is then
-noised, and two bidirectional networks say what they think the clean clip was: the frozen teacher, with guidance, and a critic
-that is trained on the generator's clips all along. The difference is the gradient with respect to the clip.
+The generator makes whole clips as it does in production, each chunk attending to its own earlier output through the
+rolling cache. One exit step is drawn per rollout: every chunk stops there, and only that forward carries gradient.
+The clip is then noised, and two bidirectional networks say what they think the clean clip was: the frozen teacher,
+with guidance, and a critic that is trained on the generator's clips all along. The difference is the gradient with
+respect to the clip.
 
-Half the rollouts begin with chunks that are not trained on, so that the generator also learns from windows later in a video.
-The two networks know only clips that begin with a still, so the first frame of such a window is turned into one.
+Half the rollouts begin with chunks that are not trained on, so that the generator also learns from windows later in a
+video. The two networks know only clips that begin with a still, so the first frame of such a window is turned into
+one.
 """
 
 import copy
@@ -21,7 +24,19 @@ from ..model import Sequence, WanModel
 from ..schedule import add_noise, x0_from_velocity
 from .autoencoder import TIME, TinyAutoencoder
 from .data import caption, draw
-from .flow import CHUNK, CONFIG, FRAMES, LATENT, Velocity, bidirectional, load_autoencoder, load_models, plain_attention, predict, random_sigmas
+from .flow import (
+    CHUNK,
+    CONFIG,
+    FRAMES,
+    LATENT,
+    Velocity,
+    bidirectional,
+    load_autoencoder,
+    load_models,
+    plain_attention,
+    predict,
+    random_sigmas,
+)
 from .loop import Run, average_gradients, steps
 from .optim import Average, Optimizer
 
@@ -36,7 +51,7 @@ def self_rollout(
 ) -> Tensor:
     """The last FRAMES frames [B, C, FRAMES, H, W] of extra + FRAMES / CHUNK chunks, generated as in production.
 
-    Their chunks take steps 0..exit_step, the last one with gradient; the `extra` chunks before them take every step, without.
+    Their chunks take steps 0..exit_step, the last one with gradient; the `extra` ones before take every step, without.
     """
     shape = (len(embeds), CONFIG.channels, CHUNK, LATENT, LATENT)
     chunks = extra + FRAMES // CHUNK
@@ -84,7 +99,7 @@ def distribution_loss(
 ) -> Tensor:
     """DMD: half the squared distance to where real and fake score push the clip; its gradient is their difference.
 
-    real = conditional + GUIDANCE (conditional - unconditional); normalised per clip by mean |x0 - real|.
+    real = unconditional + GUIDANCE (conditional - unconditional); normalised per clip by mean |x0 - real|.
     """
     with torch.no_grad():
         noise, sigma = judged_noise(x0, generator)
@@ -92,7 +107,7 @@ def distribution_loss(
         noisy = add_noise(x0, noise, level)
         both = torch.cat([embeds, torch.zeros_like(embeds)])
         v, v_null = real(noisy.repeat(2, 1, 1, 1, 1), 1000 * sigma.repeat(2, 1), both, attend).chunk(2)
-        wanted = x0_from_velocity(noisy, v + GUIDANCE * (v - v_null), level)
+        wanted = x0_from_velocity(noisy, v_null + GUIDANCE * (v - v_null), level)
         guessed = x0_from_velocity(noisy, fake(noisy, 1000 * sigma, embeds, attend), level)
         scale = (x0 - wanted).abs().mean((1, 2, 3, 4), keepdim=True)
         gradient = (guessed - wanted) / scale.clamp(min=1e-4)
@@ -147,7 +162,9 @@ class Distiller:
     def choose(self) -> tuple[int, int]:
         """Exit step and number of extra chunks of one rollout."""
         levels = len(self.sampling.steps_of(True))
-        exit_step, late, extra = (int(torch.randint(n, (1,), generator=self.generator)) for n in (levels, 2, EXTRA_CHUNKS))
+        exit_step, late, extra = (
+            int(torch.randint(n, (1,), generator=self.generator)) for n in (levels, 2, EXTRA_CHUNKS)
+        )
         return exit_step, late * (1 + extra)
 
     def update(self, loss: Tensor, optimizer: Optimizer, progress: float) -> None:

@@ -1,7 +1,8 @@
 """Stage 1: the autoencoder. Principal components first, then the decoder on 32 x 32 crops around the shape.
 
-Crops, because most of a clip is flat colour that the linear part already gets right; the picture is a torus, so a crop may lie
-anywhere; a quarter lies far from the shape, and the last fifth of the steps sees whole pictures. Purely learnt convolutional encoders stayed at 19-23 dB.
+Crops, because most of a clip is flat colour that the linear part already gets right; the picture is a torus, so a
+crop may lie anywhere; a quarter lies far from the shape, and the last fifth of the steps sees whole pictures. Purely
+learnt convolutional encoders stayed at 19-23 dB.
 """
 
 import torch
@@ -59,7 +60,7 @@ def decoder_loss(vae: TinyAutoencoder, frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def crops(clips: Clips, generator: torch.Generator) -> Tensor:
-    """Frames [B, FRAMES, CROP, CROP, 3] cut, on the latent grid, within 16 pixels of where the shape is half-way, or anywhere."""
+    """Frames [B, FRAMES, CROP, CROP, 3], cut on the latent grid around the shape, now and then anywhere."""
     frames = render(clips, FRAMES)
     x, y, _ = trajectory(clips, torch.tensor([FRAMES / 2]))
     reach = torch.where(torch.rand(len(clips), 1, generator=generator) < 0.75, CROP, SIZE)

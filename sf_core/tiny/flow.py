@@ -1,8 +1,8 @@
 """Stages 2 and 3: a bidirectional teacher by flow matching, then the same network made causal by teacher forcing.
 
-The teacher sees whole clips of latents at one noise level. The causal model sees every clip twice, side by side: clean, and
-noisy with a level per chunk; a noisy chunk may look at itself and at the clean chunks before it, which is what the cache holds
-when it generates. Both predict the velocity noise - x0 (arXiv 2506.08009, section 3.1).
+The teacher sees whole clips of latents at one noise level. The causal model sees every clip twice, side by side:
+clean, and noisy with a level per chunk; a noisy chunk may look at itself and at the clean chunks before it, which is
+what the cache holds when it generates. Both predict the velocity noise - x0 (arXiv 2506.08009, section 3.1).
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ Velocity = Callable[[Tensor, Tensor, Tensor, Attend], Tensor]
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention [B, N, L, D] in three steps: on a CPU the backward pass is several times faster than the fused kernel's."""
+    """Attention [B, N, L, D] in three steps: backwards it is several times faster on a CPU than the fused kernel."""
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
     scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v
@@ -43,13 +43,13 @@ def predict(wan: WanModel, x: Tensor, t: Tensor, embeds: Tensor, attend: Attend)
         return velocity(wan, x, t, encode_text(wan, embeds), attend).float()
 
 
-def clip_pool(run: Run, vae: TinyAutoencoder, clips: int = POOL) -> tuple[Clips, Tensor]:
-    """Random trained combinations and their latents [n, C, FRAMES + 1, H, W] (bfloat16), the same in every stage and process."""
-    drawn = draw(clips, torch.Generator().manual_seed(run.seed + 1))
+def clip_pool(run: Run, vae: TinyAutoencoder) -> tuple[Clips, Tensor]:
+    """Random clips and their latents [n, C, FRAMES + 1, H, W] (bfloat16), the same in every stage and process."""
+    drawn = draw(POOL, torch.Generator().manual_seed(run.seed + 1))
     if run.rank == 0 and not run.path("latents").exists():
-        run.report(f"drawing and encoding {clips} clips")
+        run.report(f"drawing and encoding {POOL} clips")
         with torch.no_grad():
-            pieces = [vae.encode(render(drawn[i : i + 64], 1 + TIME * FRAMES)).bfloat16() for i in range(0, clips, 64)]
+            pieces = [vae.encode(render(drawn[i : i + 64], 1 + TIME * FRAMES)).bfloat16() for i in range(0, POOL, 64)]
         run.save("latents", {"latents": torch.cat(pieces)})
     run.wait()
     return drawn, run.load("latents")["latents"]
@@ -86,13 +86,11 @@ def teacher_loss(predict: Velocity, x0: Tensor, embeds: Tensor, attend: Attend, 
     return (predict(noisy, 1000 * sigma, embeds, attend) - (noise - x0)).square().mean()
 
 
-def causal_loss(
-    predict: Velocity, clips: Tensor, embeds: Tensor, attend: Attend, generator: torch.Generator
-) -> Tensor:
+def causal_loss(predict: Velocity, clips: Tensor, embeds: Tensor, attend: Attend, generator: torch.Generator) -> Tensor:
     """Teacher forcing on clips [B, C, FRAMES + 1, H, W]: clean and noisy frames side by side, one noise level a chunk.
 
-    `attend` has `teacher_forcing`'s mask. Half the clips lose their first frame, the still, and look like a window later in a
-    video; their first chunk does not count, because a first chunk always begins with a still.
+    `attend` has `teacher_forcing`'s mask. Half the clips lose their first frame, the still, and look like a window
+    later in a video; their first chunk does not count, because a first chunk always begins with a still.
     """
     late = torch.rand(len(clips), generator=generator) < 0.5
     x0 = torch.where(late[:, None, None, None, None], clips[:, :, 1:], clips[:, :, :-1])
@@ -136,7 +134,12 @@ class Trainer:
     """A DiT with its text encoder, optimizer, average and random state, as one thing to step, save and restore."""
 
     def __init__(
-        self, run: Run, stage: str, models: tuple[WanModel, TinyTextEncoder], rates: tuple[float, float], with_text: bool
+        self,
+        run: Run,
+        stage: str,
+        models: tuple[WanModel, TinyTextEncoder],
+        rates: tuple[float, float],
+        with_text: bool,
     ):
         self.run, self.stage = run, stage
         self.wan, self.text = models
@@ -164,7 +167,9 @@ class Trainer:
 
     def restore(self, saved: dict) -> None:
         self.first = saved["step"]
-        for model, average, live, name in zip((self.wan, self.text), self.averages, saved["live"], ("model", "text"), strict=True):
+        for model, average, live, name in zip(
+            (self.wan, self.text), self.averages, saved["live"], ("model", "text"), strict=True
+        ):
             model.load_state_dict(live)
             average.values, average.steps = saved[name], self.first
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -178,7 +183,7 @@ def load_autoencoder(run: Run) -> TinyAutoencoder:
 
 
 def fit_teacher(run: Run, total: int, batch: int, short: float = 0.35) -> None:
-    """Stage 2, written to teacher.pt. The first `short` of the steps see only the first chunk of each clip, three times as many."""
+    """Stage 2, written to teacher.pt. The first `short` of the steps see the first chunk only, of more clips."""
     pool = clip_pool(run, load_autoencoder(run))
     trainer = Trainer(run, "teacher", new_models(run.seed), (1e-3, 3e-3), with_text=True)
     losses = {}
@@ -186,7 +191,9 @@ def fit_teacher(run: Run, total: int, batch: int, short: float = 0.35) -> None:
         frames = CHUNK if step < short * total else FRAMES
         x0, captions = draw_batch(pool, batch * FRAMES // frames, trainer.generator)
         attend = bidirectional(CONFIG, frames)
-        loss = teacher_loss(trainer.predict, x0[:, :, :frames], embed(trainer.text, captions), attend, trainer.generator)
+        loss = teacher_loss(
+            trainer.predict, x0[:, :, :frames], embed(trainer.text, captions), attend, trainer.generator
+        )
         trainer.step(loss, step / total)
         losses["loss"] = loss
 

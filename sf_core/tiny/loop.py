@@ -1,7 +1,8 @@
-"""What every training stage shares: a folder for its checkpoints, a line of progress now and then, one or more processes.
+"""What every training stage shares: a folder for its checkpoints, a line of progress now and then, one or more
+processes.
 
-A stage is a function that takes steps until a `Stage` says it is done. Its checkpoint holds everything that changes, random
-state included, so a stage continues from where it was stopped.
+A stage is a function that takes steps until a `Stage` says it is done. Its checkpoint holds everything that changes,
+random state included, so a stage continues from where it was stopped.
 """
 
 import json
@@ -49,12 +50,12 @@ class Run:
     def load(self, name: str) -> dict:
         if not self.path(name).exists():
             raise FileNotFoundError(
-                f"Got no {self.path(name)}; this stage starts from it. Run the earlier stage first (python -m sf_core train tiny)."
+                f"Got no {self.path(name)}; this stage starts from it. Run all stages: python -m sf_core train tiny."
             )
         return torch.load(self.path(name), weights_only=True)
 
     def resume(self, generator: torch.Generator, saved: dict) -> None:
-        """Puts a stage's generator where the checkpoint left it; other processes, whose state is not saved, start a new one."""
+        """Puts a stage's generator where the checkpoint left it; processes whose state is not saved start a new one."""
         generator.set_state(saved["generator"])
         if self.rank:
             generator.manual_seed(saved["step"] + 1000 * self.rank)
@@ -81,7 +82,9 @@ def hash_text(text: str) -> int:
     return sum((i + 1) * 131 * ord(c) for i, c in enumerate(text)) % 1_000_000
 
 
-def steps(run: Run, name: str, first: int, total: int, losses: dict[str, Tensor], save: Callable[[int], None]) -> Iterator[int]:
+def steps(
+    run: Run, name: str, first: int, total: int, losses: dict[str, Tensor], save: Callable[[int], None]
+) -> Iterator[int]:
     """Counts first..total-1; after each step reports now and then what is in `losses`, and calls save(steps done)."""
     began = unsaved = time.perf_counter()
     sums, counted = {}, 0

@@ -1,8 +1,8 @@
 """Muon for matrices, AdamW for the rest, a learning rate that ends at zero, and a moving average of weights.
 
-Muon (Keller Jordan, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest orthogonal matrix, found by
-five Newton-Schulz steps. torch.optim.Muon takes 2-D parameters one at a time; on a CPU, with many small matrices and
-convolutions, doing all of one shape in one batched product is much faster.
+Muon (Keller Jordan, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest orthogonal matrix,
+found by five Newton-Schulz steps. torch.optim.Muon takes 2-D parameters one at a time; on a CPU, with many small
+matrices and convolutions, doing all of one shape in one batched product is much faster.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum .95 (Nesterov), decoupled weight decay; updates have the size AdamW's would have (0.2 sqrt(max side))."""
+    """Momentum .95 (Nesterov), decoupled weight decay; updates are scaled to the size of AdamW's (0.2 sqrt(side))."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -50,14 +50,16 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
         updates = orthogonalise(torch.stack([m.flatten(1) for m in ahead])).to(params[0].dtype)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, [u.view_as(p) for u, p in zip(updates, params, strict=True)], alpha=-group["lr"] * size)
+        torch._foreach_add_(
+            params, [u.view_as(p) for u, p in zip(updates, params, strict=True)], alpha=-group["lr"] * size
+        )
 
 
 class Optimizer:
     """Both optimizers over a module's parameters, stepped together.
 
-    lr is AdamW's, muon_lr the matrices'; `progress` (0..1) given to `step` warms up over the first `warmup` of the run and
-    falls linearly to zero from `decay_from` on. Gradients are clipped to norm 1.
+    lr is AdamW's, muon_lr the matrices'. By the `progress` (0..1) given to `step` they warm up over the first `warmup`
+    of the run and fall linearly to zero from `decay_from` on. Gradients are clipped to norm 1.
     """
 
     def __init__(
@@ -72,7 +74,10 @@ class Optimizer:
         self.params = [p for m in modules for p in m.parameters() if p.requires_grad]
         matrices = [p for p in self.params if p.ndim >= 2 and p.shape[0] > 1]
         others = [p for p in self.params if p.ndim < 2 or p.shape[0] == 1]
-        self.parts = [Muon(matrices, muon_lr), torch.optim.AdamW(others, lr, betas=betas, weight_decay=0.0, foreach=True)]
+        self.parts = [
+            Muon(matrices, muon_lr),
+            torch.optim.AdamW(others, lr, betas=betas, weight_decay=0.0, foreach=True),
+        ]
         self.rates = [muon_lr, lr]
         self.warmup, self.decay_from = warmup, decay_from
 

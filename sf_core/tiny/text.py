@@ -1,7 +1,7 @@
 """The text encoder of the built-in model: a vector per known word plus a vector per place in the sentence.
 
-The vectors are learnt together with the model. Capitals and punctuation do not matter, and words it does not know are left
-out; a prompt with no known word is an error, because the model would then draw anything.
+The vectors are learnt together with the model. Capitals and punctuation do not matter, and words it does not know are
+left out; a prompt that leaves nothing to draw is an error, because the model would then draw anything.
 """
 
 import re
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 TEXT_LEN, TEXT_DIM = 16, 128
+FILLERS = frozenset("a an and around background front in is of on over the to".split())  # these describe nothing
 
 
 class TinyTextEncoder(nn.Module):
@@ -28,15 +29,16 @@ class TinyTextEncoder(nn.Module):
         return (self.embedding(rows.clamp(min=0)) + self.position) * there[..., None]
 
     def tokens(self, prompt: str) -> list[int]:
-        """Rows of the known words, at most text_len. Raises ValueError when there is none."""
-        rows = [self.rows[word] for word in words_of(prompt) if word in self.rows]
-        if not rows:
+        """Rows of the known words, at most text_len. Raises ValueError when they describe nothing."""
+        known = [word for word in words_of(prompt) if word in self.rows]
+        if FILLERS.issuperset(known):
             shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+            names = ", ".join(word for word in self.words if word not in FILLERS)
             raise ValueError(
-                f"Got the prompt {shown!r}, in which the built-in model knows no word; it knows {', '.join(self.words)}. "
+                f"Got the prompt {shown!r}, in which the built-in model recognises nothing; it knows {names}. "
                 'Describe one shape, e.g. "a red circle moves right on a white background".'
             )
-        return rows[:TEXT_LEN]
+        return [self.rows[word] for word in known[:TEXT_LEN]]
 
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that are left out because the vocabulary lacks them, in order."""

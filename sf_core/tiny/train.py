@@ -1,7 +1,7 @@
 """Trains the built-in model from nothing: autoencoder, teacher, causal model, few-step model, export.
 
-Every stage keeps a checkpoint in the run's folder and continues from it. Two processes share the work by averaging gradients; on
-a machine this small that is the only use of a second core that pays.
+Every stage keeps a checkpoint in the run's folder and continues from it. Two processes share the work by averaging
+gradients; on a machine this small that is the only use of a second core that pays.
 """
 
 import argparse
@@ -48,7 +48,12 @@ RECIPE = Recipe(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/tiny"), help="folder for checkpoints; a stage continues from its own (runs/tiny)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/tiny"),
+        help="folder for checkpoints; a stage continues from its own (runs/tiny)",
+    )
     add("--stage", choices=(*FIT, "export"), help="do only this stage (all, then export)")
     add("--steps", type=int, metavar="N", help="steps of the stage, instead of the recipe's")
     add("--processes", type=int, default=2, help="processes that share each batch (2)")
@@ -59,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     if args.processes < 1 or args.every < 1 or (args.steps is not None and args.steps < 1):
-        raise ValueError(f"Got --processes {args.processes}, --every {args.every}, --steps {args.steps}; all must be 1 or more.")
+        raise ValueError(
+            f"Got --processes {args.processes}, --every {args.every}, --steps {args.steps}; all must be 1 or more."
+        )
     if args.steps and args.stage not in FIT:
         raise ValueError("Got --steps without a stage to apply it to; add --stage, one of " + ", ".join(FIT) + ".")
     recipe = replace(RECIPE, steps={**RECIPE.steps, args.stage: args.steps}) if args.steps else RECIPE
@@ -91,7 +98,7 @@ def work(rank: int, args: argparse.Namespace, stage: str, total: int, batch: int
 
 
 def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(line + "\n")
 
 
 def quiet(line: str) -> None:
@@ -103,7 +110,7 @@ def command(args: argparse.Namespace) -> str:
 
 
 def export(run: Run, folder: Path, made_by: str) -> str:
-    """Writes the three parts in bfloat16 and README.md with their scores; takes the furthest stage there is. Returns the scores."""
+    """Writes the three parts in bfloat16, of the furthest stage there is, and README.md; returns the scores."""
     stage = next((name for name in MODELS if run.path(name).exists()), "teacher")
     saved = run.load(stage)
     origin = {"command": made_by, "seed": str(run.seed), "stage": stage, "step": str(saved["step"])}
@@ -144,28 +151,35 @@ def load_others(folder: Path) -> tuple[TinyTextEncoder, TinyAutoencoder]:
 
 def describe(run: Run, folder: Path, origin: dict[str, str], scores: dict) -> str:
     """README.md beside the weights: what they are, what made them, how good they are."""
-    sizes = [f"| {part}.safetensors | {(folder / f'{part}.safetensors').stat().st_size / 1e6:.2f} MB |" for part in tiny.PARTS]
-    minutes = [f"| {stage} | {seconds / 60:.0f} |" for stage, seconds in run.seconds().items()]
-    detectors = [
-        f"| {what} | " + " | ".join(f"{values[name]:.3f}" for name in evaluate.COLUMNS) + f" | {values['residual']:.4f} |"
-        for what, values in scores["detectors"].items()
-    ]
-    windows = [
-        f"| {number} | " + " | ".join(f"{values[name]:.3f}" for name in evaluate.COLUMNS) + f" | {values['residual']:.4f} |"
-        for number, values in enumerate(scores["video"]["windows"], 1)
-    ]
-    head = "| " + " | ".join(evaluate.COLUMNS) + " | residual |"
-    rule = "|---" * (len(evaluate.COLUMNS) + 2) + "|"
-    return "\n".join([
-        "# Weights of the built-in model", "",
-        "Written by the command below; nothing in them comes from anywhere else. bfloat16, Apache-2.0 like the code.", "",
-        f"    {origin['command']}", "",
-        f"Seed {origin['seed']}, last stage {origin['stage']} at step {origin['step']}.", "",
-        "| file | size |", "|---|---|", *sizes, "",
-        "| stage | minutes |", "|---|---|", *minutes, "",
-        f"Share of {scores['video']['prompts']} random prompts followed, 4 steps, chunk by chunk, in windows of "
-        f"{evaluate.WINDOW} frames (`python -m sf_core evaluate --windows {WINDOWS}`):", "",
-        f"| window {head}", rule, *windows, "",
-        f"The detectors on drawn clips and on their reconstructions, which reach {scores['detectors']['reconstruction']['psnr']:.1f} dB:",
-        "", f"| frames {head}", rule, *detectors, "",
-    ])  # fmt: skip
+    size = {part: (folder / f"{part}.safetensors").stat().st_size / 1e6 for part in tiny.PARTS}
+    decibels = scores["detectors"]["reconstruction"]["psnr"]
+    columns = (*evaluate.COLUMNS, "residual")
+    videos = {number: [values[c] for c in columns] for number, values in enumerate(scores["video"]["windows"], 1)}
+    detectors = {what: [values[c] for c in columns] for what, values in scores["detectors"].items()}
+    return f"""# Weights of the built-in model
+
+Written by the command below; nothing in them comes from anywhere else. bfloat16, Apache-2.0 like the code.
+
+    {origin["command"]}
+
+Seed {origin["seed"]}; last stage: {origin["stage"]}, {origin["step"]} steps.
+
+{markdown(("file", "MB"), {part: [number] for part, number in size.items()})}
+
+{markdown(("stage", "minutes"), {stage: [seconds / 60] for stage, seconds in run.seconds().items()})}
+
+Share of {scores["video"]["prompts"]} random prompts that the video follows, 4 steps, chunk by chunk, in windows of
+{evaluate.WINDOW} frames (`python -m sf_core evaluate --windows {WINDOWS}`):
+
+{markdown(("window", *columns), videos)}
+
+The same detectors on drawn clips and on the autoencoder's reconstructions, which reach {decibels:.1f} dB:
+
+{markdown(("frames", *columns), detectors)}
+"""
+
+
+def markdown(head: tuple[str, ...], rows: dict[object, list[float]]) -> str:
+    """A table: first the rows' names, then their numbers."""
+    lines = [head, ["---"] * len(head), *([str(name), *(f"{n:.3f}" for n in row)] for name, row in rows.items())]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,100 @@
+"""The shipped parts of the built-in model: they load, understand prompts and follow them, or say what is wrong."""
+
+import shutil
+
+import pytest
+import torch
+
+from sf_core import tiny
+from sf_core.tiny import detect, evaluate
+
+
+@pytest.fixture(scope="module")
+def text():
+    return tiny.load_text_encoder()
+
+
+def test_shipped_model_follows_prompts():
+    clips, prompts = evaluate.ask(24, seed=1)
+    videos = evaluate.generate(tiny.load_model(), tiny.load_text_encoder(), tiny.load_autoencoder(), prompts, seed=7)
+    scores = evaluate.score(videos, clips)[0]
+    assert scores["colour"] >= 0.9 and scores["background"] >= 0.9
+    assert scores["shape"] >= 0.5 and scores["motion"] >= 0.5
+    assert scores["residual"] < 0.08
+
+
+def test_a_background_that_is_not_named_is_black():
+    videos = evaluate.generate(
+        tiny.load_model(), tiny.load_text_encoder(), tiny.load_autoencoder(), ["a red circle moves right"] * 2
+    )
+    assert detect.read_background(next(videos)).tolist() == [0, 0]
+
+
+def test_weights_are_small():
+    assert sum((tiny.WEIGHTS / f"{part}.safetensors").stat().st_size for part in tiny.PARTS) < 8e6
+
+
+def test_prompts_are_padded_with_zeros_and_read_without_case(text):
+    embeds = text.encode(["A RED circle!", "a red circle"])
+    assert embeds.shape == (2, 16, 128)
+    assert torch.equal(embeds[0], embeds[1])
+    assert embeds[:, 3:].abs().max() == 0 and embeds[:, :3].abs().amax(-1).min() > 0
+    assert text.null(3).shape == (3, 16, 128) and not text.null(3).any()
+
+
+def test_unknown_words_are_left_out_and_told(text):
+    assert torch.equal(text.encode(["a shiny red circle, please"]), text.encode(["a red circle"]))
+    assert text.unknown("a shiny red circle, please") == ["shiny", "please"]
+
+
+def test_long_prompts_are_cut_and_told(text):
+    prompt = "red circle " * 10
+    assert text.encode([prompt]).shape == (1, 16, 128)
+    assert len(text.truncated(prompt)) == 4 and text.truncated("a red circle") == []
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\N{PARTY POPPER}", "dragon", "a dragon in the castle", "x" * 5000])
+def test_prompts_that_describe_nothing_are_refused(text, prompt):
+    with pytest.raises(ValueError, match=r"Got the prompt .*recognises nothing.*circle.*Describe one shape") as error:
+        text.encode([prompt])
+    assert len(str(error.value)) < 800
+
+
+def test_missing_weights_are_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Got no file .*nowhere.safetensors.*train tiny"):
+        tiny.load_model(path=tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("part", tiny.PARTS)
+def test_corrupt_weights_are_told(tmp_path, part):
+    whole = (tiny.WEIGHTS / f"{part}.safetensors").read_bytes()
+    load = dict(zip(tiny.PARTS, (tiny.load_model, tiny.load_autoencoder, tiny.load_text_encoder)))
+    for content in (whole[: len(whole) // 2], b"", b"not weights at all", bytes(100)):
+        broken = tmp_path / f"{part}.safetensors"
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match="not a whole safetensors file.*train tiny"):
+            load[part](path=broken)
+
+
+def test_a_part_in_place_of_another_is_told(tmp_path):
+    other = tmp_path / "other.safetensors"
+    shutil.copy(tiny.WEIGHTS / "text_encoder.safetensors", other)
+    with pytest.raises(ValueError, match="do not fit|metadata entry"):
+        tiny.load_autoencoder(path=other)
+    with pytest.raises(ValueError, match="metadata entry 'wan'"):
+        tiny.load_model(path=other)
+
+
+def test_evaluation_prints_a_table_and_a_sheet(tmp_path):
+    from sf_core.cli import main
+
+    sheet = tmp_path / "sheet.png"
+    assert main(["evaluate", "--prompts", "2", "--sheet", str(sheet)]) == 0
+    assert sheet.stat().st_size > 1000
+
+
+def test_evaluation_refuses_impossible_numbers(capsys):
+    from sf_core.cli import main
+
+    assert main(["evaluate", "--prompts", "0"]) == 2
+    assert "must be 1 or more" in capsys.readouterr().err
