@@ -68,14 +68,14 @@ class Block(nn.Module):
             nn.GELU(approximate="tanh"),
             linear(config.ffn_dim, config.dim, **factory),
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim, **factory) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim, **factory))
 
 
 class Head(nn.Module):
     def __init__(self, config: WanConfig, linear: type[nn.Module], **factory) -> None:
         super().__init__()
         self.head = linear(config.dim, 4 * config.channels, **factory)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim, **factory) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim, **factory))
 
 
 class WanModel(nn.Module):
@@ -118,6 +118,8 @@ class WanModel(nn.Module):
         for sequential in (self.text_embedding, self.time_embedding):
             for layer in (sequential[0], sequential[2]):
                 nn.init.normal_(layer.weight, std=0.02)
+        for part in (*self.blocks, self.head):
+            nn.init.normal_(part.modulation, std=self.config.dim**-0.5)
         nn.init.zeros_(self.head.head.weight)
         return self
 
