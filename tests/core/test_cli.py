@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +256,34 @@ def test_module_can_be_run():
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("sf_core: error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_stopped_leaves_nothing(tmp_path, sign):
+    command = [
+        sys.executable,
+        "-m",
+        "sf_core",
+        "generate",
+        PROMPT,
+        "--frames",
+        "100000",
+        "--out",
+        f"{tmp_path}/clip.mp4",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        while b"chunk" not in (said := process.stderr.read1()):
+            assert said, "it ended by itself"
+        process.send_signal(sign)
+        rest = process.stderr.read()
+    assert process.returncode == STOPPED and b"stopped" in rest and b"Traceback" not in rest
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_built_in_model_makes_a_video(tmp_path):
+    command = [sys.executable, "-m", "sf_core", "generate", PROMPT, "--out", "clip.mp4", "--preview", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["frames"] == len(read_video(tmp_path / "clip.mp4")) == 81
+    assert sorted(os.listdir(tmp_path)) == ["clip.mp4", "clip.png"]
