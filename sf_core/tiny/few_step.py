@@ -7,9 +7,9 @@ The clip is then noised, and two bidirectional networks say what they think the 
 with guidance, and a critic that is trained on the generator's clips all along. The difference is the gradient with
 respect to the clip.
 
-Half the rollouts begin with chunks that are not trained on, so that the generator also learns from windows later in a
-video. The two networks know only clips that begin with a still, so the first frame of such a window is turned into
-one.
+A third of the rollouts begin with chunks that are not trained on, so that the generator also learns from windows
+later in a video. The two networks know only clips that begin with a still, so the first frame of such a window is
+turned into one.
 """
 
 import copy
@@ -42,7 +42,7 @@ from .optim import Average, Optimizer
 
 GUIDANCE = 2.0
 CRITIC_UPDATES = 3  # per rollout
-EXTRA_CHUNKS = 5  # at most, before the trained ones
+EXTRA_CHUNKS = 4  # at most, before the trained ones
 LEAST_NOISE, MOST_NOISE = 0.02, 0.98  # noise levels at which the clips are judged
 
 
@@ -163,9 +163,9 @@ class Distiller:
         """Exit step and number of extra chunks of one rollout."""
         levels = len(self.sampling.steps_of(True))
         exit_step, late, extra = (
-            int(torch.randint(n, (1,), generator=self.generator)) for n in (levels, 2, EXTRA_CHUNKS)
+            int(torch.randint(n, (1,), generator=self.generator)) for n in (levels, 3, EXTRA_CHUNKS)
         )
-        return exit_step, late * (1 + extra)
+        return exit_step, 1 + extra if late == 0 else 0
 
     def update(self, loss: Tensor, optimizer: Optimizer, progress: float) -> None:
         loss.backward()
