@@ -1,0 +1,241 @@
+"""Any checkpoint a user has -> (config, plain Wan state dict), or an error that says what the file is instead.
+
+    model, checkpoint = load_model("self_forcing_dmd.pt", "cuda", torch.bfloat16)
+    sampling = checkpoint.sampling
+
+Three layers: tensorfiles.py reads files, recognise.py finds the model in a header, and here is what a user has of it:
+what the file is (`describe`), its weights (`load_checkpoint`), the model (`load_model`).
+
+Float8 weights stay float8. A scaled one has its scale beside it, under one name whatever the file calls it:
+
+    blocks.0.self_attn.q.weight          float8 [out, in]
+    blocks.0.self_attn.q.weight_scale    float32, [] for the tensor or [out] per row: weight = float8 * scale
+    blocks.0.self_attn.q.input_scale     float32 [], where the file has one: for float8 activations
+
+`dequantised` makes plain weights of them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import Sampling, WanConfig
+from .families import DEFAULT, FAMILIES, Guess, family_named, guess_family
+from .model import WanModel
+from .recognise import FLOAT8, GET_ONE, Found, find_wan, is_scale
+from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
+
+__all__ = [
+    "Checkpoint", "CheckpointError", "Description", "Memory",
+    "dequantised", "describe", "load_checkpoint", "load_model", "memory_needed", "plain_dtype",
+]  # fmt: skip
+
+STAGE = re.compile(r"ode[-_]init|causal[-_]ode|causal[-_]cd|ar[-_]diffusion", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a rollout takes on the device, without the decoder. Made by `memory_needed`."""
+
+    weights: int
+    cache: int
+    text: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.text + self.activations
+
+
+def memory_needed(
+    config: WanConfig, weights: int, height: int, width: int, window: int, chunk: int, bytes_per_number: int = 2
+) -> Memory:
+    """Memory for one video of `height` x `width` pixels; window and chunk in latent frames, `weights` in bytes.
+
+    With b bytes a number and S = height/16 * width/16 tokens a frame:
+
+    cache        2 layers window S dim b        keys and values
+    text         2 layers text_len dim b        keys and values of the prompt
+    activations  chunk S max(2 ffn_dim b + 4 dim b, 8 dim b + 12 dim 4)
+
+    Activations are an estimate: the larger of two moments in a block, the feed-forward with both its halves alive, and
+    the rotary embedding, which works in float32.
+    """
+    b = bytes_per_number
+    tokens = chunk * config.tokens_per_frame(height // 8, width // 8)
+    feed_forward = (2 * config.ffn_dim + 4 * config.dim) * b
+    rotary = 8 * config.dim * b + 12 * config.dim * 4
+    return Memory(
+        weights=weights,
+        cache=window * config.cache_bytes_per_frame(height // 8, width // 8, b),
+        text=2 * config.layers * config.text_len * config.dim * b,
+        activations=tokens * max(feed_forward, rotary),
+    )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file's header says.
+
+    dtype       of its linear layers; torch.float8_e4m3fn or torch.float8_e5m2 for quantised ones
+    family      a name in FAMILIES; `note` says, for people, how it was known and what else to know
+    source      which weights of the file these are, for people
+    file_bytes  of the file, or of all its shards
+    tensors, parameters, weight_bytes   of the model alone, without scales
+    """
+
+    config: WanConfig
+    dtype: torch.dtype
+    family: str
+    note: str
+    source: str
+    file_bytes: int
+    tensors: int
+    parameters: int
+    weight_bytes: int
+
+    @property
+    def sampling(self) -> Sampling:
+        return FAMILIES[self.family].sampling
+
+    def memory(
+        self, height: int = 480, width: int = 832, window: int | None = None, dtype: torch.dtype | None = None
+    ) -> Memory:
+        """Memory of a rollout at `height` x `width` pixels; the window is the family's and `dtype` the file's if None.
+
+        Float8 weights are counted as they are, with a cache and activations in bfloat16.
+        """
+        weights = self.parameters * dtype.itemsize if dtype else self.weight_bytes
+        compute = dtype or plain_dtype(self.dtype)
+        window = window or self.sampling.window
+        return memory_needed(self.config, weights, height, width, window, self.sampling.chunk, compute.itemsize)
+
+
+@dataclass(frozen=True)
+class Checkpoint(Description):
+    """A description and the weights: CPU views of the file under Wan's names, scales beside float8 ones."""
+
+    state_dict: dict[str, Tensor]
+
+
+def describe(path: str | Path, family: str | None = None) -> Description:
+    """What a file is, from its header alone. Raises as `load_checkpoint` does."""
+    return _describe(*_open(path, family), family)
+
+
+def load_checkpoint(path: str | Path, family: str | None = None) -> Checkpoint:
+    """Opens a checkpoint: a file, a shard, an index of shards, or a folder with one of these.
+
+    `family` says how it is sampled instead of a guess, and is taken for word that the model is causal. The weights are
+    memory-mapped: they take no memory of their own until they are changed or converted. Raises CheckpointError, a
+    ValueError, for anything but a causal Wan text-to-video model; ValueError for an unknown family.
+    """
+    file, found = _open(path, family)
+    mapped = map_tensors(file, found.names.values())
+    state = {name: _scale(mapped[at]) if is_scale(name) else mapped[at] for name, at in found.names.items()}
+    return Checkpoint(**vars(_describe(file, found, family)), state_dict=state)
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+) -> tuple[WanModel, Checkpoint]:
+    """The model itself, ready to run, and its checkpoint.
+
+    `dtype` defaults to the file's (bfloat16 for float8 files). Weights that need neither conversion nor another device
+    remain views of the file; others are converted one at a time. Raises as `load_checkpoint` does.
+    """
+    checkpoint = load_checkpoint(path, family)
+    model = WanModel(checkpoint.config, device="meta")
+    state = dequantised(checkpoint.state_dict, dtype or plain_dtype(checkpoint.dtype), device)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval(), checkpoint
+
+
+def dequantised(
+    state_dict: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Plain weights of a state dict in `dtype` on `device`; float8 weights times their scales, in float32."""
+    plain = {}
+    for name, tensor in state_dict.items():
+        if is_scale(name):
+            continue
+        if (scale := state_dict.get(f"{name}_scale")) is not None:
+            rows = scale.to(device).reshape(-1, *[1] * (tensor.ndim - 1))  # [1 or out, 1]
+            tensor = tensor.to(device).float() * rows
+        plain[name] = tensor.to(device, dtype)
+    return plain
+
+
+def plain_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: that of the weights, or bfloat16 for float8."""
+    return torch.bfloat16 if dtype in FLOAT8 else dtype
+
+
+def _open(path: str | Path, family: str | None) -> tuple[TensorFile, Found]:
+    if family is not None:
+        family_named(family)
+    file = read_header(path)
+    return file, find_wan(file, trusted=family is not None)
+
+
+def _scale(tensor: Tensor) -> Tensor:
+    """A scale as float32, [] or [out]."""
+    scale = tensor.float()
+    return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
+
+
+def _describe(file: TensorFile, found: Found, chosen: str | None) -> Description:
+    weights = [file.tensors[at] for name, at in found.names.items() if not is_scale(name)]
+    guess = Guess(chosen, "chosen") if chosen else _guess(file)
+    return Description(
+        config=found.config,
+        dtype=file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,
+        family=guess.family,
+        note=" ".join(_notes(file, found, guess, chosen is not None)),
+        source=_source(file, found),
+        file_bytes=file.nbytes,
+        tensors=len(weights),
+        parameters=sum(tensor.numel() for tensor in weights),
+        weight_bytes=sum(tensor.nbytes for tensor in weights),
+    )
+
+
+def _source(file: TensorFile, found: Found) -> str:
+    shards = f" and {len(file.paths) - 1} more" if len(file.paths) > 1 else ""
+    which = f"weights under {found.root.rstrip('.')}" if found.root else "bare names"
+    return f"{file.paths[0].name}{shards}, {which}"
+
+
+def _guess(file: TensorFile) -> Guess:
+    """The family, by the file's name; by its folder too where that leaves it open ("framewise/causal_forcing.pt")."""
+    path = file.paths[0]
+    guess = guess_family(path.name)
+    if guess.evidence is None or guess.family == "causal-forcing":
+        return guess_family(f"{path.absolute().parent.name} {path.name}", *file.metadata.values())
+    return guess
+
+
+def _notes(file: TensorFile, found: Found, guess: Guess, chosen: bool) -> list[str]:
+    """How the family was known, and doubts about the file, in sentences."""
+    if chosen:
+        notes = [f"Sampled as {guess.family}, as chosen."]
+    elif guess.evidence:
+        notes = [f'Sampled as {guess.family}: its name says "{guess.evidence}".']
+    else:
+        notes = [f"Sampled as {DEFAULT}, since no name tells the family: choose it if it is another."]
+    if STAGE.search(file.paths[0].name):
+        notes.append("The name is that of a stage of training before the last: expect blurred motion in few steps.")
+    if not (found.causal or guess.evidence):
+        notes.append(
+            "Nothing says that this model is causal. Wan 2.1 T2V 1.3B itself and its step distillations have exactly "
+            f"the same tensors, but fall apart when they are sampled chunk by chunk. If the video does: {GET_ONE}."
+        )
+    return notes
