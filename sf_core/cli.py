@@ -1,4 +1,4 @@
-"""The command line: python -m sf_core generate | info | train tiny | evaluate.
+"""The command line: python -m sf_core generate | info | bench | train tiny | evaluate.
 
 A command is a module with `add_arguments(parser)` and `run(args)`; what run returns is printed. It is imported when it
 is asked for, so a typing error is told at once. Every error is one line with its remedy, and exit status 2.
@@ -25,6 +25,7 @@ class Command:
 COMMANDS = {
     "generate": Command(".generate", "make a video from a prompt"),
     "info": Command(".info", "list the built-in model, the sampling presets and this machine's devices"),
+    "bench": Command(".bench", "time rollout and decoders on this machine"),
     "train tiny": Command(".tiny.train", "train the built-in model"),
     "evaluate": Command(".tiny.evaluate", "score a checkpoint of the built-in model"),
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import secrets
 import sys
 import time
@@ -25,15 +24,11 @@ from tqdm import tqdm
 
 from . import tiny
 from .config import PRESETS, Sampling, WanConfig
+from .machine import device_named, memory_of, peak_memory_mib
 from .noise import MAX_SEED, SeededNoise
 from .rollout import rollout
 from .taehv import DecoderStream
 from .video import check_destination, check_folder, contact_sheet, save_video
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 MAX_FRAMES = 1_000_000  # 17 hours
 MAX_SIZE = 2048  # pixels
@@ -136,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chunk", type=_whole(1, 1000), default=given, help="latent frames made together")
     add("--window", type=_window, default=given, help="latent frames attended to, or all")
     add("--sink", type=_whole(0, 1000), default=given, help="first latent frames that never leave the window")
-    add("--device", type=_device, default="auto", help="cpu, cuda, cuda:1, mps (cuda if there is one)")
+    add("--device", type=device_named, default="auto", help="cpu, cuda, cuda:1, mps (cuda if there is one)")
     add("--dtype", choices=DTYPES, default=None, help="numbers to compute in (float32 on cpu, else bfloat16)")
     add("--preview", nargs="?", const="", metavar="PNG", help="also write a contact sheet (beside the video)")
     add("--json", action="store_true", help="print what was done as JSON")
@@ -178,7 +173,7 @@ def _check_memory(request: Request, config: WanConfig) -> None:
     window = min(request.sampling.window or request.rollout_frames, request.rollout_frames)
     bytes_per_number = torch.finfo(request.dtype).bits // 8
     cache = window * config.cache_bytes_per_frame(request.height // 8, request.width // 8, bytes_per_number)
-    needed, there = cache + WORKING_BYTES * request.width * request.height, _memory(request.device)
+    needed, there = cache + WORKING_BYTES * request.width * request.height, memory_of(request.device)
     if there and needed > there:
         raise MemoryError(
             f"Got {request.width} x {request.height} pixels with a window of {window} latent frames, which need "
@@ -229,7 +224,7 @@ def _report(request: Request, args: argparse.Namespace, preview: str | None, sta
         "dtype": str(request.dtype).removeprefix("torch."),
         "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
         "frames_per_second": round(request.frames / making, 1),
-        "peak_memory_mib": _peak_memory(request.device),
+        "peak_memory_mib": peak_memory_mib(request.device),
     }
 
 
@@ -302,20 +297,6 @@ def _window(text: str) -> int | None:
     return None if text == "all" else _whole(1, 10**9)(text)
 
 
-def _device(text: str) -> torch.device:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if text == "auto":
-        return torch.device("cuda" if there["cuda"] else "cpu")
-    usable = " or ".join(kind for kind in there if there[kind])
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"got {text}, which is no device; use {usable}") from None
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not there.get(device.type) or (device.index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"got {text}, which this machine or this torch lacks; use {usable}")
-    return device
-
 
 @contextmanager
 def _told_memory() -> Iterator[None]:
@@ -326,24 +307,6 @@ def _told_memory() -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise MemoryError(f"{error} Use a smaller size or --window, or --device cpu.") from None
-
-
-def _memory(device: torch.device) -> int | None:
-    """Bytes of memory a device has; None where nobody can tell."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    names = getattr(os, "sysconf_names", {})
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
-
-
-def _peak_memory(device: torch.device) -> float | None:
-    """MiB used at most: on the GPU, or else by the process; None where nobody can tell."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    if resource is None:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 
 
 def _note(message: str) -> None:

@@ -205,7 +205,7 @@ def test_incomplete_commands_are_refused(capsys, argv):
 
 
 def test_a_cache_that_cannot_fit_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "_memory", lambda device: 2**24)
+    monkeypatch.setattr(generate, "memory_of", lambda device: 2**24)
     line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", "--window", "all", "--frames", "99999")
     assert "GiB" in line and "smaller size or --window" in line
     assert os.listdir(tmp_path) == []

@@ -1,0 +1,48 @@
+"""What this machine has: devices, their memory, and how much of it was used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+def device_named(text: str) -> torch.device:
+    """A device by its name, for argparse; auto is the GPU where there is one."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if text == "auto":
+        return torch.device("cuda" if there["cuda"] else "cpu")
+    usable = " or ".join(kind for kind in there if there[kind])
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"got {text}, which is no device; use {usable}") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not there.get(device.type) or (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"got {text}, which this machine or this torch lacks; use {usable}")
+    return device
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory a device has; None where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    names = getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """MiB used at most: on the GPU, or else by the process; None where nobody can tell."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
