@@ -5,8 +5,11 @@ between latents if each of them remembers the last two frames it was given. The 
 own and passes the halvings and doublings of time as it is. After it, four frames make one latent.
 
 A stream owns those memories (`Past`) and always steps by one latent. Tensor shapes are therefore the same however the
-clip is cut, and so, to the bit, are the results; memory does not grow with the clip either. With `Tiling`, every tile
-of the picture is such a clip, with a past of its own.
+clip is cut, and so, to the bit, are the results; memory does not grow with the clip either.
+
+The two largest sizes (`fine`) take nearly all the memory, and each of their pixels sees only a few around it. On small
+cards they run tile by tile, each tile with a past of its own and a margin so wide that nothing is missing: there are no
+seams to blend. The rest (`coarse`), in which every pixel attends to the whole picture, always gets the whole picture.
 
 Tensors are kept in channels-last order: convolutions on GPUs want it, the norm then runs along memory, and cuDNN 9.8 to
 9.14 computes half-precision 3D convolutions of other tensors by a slow detour.
@@ -18,10 +21,11 @@ B batch, C channels, F latent frames, T frames, H W height and width (of latents
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -170,13 +174,10 @@ class Downsample(nn.Module):
         return x
 
 
-class Chain(nn.Sequential):
-    """Layers that take a past, one after the other."""
-
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        for layer in self:
-            x = layer(x, past)
-        return x
+def through(layers: Iterable[nn.Module], x: Tensor, past: Past) -> Tensor:
+    for layer in layers:
+        x = layer(x, past)
+    return x
 
 
 class Head(nn.ModuleDict):
@@ -211,12 +212,12 @@ class Layout:
         )
 
 
-def _middle(width: int) -> Chain:
-    return Chain(Residual(width, width), Attention(width), Residual(width, width))
+def _middle(width: int) -> nn.Sequential:
+    return nn.Sequential(Residual(width, width), Attention(width), Residual(width, width))
 
 
 class Encoder(nn.Module):
-    """Frames [B, 3, 1 or 4, 8H, 8W] in -1..1 -> [B, 2 * channels, 1, H, W]."""
+    """Frames [B, 3, 1 or 4, 8H, 8W] in -1..1 -> `fine` -> [B, C, 1 or 2, 2H, 2W] -> `coarse` -> [B, C', 1, H, W]."""
 
     def __init__(self, layout: Layout):
         super().__init__()
@@ -226,16 +227,20 @@ class Encoder(nn.Module):
             layers += [Residual(before if block == 0 else width, width) for block in range(layout.blocks)]
             layers += [Downsample(width, layout.time[i])] if i < len(layout.time) else []
         self.conv1 = CausalConv3d(3, widths[0])
-        self.downsamples = Chain(*layers)
+        self.downsamples = nn.Sequential(*layers)
         self.middle = _middle(widths[-1])
         self.head = Head(widths[-1], 2 * layout.channels)
+        self.split = 2 * (layout.blocks + 1)  # after the second Downsample
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        return self.head(self.middle(self.downsamples(self.conv1(x, past), past), past), past)
+    def fine(self, x: Tensor, past: Past) -> Tensor:
+        return through([self.conv1, *self.downsamples[: self.split]], x, past)
+
+    def coarse(self, x: Tensor, past: Past) -> Tensor:
+        return through([*self.downsamples[self.split :], *self.middle, self.head], x, past)
 
 
 class Decoder(nn.Module):
-    """[B, channels, 1, H, W] -> frames [B, 3, 1 or 4, 8H, 8W] in -1..1, not clamped."""
+    """[B, C, 1, H, W] -> `coarse` -> [B, C', 1 or 2, 2H, 2W] -> `fine` -> frames [B, 3, 1 or 4, 8H, 8W] in -1..1."""
 
     def __init__(self, layout: Layout):
         super().__init__()
@@ -246,11 +251,15 @@ class Decoder(nn.Module):
             layers += [Upsample(width, time[i])] if i < len(time) else []
         self.conv1 = CausalConv3d(layout.channels, widths[0])
         self.middle = _middle(widths[0])
-        self.upsamples = Chain(*layers)
+        self.upsamples = nn.Sequential(*layers)
         self.head = Head(widths[-1], 3)
+        self.split = -2 * (layout.blocks + 2)  # before the last Upsample but one
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        return self.head(self.upsamples(self.middle(self.conv1(x, past), past), past), past)
+    def coarse(self, x: Tensor, past: Past) -> Tensor:
+        return through([self.conv1, *self.middle, *self.upsamples[: self.split]], x, past)
+
+    def fine(self, x: Tensor, past: Past) -> Tensor:
+        return through([*self.upsamples[self.split :], self.head], x, past)
 
 
 class WanVAE(nn.Module):
@@ -261,6 +270,7 @@ class WanVAE(nn.Module):
         self.channels = layout.channels
         self.space = 2 ** len(layout.time)  # pixels per latent pixel
         self.time = 2 ** sum(layout.time)  # frames per latent, after the first
+        self.margin = -(-(6 * layout.blocks + 10) // self.space)  # latent pixels around a tile that `fine` looks at
         self.encoder = Encoder(layout)
         self.conv1 = nn.Conv3d(2 * layout.channels, 2 * layout.channels, 1)
         self.conv2 = nn.Conv3d(layout.channels, layout.channels, 1)
@@ -285,26 +295,26 @@ class WanVAE(nn.Module):
         vae.load_state_dict(state, assign=True)
         return vae.requires_grad_(False).eval()
 
-    def decode_step(self, z: Tensor, past: Past) -> Tensor:
-        """One raw latent [B, C, 1, H, W] -> frames [B, 3, 1 or 4, 8H, 8W] in -1..1, not clamped; updates `past`."""
+    def decode_coarse(self, z: Tensor, past: Past) -> Tensor:
+        """One raw latent [B, C, 1, H, W] -> what `decoder.fine` makes frames of; updates `past`."""
         z = z.contiguous(memory_format=torch.channels_last_3d)  # one layout, whatever z was cut from
-        return self.decoder(self.conv2(z), past)
+        return self.decoder.coarse(self.conv2(z), past)
 
-    def encode_step(self, x: Tensor, past: Past) -> Tensor:
-        """A clip's first frame, or the next four, [B, 3, 1 or 4, 8H, 8W] in -1..1 -> one raw latent [B, C, 1, H, W]."""
-        mean, _ = self.conv1(self.encoder(x, past)).chunk(2, 1)
+    def encode_coarse(self, x: Tensor, past: Past) -> Tensor:
+        """What `encoder.fine` made of one latent's frames -> the raw latent [B, C, 1, H, W]; updates `past`."""
+        mean, _ = self.conv1(self.encoder.coarse(x, past)).chunk(2, 1)
         return mean
 
-    def decode(self, latents: Tensor, tiling: Tiling | None = None) -> Tensor:
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """A whole clip: latents [B, C, F, H, W] in model space -> frames [B, 4F-3, 8H, 8W, 3] in 0..1, float32."""
-        return DecoderStream(self, tiling).decode(latents)
+        return DecoderStream(self, tile).decode(latents)
 
-    def encode(self, frames: Tensor, tiling: Tiling | None = None) -> Tensor:
+    def encode(self, frames: Tensor, tile: int | None = None) -> Tensor:
         """A whole clip: frames [B, T, 8H, 8W, 3] in 0..1 -> latents [B, C, 1 + (T-1)//4, H, W] in model space, float32.
 
         Frames at the end that do not fill a latent, (T-1) % 4 of them, are left out, as in the published code.
         """
-        return EncoderStream(self, tiling).encode(frames)
+        return EncoderStream(self, tile).encode(frames)
 
 
 def _not_a_wan_vae(state: dict[str, Tensor], reason: object) -> str:
@@ -315,83 +325,123 @@ def _not_a_wan_vae(state: dict[str, Tensor], reason: object) -> str:
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """Decode or encode square tiles instead of whole pictures: less memory, more work, results almost the same.
+class Span:
+    """A stretch of rows or columns, in latent pixels: `core` is wanted, `seen` has the margin around it."""
 
-    Both in latent pixels (8 pixels each). Neighbours share at least `overlap`, where one fades into the other. The
-    tiles of a picture are all of one size and evenly spread.
-    """
+    core: slice
+    seen: slice
 
-    size: int = 32
-    overlap: int = 8
+    @property
+    def inside(self) -> slice:
+        """The core, counted from where `seen` begins."""
+        return slice(self.core.start - self.seen.start, self.core.stop - self.seen.start)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < self.size:
-            raise ValueError(
-                f"Got tiles of {self.size} latent pixels that overlap by {self.overlap}; the overlap must be 0 or more "
-                "and less than the size. Use a larger size or a smaller overlap."
-            )
 
-    def spans(self, length: int) -> list[slice]:
-        """Where the tiles of `length` latent pixels lie."""
-        size = min(self.size, length)
-        steps = -(-(length - size) // (self.size - self.overlap))
-        starts = [round(i * (length - size) / max(steps, 1)) for i in range(steps + 1)]
-        return [slice(start, start + size) for start in starts]
-
-    def fades(self, length: int, scale: int) -> list[Tensor]:
-        """How much each span counts at each of its size * scale places; all over the picture the sum is one."""
-        spans = [slice(s.start * scale, s.stop * scale) for s in self.spans(length)]
-        size = spans[0].stop
-        rising = torch.arange(1, size + 1) / (self.overlap * scale + 1)
-        fade = torch.minimum(rising, rising.flip(0)).clamp(max=1)
-        total = torch.zeros(length * scale)
-        for span in spans:
-            total[span] += fade
-        return [fade / total[span] for span in spans]
+def spans(length: int, tile: int, margin: int) -> list[Span]:
+    """As few stretches as cover `length` latent pixels with none seeing more than `tile`, all about equally long."""
+    for count in itertools.count(1):
+        edges = [i * length // count for i in range(count + 1)]
+        cut = [slice(max(a - margin, 0), min(b + margin, length)) for a, b in pairwise(edges)]
+        if max(seen.stop - seen.start for seen in cut) <= tile:
+            return [Span(slice(a, b), seen) for (a, b), seen in zip(pairwise(edges), cut)]
 
 
 @dataclass
 class Tile:
-    rows: slice  # in latent pixels
-    columns: slice
-    weight: Tensor | None = None  # what it counts at each place of the output; None: it is the whole picture
+    rows: Span
+    columns: Span
     past: Past = field(default_factory=dict)
 
+    def cut_from(self, x: Tensor, scale: int) -> Tensor:
+        """What it sees of x [B, C, T, scale * H, scale * W]."""
+        return _window(x, self.rows.seen, self.columns.seen, scale)
 
-def tiles_of(height: int, width: int, tiling: Tiling | None, scale: int, device: torch.device) -> list[Tile]:
-    """The tiles of a picture of so many latent pixels, with empty pasts. `scale`: output pixels per latent pixel."""
-    if tiling is None or max(height, width) <= tiling.size:
-        return [Tile(slice(0, height), slice(0, width))]
-    rows, columns = (list(zip(tiling.spans(n), tiling.fades(n, scale))) for n in (height, width))
-    return [
-        Tile(row, column, (fade[:, None] * fade_across).to(device))
-        for (row, fade), (column, fade_across) in product(rows, columns)
-    ]
+    def put_into(self, canvas: Tensor, y: Tensor, scale: int) -> None:
+        """Its core of y, made of what it saw, into its place in the canvas [B, C, T, scale * H, scale * W]."""
+        wanted = _window(y, self.rows.inside, self.columns.inside, scale)
+        _window(canvas, self.rows.core, self.columns.core, scale).copy_(wanted)
 
 
-def run_tiles(step: Callable[[Tensor, Past], Tensor], x: Tensor, tiles: list[Tile], before: int, after: int) -> Tensor:
-    """One step [B, C, T, H, W] -> [B, C', T', H', W'], float32, tile by tile.
+def _window(x: Tensor, rows: slice, columns: slice, scale: int) -> Tensor:
+    return x[..., scale * rows.start : scale * rows.stop, scale * columns.start : scale * columns.stop]
 
-    `before` and `after`: how many pixels a latent pixel is wide in x and in the result.
+
+class Fine:
+    """Runs `layers` over a clip at the larger sizes, whole or in tiles, and keeps their pasts.
+
+    Pasts of tiles wait in CPU memory for their turn: at full size they are what takes the most.
     """
-    if len(tiles) == 1:
-        return step(x, tiles[0].past).float()
-    canvas = None
-    for tile in tiles:
-        y = step(x[..., _scaled(tile.rows, before), _scaled(tile.columns, before)], tile.past)
-        if canvas is None:
-            size = (x.shape[3] * after // before, x.shape[4] * after // before)
-            canvas = torch.zeros(*y.shape[:3], *size, device=y.device)
-        canvas[..., _scaled(tile.rows, after), _scaled(tile.columns, after)] += y * tile.weight
-    return canvas
+
+    def __init__(self, layers: Callable[[Tensor, Past], Tensor], before: int, after: int, tiles: list[Tile]):
+        self.layers = layers
+        self.before, self.after = before, after  # how wide a latent pixel is in what goes in and what comes out
+        self.tiles = tiles
+
+    def run(self, xs: list[Tensor]) -> list[Tensor]:
+        """Steps [B, C, T, before * H, before * W] -> [B, C', T', after * H, after * W] each."""
+        if len(self.tiles) == 1:
+            return [self.layers(x, self.tiles[0].past) for x in xs]
+        canvases: list[Tensor] = []
+        for tile in self.tiles:
+            tile.past = _moved(tile.past, xs[0].device)
+            for i, x in enumerate(xs):
+                y = self.layers(tile.cut_from(x, self.before), tile.past)
+                if tile is self.tiles[0]:
+                    canvases.append(self._canvas(x, y))
+                tile.put_into(canvases[i], y, self.after)
+            tile.past = _moved(tile.past, torch.device("cpu"))
+        return canvases
+
+    def _canvas(self, x: Tensor, y: Tensor) -> Tensor:
+        height, width = (n * self.after // self.before for n in x.shape[3:])
+        shape = (*y.shape[:3], height, width)
+        return torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last_3d)
 
 
-def _scaled(span: slice, scale: int) -> slice:
-    return slice(span.start * scale, span.stop * scale)
+def _moved(past: Past, device: torch.device) -> Past:
+    return {layer: tensor.to(device) for layer, tensor in past.items()}
 
 
-class DecoderStream:
+class Stream:
+    """One clip's way through the autoencoder: what is remembered of it. `tile` in latent pixels; None: no tiles."""
+
+    def __init__(self, vae: WanVAE, tile: int | None = None):
+        if tile is not None and tile <= 2 * vae.margin:
+            raise ValueError(
+                f"Got tiles of {tile} latent pixels; they need a margin of {vae.margin} on each side. "
+                f"Use {4 * vae.margin} or more, or no tiles."
+            )
+        self.vae = vae
+        self.tile = tile
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the clip; the next call starts another."""
+        self.shape: tuple[int, int, int] | None = None  # B, H, W of the clip under way, in latent pixels
+        self.past: Past = {}  # of the coarse layers
+        self.fine: Fine | None = None
+
+    def _tiles(self, height: int, width: int) -> list[Tile]:
+        rows, columns = (spans(n, self.tile or n, self.vae.margin) for n in (height, width))
+        return [Tile(row, column) for row, column in itertools.product(rows, columns)]
+
+    def _begin(self, batch: int, height: int, width: int) -> bool:
+        """Whether this is a clip's first call. Raises ValueError if it does not go with the clip under way."""
+        if self.shape not in (None, (batch, height, width)):
+            raise ValueError(
+                f"Got a batch of {batch} with {height} x {width} latent pixels, but this clip began with "
+                f"{self.shape[0]} with {self.shape[1]} x {self.shape[2]}. Call reset() before another clip."
+            )
+        first, self.shape = self.shape is None, (batch, height, width)
+        return first
+
+    @property
+    def _together(self) -> int:
+        """Latents that a tile takes in one turn."""
+        return 1 if self.tile is None else 4
+
+
+class DecoderStream(Stream):
     """Latents in, frames out, any number of latents at a time.
 
         stream = DecoderStream(vae)
@@ -399,17 +449,8 @@ class DecoderStream:
             frames = stream.decode(chunk.latents)
 
     The first call gives 4F-3 frames, later ones 4F. However the clip is cut, the frames are the same to the bit.
+    With `tile`, a stream takes less memory and more time.
     """
-
-    def __init__(self, vae: WanVAE, tiling: Tiling | None = None):
-        self.vae = vae
-        self.tiling = tiling
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets the clip; the next call starts another."""
-        self.shape: tuple[int, ...] | None = None  # B, H, W of the clip under way
-        self.tiles: list[Tile] = []
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -418,16 +459,19 @@ class DecoderStream:
         Raises ValueError for other shapes, or for a batch or size unlike the one the clip began with.
         """
         self._check(latents)
+        batch, _, _, height, width = latents.shape
+        if self._begin(batch, height, width):
+            space = self.vae.space
+            self.fine = Fine(self.vae.decoder.fine, space // 4, space, self._tiles(height, width))
         weight = next(self.vae.parameters())
-        if self.shape is None:
-            self.shape = _batch_and_size(latents)
-            self.tiles = tiles_of(*self.shape[1:], self.tiling, self.vae.space, weight.device)
         raw = from_model_space(latents.to(weight.device)).to(weight.dtype)
-        frames = torch.cat([self._step(z) for z in raw.split(1, 2)], 2)  # [B, 3, T, 8H, 8W]
-        return frames.movedim(1, -1).add_(1).div_(2).clamp_(0, 1)
+        frames = [y for piece in raw.split(self._together, 2) for y in self._frames(piece)]
+        return torch.cat(frames, 1).float().add_(1).div_(2).clamp_(0, 1)
 
-    def _step(self, z: Tensor) -> Tensor:
-        return run_tiles(self.vae.decode_step, z, self.tiles, 1, self.vae.space)
+    def _frames(self, raw: Tensor) -> list[Tensor]:
+        """[B, C, F, H, W] -> [B, 1 or 4, 8H, 8W, 3] in -1..1 for each latent."""
+        coarse = [self.vae.decode_coarse(z, self.past) for z in raw.split(1, 2)]
+        return [y.movedim(1, -1) for y in self.fine.run(coarse)]
 
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.vae.channels or 0 in latents.shape:
@@ -435,28 +479,21 @@ class DecoderStream:
                 f"Got latents of shape {list(latents.shape)}; this decoder needs [batch, {self.vae.channels}, "
                 "latent frames (1 or more), height, width]. Decode with the autoencoder that belongs to the model."
             )
-        _check_same_clip(self.shape, _batch_and_size(latents))
 
 
-class EncoderStream:
+class EncoderStream(Stream):
     """Frames in, latents out, any number of frames at a time; frames wait until a latent's worth is there.
 
         stream = EncoderStream(vae)
-        latents = torch.cat([stream.encode(frames) for frames in clip], 2)
+        latents = torch.cat([*(stream.encode(frames) for frames in clip), stream.flush()], 2)
 
     A clip's first frame is its first latent; then four frames make one. However the clip is cut, the latents are the
     same to the bit.
     """
 
-    def __init__(self, vae: WanVAE, tiling: Tiling | None = None):
-        self.vae = vae
-        self.tiling = tiling
-        self.reset()
-
     def reset(self) -> None:
         """Forgets the clip, with the frames that wait; the next call starts another."""
-        self.shape: tuple[int, ...] | None = None  # B, 8H, 8W of the clip under way
-        self.tiles: list[Tile] = []
+        super().reset()
         self.waiting: Tensor | None = None  # [B, 3, 0..3, 8H, 8W]
 
     @torch.no_grad()
@@ -465,18 +502,17 @@ class EncoderStream:
 
         F may be 0. Raises ValueError for other shapes, or for a batch or size unlike the one the clip began with.
         """
-        x = frames.movedim(-1, 1)  # [B, 3, T, 8H, 8W]
         self._check(frames)
-        weight, space = next(self.vae.parameters()), self.vae.space
-        height, width = x.shape[3] // space, x.shape[4] // space
-        if first := self.shape is None:
-            self.shape = _batch_and_size(x)
-            self.tiles = tiles_of(height, width, self.tiling, 1, weight.device)
-        x = (x.to(weight.device, torch.float32) * 2 - 1).to(weight.dtype)
-        x = x if self.waiting is None else torch.cat([self.waiting, x], 2)
-        steps, self.waiting = self._cut(x, first)
-        none = torch.empty(len(x), self.vae.channels, 0, height, width, device=x.device)
-        return to_model_space(torch.cat([none, *(self._step(step) for step in steps)], 2))
+        space, weight = self.vae.space, next(self.vae.parameters())
+        height, width = frames.shape[2] // space, frames.shape[3] // space
+        first = self._begin(len(frames), height, width)
+        if first:
+            self.fine = Fine(self.vae.encoder.fine, space, space // 4, self._tiles(height, width))
+        x = (frames.to(weight.device, torch.float32) * 2 - 1).to(weight.dtype).movedim(-1, 1)  # [B, 3, T, 8H, 8W]
+        steps = self._steps(x if first else torch.cat([self.waiting, x], 2), first)
+        pieces = [steps[i : i + self._together] for i in range(0, len(steps), self._together)]
+        latents = [z for piece in pieces for z in self._latents(piece)]
+        return to_model_space(torch.cat([self._none(), *latents], 2))
 
     def flush(self) -> Tensor:
         """Ends the clip. Frames that wait are left out, as in the published code: [B, C, 0, H, W]. Resets the stream.
@@ -485,41 +521,29 @@ class EncoderStream:
         """
         if self.shape is None:
             raise ValueError("Got no frame to encode; a clip needs at least one. Call encode() first.")
-        batch, height, width = self.shape
-        size = (height // self.vae.space, width // self.vae.space)
-        device = self.waiting.device
+        none = self._none()
         self.reset()
-        return torch.empty(batch, self.vae.channels, 0, *size, device=device)
+        return none
 
-    def _cut(self, x: Tensor, first: bool) -> tuple[list[Tensor], Tensor]:
-        """Frames [B, 3, T, 8H, 8W] -> those that make up whole latents, latent by latent, and the others."""
-        alone = 1 if first else 0
-        whole = (x.shape[2] - alone) // self.vae.time
-        *steps, rest = x.split([*[1] * alone, *[self.vae.time] * whole, (x.shape[2] - alone) % self.vae.time], 2)
-        return steps, rest.clone()  # not a view that keeps the whole of x
+    def _steps(self, x: Tensor, first: bool) -> list[Tensor]:
+        """Frames [B, 3, T, 8H, 8W] -> those of each whole latent; the others wait."""
+        alone = [1] if first else []
+        whole, rest = divmod(x.shape[2] - len(alone), self.vae.time)
+        *steps, waiting = x.split([*alone, *[self.vae.time] * whole, rest], 2)
+        self.waiting = waiting.clone()  # not a view that keeps the whole of x
+        return steps
 
-    def _step(self, x: Tensor) -> Tensor:
-        return run_tiles(self.vae.encode_step, x, self.tiles, self.vae.space, 1)
+    def _latents(self, steps: list[Tensor]) -> list[Tensor]:
+        return [self.vae.encode_coarse(x, self.past) for x in self.fine.run(steps)]
+
+    def _none(self) -> Tensor:
+        batch, height, width = self.shape
+        return torch.empty(batch, self.vae.channels, 0, height, width, device=self.waiting.device)
 
     def _check(self, frames: Tensor) -> None:
-        space = self.vae.space
-        shape = frames.shape
+        space, shape = self.vae.space, frames.shape
         if len(shape) != 5 or shape[4] != 3 or 0 in shape or shape[2] % space or shape[3] % space:
             raise ValueError(
                 f"Got frames of shape {list(shape)}; this encoder needs [batch, frames (1 or more), height, width, 3] "
                 f"with height and width multiples of {space}. Crop or resize the frames."
             )
-        _check_same_clip(self.shape, (shape[0], shape[2], shape[3]))
-
-
-def _batch_and_size(x: Tensor) -> tuple[int, ...]:
-    """B, H, W of [B, C, T, H, W]."""
-    return (x.shape[0], *x.shape[3:])
-
-
-def _check_same_clip(begun: tuple[int, ...] | None, given: tuple[int, ...]) -> None:
-    if begun not in (None, given):
-        raise ValueError(
-            f"Got batch, height, width {list(given)}, but this clip began with {list(begun)}. "
-            "Call reset() before another clip."
-        )

@@ -1,4 +1,4 @@
-"""Cuts the full golden tensors of the engine down to what the repository carries.
+"""Cuts the full golden tensors of the engine and of the Wan VAE down to what the repository carries.
 
     python tests/golden/derive.py DIRECTORY_OF_THE_FULL_SET
 
@@ -26,6 +26,8 @@ ROLLOUTS = {  # case -> latent frames kept, the prefix included
 }
 WINDOWS = {"local6_sink1": 12, "local7_sink0": 12, "local9_sink3": 15, "frame_local6_sink2": 10}
 LONGLIVE = {"infinity_local9_sink3": 18, "switch_early": 9, "switch_globalsink": 15, "switch_noglobalsink": 15}
+VAE = ("decode.z", "decode2", "encode", "mean", "pixels", "std")
+VAE_FRAMES = 4  # of the long decode, every fourth frame is kept
 
 
 def batch_first(tensors: dict, prefixes: tuple[str, ...]) -> dict:
@@ -61,6 +63,11 @@ def draws_for(case: dict, frames: int) -> list:
     return draws
 
 
+def vae_cases(tensors: dict) -> dict:
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith(VAE)}
+    return kept | {"decode.pixels_clamped": tensors["decode.pixels_clamped"][:, ::VAE_FRAMES].clone()}
+
+
 def main(source: Path) -> None:
     def read(name: str) -> dict:
         return load_file(source / f"{name}.safetensors")
@@ -68,6 +75,7 @@ def main(source: Path) -> None:
     save_file(batch_first(read("g1_forwards"), FORWARDS), HERE / "g1_forwards.safetensors")
     save_file(rollout_cases(read("g2_rollouts"), ROLLOUTS), HERE / "g2_rollouts.safetensors")
     save_file(rollout_cases(read("g3_window"), WINDOWS), HERE / "g3_window.safetensors")
+    save_file(vae_cases(read("g4_vae")), HERE / "g4_vae.safetensors")
     save_file(read("g6_scheduler"), HERE / "g6_scheduler.safetensors")
     save_file(rollout_cases(read("g8_longlive"), LONGLIVE), HERE / "g8_longlive.safetensors")
 
