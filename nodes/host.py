@@ -30,6 +30,7 @@ Preview = tuple[str, Image.Image, int]  # format, picture, largest side
 
 GIB = 1024**3
 SMALL = 64 * 1024**2
+PREVIEW_SIZE = 256  # pixels, at least where a picture can be enlarged by a whole factor
 FAMILY = "self_forcing_family"
 
 
@@ -153,9 +154,9 @@ def cache_bytes(wan: WanLayers, sampling: Sampling, size: Size, dtype: torch.dty
 # --- Latents and prompts ---------------------------------------------------------------------------------------------
 
 
-def latents_of(latent: dict, patcher: ModelPatcher, what: str = "latent") -> Tensor:
-    """The samples [B, C, F, H, W] of a LATENT that fits the MODEL. Raises ValueError where it does not."""
-    samples, channels = latent["samples"], patcher.model.diffusion_model.in_dim
+def latents_of(latent: dict, wan: WanLayers, what: str = "latent") -> Tensor:
+    """The samples [B, C, F, H, W] of a LATENT that fits the model. Raises ValueError where it does not."""
+    samples, channels = latent["samples"], wan.config.channels
     if samples.ndim != 5 or samples.shape[1] != channels:
         raise ValueError(
             f"Got a {what} of shape {list(samples.shape)}; this model needs [batch, {channels}, frames, height, "
@@ -209,7 +210,9 @@ def previewer_of(patcher: ModelPatcher) -> latent_preview.LatentPreviewer:
 
 
 def as_preview(picture: Image.Image) -> Preview:
-    """A picture for a progress bar, made smaller where it is large and never larger."""
+    """A picture for a progress bar. The canvas shows it pixel by pixel, so the built-in model's are enlarged."""
+    factor = max(1, PREVIEW_SIZE // max(picture.size))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
     return ("JPEG", picture, min(latent_preview.MAX_PREVIEW_RESOLUTION, max(picture.size)))
 
 

@@ -12,8 +12,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sf_core.config import PRESETS, Sampling
+from ..sf_core.model import WanLayers
 from ..sf_core.noise import MAX_SEED, Noise, SeededNoise
-from ..sf_core.rollout import plan_spans, rollout
+from ..sf_core.rollout import rollout
 from . import host
 
 CATEGORY = "Self Forcing"
@@ -48,7 +49,7 @@ class SelfForcingLatent(io.ComfyNode):
                     tooltip="Length in seconds at the given fps. 0: use frames instead.",
                 ),
                 io.Float.Input(
-                    "fps", default=16.0, min=1.0, max=120.0, step=1.0,
+                    "fps", default=16.0, min=1.0, max=120.0, step=1.0, advanced=True,
                     tooltip="Frames per second that seconds are counted with. 16 is Wan 2.1's own rate.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos made at once, each different."),
@@ -116,7 +117,7 @@ class SelfForcingSampler(io.ComfyNode):
                     tooltip="Denoising steps per chunk, evenly spaced before the shift. 0: the preset's (4).",
                 ),
                 io.Int.Input(
-                    "chunk", default=0, min=0, max=100,
+                    "chunk", default=0, min=0, max=100, advanced=True,
                     tooltip="Latent frames made together (4 frames each). 0: the preset's (3), which is what the model "
                     "was trained with.",
                 ),
@@ -126,7 +127,7 @@ class SelfForcingSampler(io.ComfyNode):
                     "0: the preset's. A number as large as the video means all of it.",
                 ),
                 io.Int.Input(
-                    "sink", default=-1, min=-1, max=100_000,
+                    "sink", default=-1, min=-1, max=100_000, advanced=True,
                     tooltip="First latent frames that never leave the window; steadies long videos. -1: the preset's.",
                 ),
                 io.Latent.Input(
@@ -141,9 +142,10 @@ class SelfForcingSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, latent, seed, preset, steps, chunk, window, sink, prefix=None) -> io.NodeOutput:
         sampling = sampling_of(preset, host.family_of(model).preset, steps, chunk, window, sink)
-        shape = host.latents_of(latent, model).shape
-        start = None if prefix is None else host.latents_of(prefix, model, "prefix")
-        return io.NodeOutput({"samples": sample(model, positive, shape, SeededNoise(seed), sampling, start)})
+        wan = host.wan_of(model)
+        shape = host.latents_of(latent, wan).shape
+        start = None if prefix is None else host.latents_of(prefix, wan, "prefix")
+        return io.NodeOutput({"samples": sample(model, wan, positive, shape, SeededNoise(seed), sampling, start)})
 
 
 def sampling_of(preset: str, own: str, steps: int, chunk: int, window: int, sink: int) -> Sampling:
@@ -159,18 +161,32 @@ def sampling_of(preset: str, own: str, steps: int, chunk: int, window: int, sink
 
 
 def whole_chunks(frames: int, sampling: Sampling, prefix: int) -> int:
-    """Latent frames rounded up so that the last chunk is a full one, as the model was trained."""
-    last = plan_spans(frames, sampling, prefix)[-1]
-    full = sampling.first_chunk if last.start == 0 and sampling.first_chunk else sampling.chunk
-    return frames + full - last.frames
+    """Latent frames rounded up so that the last chunk is a full one, as the model was trained.
+
+    Raises ValueError when the prefix leaves nothing to make.
+    """
+    if prefix >= frames:
+        raise ValueError(
+            f"Got a prefix of {prefix} latent frames for a video of {frames}; at least one frame must be left to make. "
+            f"Raise the latent's length to {4 * prefix + 1} frames or more, or give a shorter prefix."
+        )
+    first = sampling.chunk if prefix else sampling.first_chunk or sampling.chunk
+    beyond = max(0, frames - prefix - first)
+    return prefix + first + -(-beyond // sampling.chunk) * sampling.chunk
 
 
 def sample(
-    model: ModelPatcher, positive: list, shape: torch.Size, noise: Noise, sampling: Sampling, prefix: Tensor | None
+    model: ModelPatcher,
+    wan: WanLayers,
+    positive: list,
+    shape: torch.Size,
+    noise: Noise,
+    sampling: Sampling,
+    prefix: Tensor | None,
 ) -> Tensor:
     """A video [B, C, F, H, W] of `shape` on ComfyUI's intermediate device; like every LATENT, in raw VAE space."""
     batch, _, frames, height, width = shape
-    wan, dtype = host.wan_of(model), model.model.get_dtype_inference()
+    dtype = model.model.get_dtype_inference()
     embeds = host.prompt_of(positive, batch)
     if prefix is not None:
         prefix = model.model.process_latent_in(comfy.utils.repeat_to_batch_size(prefix, batch))
