@@ -339,21 +339,28 @@ def test_describe_agrees_with_loading(tmp_path):
     assert "generator" in about.source
 
 
-def test_memory_is_the_sum_of_its_parts():
-    config = WanConfig()
-    need = memory_needed(config, weights=2_838_000_000, height=480, width=832, window=12, chunk=3)
+def test_memory_of_the_1_3b_model():
+    longlive = FAMILIES["longlive"].sampling
+    need = memory_needed(WanConfig(), longlive, weights=2_838_000_000, height=480, width=832)
     assert need.cache == 12 * 2 * 30 * 1560 * 1536 * 2  # 3.2 GiB
     assert need.text == 2 * 30 * 512 * 1536 * 2
-    assert 100e6 < need.activations < 500e6
+    assert 400e6 < need.activations < 500e6
     assert need.total == need.weights + need.cache + need.text + need.activations
+
+
+def test_float8_cache_takes_half_and_a_scale_for_each_token_and_head():
+    longlive = FAMILIES["longlive"].sampling
+    need = memory_needed(WanConfig(), longlive, 0, 480, 832, cache_dtype=torch.float8_e4m3fn)
+    assert need.cache == 12 * 2 * 30 * 1560 * (1536 + 12 * 4)
 
 
 def test_memory_follows_size_window_and_precision(tmp_path):
     save_file(weights(), tmp_path / "longlive.safetensors")
     about = describe(tmp_path / "longlive.safetensors")
     default = about.memory(64, 64)
-    assert default == about.memory(64, 64, window=12)
-    assert about.memory(64, 64, window=24).cache == 2 * default.cache
+    assert default == about.memory(64, 64, sampling=replace(about.sampling, window=12))
+    assert about.memory(64, 64, sampling=replace(about.sampling, window=6)).cache == default.cache // 2
+    assert about.memory(64, 64, frames=3).cache == default.cache // 4
     assert about.memory(128, 64).cache == 2 * default.cache
     half = about.memory(64, 64, dtype=torch.bfloat16)
     assert (half.weights, half.cache) == (default.weights // 2, default.cache // 2)
