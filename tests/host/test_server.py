@@ -1,0 +1,242 @@
+"""A ComfyUI server of its own, with this pack among its custom nodes, driven the way a user's browser drives it."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK = "self-forcing-under-test"
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+START, RUN = 600, 300  # seconds; both take a few, on a machine that has nothing else to do
+
+
+class Server:
+    """A ComfyUI process on a free port; files go to `base`."""
+
+    def __init__(self, comfyui: Path, base: Path) -> None:
+        self.base, self.log = base, base / "server.log"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [
+            sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base),
+            "--disable-auto-launch", "--disable-api-nodes", "--cache-classic",
+        ]  # fmt: skip
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
+
+    def request(self, path: str, body: dict | None = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.read()
+
+    def get(self, path: str) -> dict:
+        return json.loads(self.request(path))
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + START
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(self.log.read_text(encoding="utf-8", errors="replace")[-2000:])
+            try:
+                self.request("/system_stats")
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError(f"ComfyUI did not start in {START} s")
+
+    def queue(self, prompt: dict) -> str:
+        return json.loads(self.request("/prompt", {"prompt": prompt}))["prompt_id"]
+
+    def finished(self, prompt_id: str) -> dict:
+        """The history entry of a prompt, once it is over."""
+        deadline = time.monotonic() + RUN
+        while time.monotonic() < deadline:
+            if entry := self.get(f"/history/{prompt_id}").get(prompt_id):
+                return entry
+            time.sleep(0.1)
+        raise TimeoutError(f"the prompt was not over after {RUN} s")
+
+    def run(self, prompt: dict) -> Path:
+        """Runs a workflow to its end and gives the file it has saved."""
+        entry = self.finished(self.queue(prompt))
+        assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+        (saved,) = [file for output in entry["outputs"].values() for file in output.get("images", [])]
+        return self.base / "output" / saved["subfolder"] / saved["filename"]
+
+    def error_of(self, prompt: dict) -> str:
+        """Runs a workflow that fails and gives the message the user reads."""
+        messages = dict(self.finished(self.queue(prompt))["status"]["messages"])
+        return messages["execution_error"]["exception_message"]
+
+    def memory(self) -> int:
+        """Bytes of RAM the server holds."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    copied = shutil.ignore_patterns(".*", "__pycache__", "runs", "tests", "benchmarks")
+    shutil.copytree(ROOT, base / "custom_nodes" / PACK, ignore=copied)
+    running = Server(comfyui, base)
+    try:
+        running.wait_until_up()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def workflow(server):
+    """workflow("name", SelfForcingSampler={"seed": 1}) is that workflow as /prompt takes it, with inputs changed."""
+    definitions = server.get("/object_info")
+
+    def load(name: str, **changes) -> dict:
+        saved = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+        prompt = to_prompt(saved, definitions)
+        for node in prompt.values():
+            node["inputs"].update(changes.get(node["class_type"], {}))
+        return prompt
+
+    return load
+
+
+def to_prompt(saved: dict, definitions: dict) -> dict:
+    """A saved workflow in the form that /prompt takes: what the frontend does when Run is pressed."""
+    links = {link[0]: [str(link[1]), link[2]] for link in saved["links"]}
+    prompt = {}
+    for node in saved["nodes"]:
+        if node["type"] not in definitions:
+            assert node["type"] in ("Note", "MarkdownNote"), node["type"]
+            continue
+        wired = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+        inputs = {**widgets(node, definitions[node["type"]]), **wired}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def widgets(node: dict, definition: dict) -> dict:
+    """Widget name -> value. Values are saved by position; a seed is followed by what becomes of it after a run."""
+    values, named = iter(node.get("widgets_values") or []), {}
+    specs = {**definition["input"].get("required", {}), **definition["input"].get("optional", {})}
+    for slot in node["inputs"]:
+        if "widget" in slot:
+            named[slot["name"]] = next(values)
+            options = specs[slot["name"]][1] if len(specs[slot["name"]]) > 1 else {}
+            if options.get("control_after_generate"):
+                next(values)
+    assert not list(values), f"{node['type']} has more values than widgets"
+    return named
+
+
+def frames_of(path: Path) -> list:
+    """A video file's frames as arrays [H, W, 3]."""
+    import av
+
+    with av.open(str(path)) as video:
+        return [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+
+
+# --- The pack among custom nodes -------------------------------------------------------------------------------------
+
+
+def test_pack_loads_quickly_and_without_a_warning(server):
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    seconds = re.search(rf"([\d.]+) seconds(.*): .*{PACK}", log)
+    assert float(seconds[1]) < 0.5
+    assert "FAILED" not in seconds[2]
+    assert not [line for line in log.splitlines() if re.search("warn|error", line, re.I) and PACK in line]
+
+
+def test_templates_help_and_translations_are_served(server):
+    assert set(server.get("/workflow_templates")[PACK]) == set(WORKFLOWS)
+    for name in WORKFLOWS:
+        assert server.get(f"/api/workflow_templates/{PACK}/{name}.json")["nodes"]
+        assert server.request(f"/api/workflow_templates/{PACK}/{name}.jpg").startswith(b"\xff\xd8")
+    assert server.request(f"/extensions/{PACK}/docs/SelfForcingSampler.md").startswith(b"# Self Forcing Sampler")
+    assert "SelfForcingSampler" in server.get("/i18n")["en"]["nodeDefs"]
+
+
+# --- Workflows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflow_runs_and_saves_a_video(server, workflow, name):
+    frames = frames_of(server.run(workflow(name)))
+    assert len(frames) == 81
+    assert frames[0].shape == ((64, 64, 3) if name == "tiny_text_to_video" else (256, 256, 3))
+
+
+def test_two_runs_with_one_seed_give_the_same_frames(server, workflow):
+    short = {"SelfForcingLatent": {"frames": 21}}
+    files = []
+    for _ in range(2):
+        files.append(server.run(workflow("tiny_text_to_video", **short)))
+        server.request("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(2)  # the server frees between prompts
+    first, second = (frames_of(file) for file in files)
+    assert files[0] != files[1] and len(first) == 21
+    assert all((a == b).all() for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_cancel_gives_the_memory_back_and_leaves_the_server_usable(server, workflow):
+    server.run(workflow("tiny_text_to_video", SelfForcingLatent={"frames": 21}))
+    before = server.memory()
+    large = {"SelfForcingLatent": {"width": 256, "height": 256, "frames": 121}, "SelfForcingSampler": {"window": 31}}
+    cache = 31 * 256 * 160 * 6 * 2 * 4  # frames, tokens, width, layers, keys and values, bytes: 58 MiB
+    prompt_id = server.queue(workflow("tiny_text_to_video", **large))
+    deadline = time.monotonic() + RUN
+    while server.memory() < before + 0.6 * cache and time.monotonic() < deadline:
+        time.sleep(0.05)
+    server.request("/interrupt", {})
+    messages = [name for name, _ in server.finished(prompt_id)["status"]["messages"]]
+    time.sleep(1)
+    assert "execution_interrupted" in messages
+    assert server.memory() < before + 0.3 * cache
+    other = {"SelfForcingLatent": {"frames": 21}, "SelfForcingSampler": {"seed": 5}}
+    assert len(frames_of(server.run(workflow("tiny_text_to_video", **other)))) == 21
+
+
+# --- What goes wrong, as the user reads it ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SelfForcingLatent": {"width": 70}}, "multiples of 16"),
+        ({"SelfForcingPrompt": {"text": ""}}, "empty prompt"),
+        ({"SelfForcingSampler": {"window": 3, "sink": 2}}, "window of 3 latent frames with sink 2 and chunk 3"),
+    ],
+    ids=["odd size", "empty prompt", "small window"],
+)
+def test_mistake_is_explained_in_the_node(server, workflow, changes, message):
+    error = server.error_of(workflow("tiny_text_to_video", **changes))
+    assert message in error
+    assert error.startswith("Got")
+
+
+@pytest.mark.parametrize("frames", [0, 10**9])
+def test_impossible_length_is_refused_before_the_run(server, workflow, frames):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.queue(workflow("tiny_text_to_video", SelfForcingLatent={"frames": frames}))
+    (node,) = json.loads(refused.value.read())["node_errors"].values()
+    assert "frames" in node["errors"][0]["details"]
