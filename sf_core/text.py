@@ -23,14 +23,14 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .recognise import LORA, STRANGERS
+from .tensorfiles import map_tensors, read_header
 
 TEXT_LEN = 512
 
@@ -63,18 +63,13 @@ SIZED = (
     "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
 )
 
-# What else a file may be, told by a piece of its tensors' names; the first that occurs counts.
+# What else a file may be, told by its tensors' names; the first that fits counts.
 OTHER_KINDS = {
-    "lora_": "a LoRA",
-    "patch_embedding.weight": "a Wan diffusion model",
-    "double_blocks.": "a Flux or Hunyuan diffusion model",
-    "vision_model.": "a CLIP image encoder",
-    "text_model.": "a CLIP text encoder",
-    "visual.": "a CLIP image encoder",
-    ".resblocks.": "a CLIP text encoder",
-    ".downsamples.": "a Wan VAE",
-    ".SelfAttention.": "a T5 or UMT5 that is not complete",
-    "model.layers.": "a language model",
+    LORA.pattern: "a LoRA",
+    r"patch_embedding\.weight": "a Wan diffusion model",
+    r"\.SelfAttention\.": "a T5 or UMT5 that is not complete",
+    r"(^|\.)model\.layers\.": "a language model",
+    **{pattern: kind for pattern, kind, _ in STRANGERS},
 }
 
 # ftfy straightens these for Wan; of what it does to well-formed text, the tokenizer's own normaliser does the rest.
@@ -149,16 +144,17 @@ def load_text_encoder(
 
     tokenizer: spiece.model, tokenizer.json or a folder with one of them; None looks inside ComfyUI's file, then beside
     the weights as Hugging Face and Wan lay them out. dtype: bfloat16, as Wan computes, or float32, as ComfyUI does.
-    Never looks on the network. Raises FileNotFoundError, ImportError (a package is missing), ValueError (another
-    model's file, a damaged one, no tokenizer).
+    Never looks on the network. Raises ValueError (another model's file, a damaged one, no file, no tokenizer),
+    ImportError (a package is missing).
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"Got dtype {dtype}, in which UMT5 overflows. Use torch.bfloat16 or torch.float32.")
     path = Path(path)
-    files = _weight_files(path)
-    tensors = {name: tensor for file in files for name, tensor in _read(file).items()}
+    file = read_header(_weights_in(path) if path.is_dir() else path)
+    _umt5(file.tensors, path)  # a wrong file is refused before anything is mapped
+    tensors = map_tensors(file, file.tensors)
     weights = _umt5(tensors, path)
-    text = _tokenizer(tokenizer, tensors.get("spiece_model"), files[0])
+    text = _tokenizer(tokenizer, tensors.get("spiece_model"), file.paths[0])
     _check_vocabulary(text, rows=len(weights["shared.weight"]))
     return TextEncoder(_model(weights, path, torch.device(device), dtype), text, dtype)
 
@@ -169,49 +165,18 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", unescaped.translate(STRAIGHT)).strip()
 
 
-# Weights
+# --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights: path itself, or the shards inside a folder."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"Got {path}, which does not exist. {NEEDED}")
-    for folder in (path, path / "text_encoder"):
+def _weights_in(folder: Path) -> Path:
+    """The file, or the first shard, with the text encoder of a folder that may hold other models too."""
+    for place in (folder, folder / "text_encoder"):
         for pattern in ("models_t5*.pth", "model*.safetensors", "pytorch_model*.bin"):
-            if found := sorted(folder.glob(pattern)):
-                return found
+            if found := sorted(place.glob(pattern)):
+                return found[0]
     raise ValueError(
-        f"Got the folder {path}, with no model*.safetensors, pytorch_model*.bin or models_t5*.pth. {NEEDED}"
+        f"Got the folder {folder}, with no model*.safetensors, pytorch_model*.bin or models_t5*.pth. {NEEDED}"
     )
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a file by its name, mapped rather than read. Code in a pickle is refused, not run."""
-    with file.open("rb") as opened:
-        start = opened.read(4)
-    if start == b"GGUF":
-        raise ValueError(f"Got {file}, a GGUF file, which is not read here. {NEEDED}")
-    try:
-        if start[:2] == b"PK":
-            return _flat(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
-        return load_file(file)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"Got {file} ({file.stat().st_size:,} bytes), which is cut short, holds more than tensors, or is no "
-            f"safetensors or .pth file. If it should be one, download it again. {NEEDED}"
-        ) from error
-
-
-def _flat(tree: object, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors in dicts of dicts, names joined with dots."""
-    if isinstance(tree, Tensor):
-        return {prefix: tree}
-    if not isinstance(tree, dict):
-        return {}
-    parts = (_flat(value, f"{prefix}.{name}" if prefix else str(name)) for name, value in tree.items())
-    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def _umt5(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -238,8 +203,8 @@ def _transformers_name(name: str) -> str:
 
 def _kind(names: Iterable[str]) -> str:
     names = list(names)
-    for piece, kind in OTHER_KINDS.items():
-        if any(piece in name for name in names):
+    for pattern, kind in OTHER_KINDS.items():
+        if any(re.search(pattern, name) for name in names):
             return kind
     return f"no text encoder known here (its first tensors: {', '.join(names[:3]) or 'none'})"
 
@@ -292,7 +257,7 @@ def _check(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     if missing := [name for name in needed if name not in weights]:
         raise ValueError(
             f"Got {path}, which lacks {len(missing)} of {len(needed)} tensors, the first {missing[0]}: it is cut short "
-            "or a shard is missing. Download it again."
+            "or not whole. Download it again."
         )
     for name, weight in needed.items():
         got = weights[name]
@@ -320,7 +285,7 @@ def _put(model: nn.Module, name: str, what: nn.Module | nn.Parameter) -> None:
     setattr(model.get_submodule(parent), leaf, what)
 
 
-# Tokenizer
+# --- Tokenizer -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -344,7 +309,7 @@ def _tokenizer(given: str | Path | None, embedded: Tensor | None, weights: Path)
             if file.is_file():
                 return _tokenizer_file(file)
     if given is not None:
-        raise FileNotFoundError(f"Got the tokenizer {given}: no file, nor a folder with one. {TOKENIZER_NEEDED}")
+        raise ValueError(f"Got the tokenizer {given}: no file, nor a folder with one. {TOKENIZER_NEEDED}")
     raise ValueError(f"Got {weights}, which carries no tokenizer, and none lies beside it. {TOKENIZER_NEEDED}")
 
 

@@ -344,7 +344,7 @@ def test_without_a_tokenizer_the_error_says_which_one(tmp_path, wan):
     save_file(hugging_face(wan), tmp_path / "umt5.safetensors")
     with pytest.raises(ValueError, match=r"carries no tokenizer.*spiece.model or tokenizer.json of google/umt5-xxl"):
         load(tmp_path / "umt5.safetensors")
-    with pytest.raises(FileNotFoundError, match="no file, nor a folder with one"):
+    with pytest.raises(ValueError, match="no file, nor a folder with one"):
         load(tmp_path / "umt5.safetensors", tokenizer=tmp_path / "nowhere")
 
 
@@ -372,8 +372,8 @@ def t5(wan):
 
 OTHER_FILES = {
     "a Wan diffusion model": {"patch_embedding.weight": torch.ones(1), "blocks.0.self_attn.q.weight": torch.ones(1)},
-    "a CLIP text encoder": {"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.ones(1)},
-    "a Wan VAE": {"encoder.downsamples.0.residual.0.gamma": torch.ones(1)},
+    "a CLIP encoder": {"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.ones(1)},
+    "the Wan VAE": {"decoder.middle.0.residual.0.gamma": torch.ones(1)},
     "a language model": {"model.layers.0.self_attn.q_proj.weight": torch.ones(1)},
     "a LoRA": {"lora_unet_blocks_0.lora_down.weight": torch.ones(1)},
     r"no text encoder known here \(its first tensors: x\)": {"x": torch.ones(1)},
@@ -437,13 +437,13 @@ def damaged(tmp_path, wan, spiece):
 def test_damaged_files_are_refused(tmp_path, wan, spiece):
     for name, content in damaged(tmp_path, wan, spiece).items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} \({len(content):,} bytes\), which is cut short"):
+        with pytest.raises(ValueError, match=f"{name}.*is needed"):
             load(tmp_path / name)
 
 
 def test_a_gguf_file_is_refused(tmp_path):
     (tmp_path / "umt5.gguf").write_bytes(b"GGUF" + bytes(20))
-    with pytest.raises(ValueError, match="a GGUF file, which is not read here"):
+    with pytest.raises(ValueError, match="a GGUF file"):
         load(tmp_path / "umt5.gguf")
 
 
@@ -462,13 +462,13 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
     with zipfile.ZipFile(tmp_path / "bad.pth") as archive:
         assert any(name.endswith("data.pkl") for name in archive.namelist())
     for name in ("bad.pth", "bare.pth"):
-        with pytest.raises(ValueError, match="holds more than tensors"):
+        with pytest.raises(ValueError, match="not opened because that could run code"):
             load(tmp_path / name)
     assert not mark.exists()
 
 
 def test_paths_that_hold_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist.*Needed is the UMT5-XXL encoder"):
+    with pytest.raises(ValueError, match="nowhere.safetensors, which does not exist"):
         load(tmp_path / "nowhere.safetensors")
     with pytest.raises(ValueError, match="the folder .* with no model"):
         load(tmp_path)
