@@ -41,7 +41,7 @@ class Recipe:
 
 
 RECIPE = Recipe(
-    steps={"autoencoder": 1800, "teacher": 3600, "causal": 400, "few-step": 600},
+    steps={"autoencoder": 1800, "teacher": 3000, "causal": 300, "few-step": 600},
     batch={"autoencoder": 16, "teacher": 64, "causal": 32, "few-step": 32},
 )
 
