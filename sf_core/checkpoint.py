@@ -28,7 +28,7 @@ from .cache import RollingCache
 from .config import Sampling, WanConfig
 from .families import DEFAULT, FAMILIES, Guess, family_named, guess_family
 from .model import WanModel
-from .recognise import FLOAT8, GET_ONE, Found, find_wan, is_scale
+from .recognise import FLOAT8, GET_ONE, Found, find_wan, is_scale, metadata_entry
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
 __all__ = [
@@ -95,6 +95,7 @@ class Description:
 
     dtype       of its linear layers; torch.float8_e4m3fn or torch.float8_e5m2 for quantised ones
     family      a name in FAMILIES; `note` says, for people, how it was known and what else to know
+    sampling    the family's, or what a model of our own training says of itself
     source      which weights of the file these are, for people
     file_bytes  of the file, or of all its shards
     tensors, parameters, weight_bytes   of the model alone, without scales
@@ -103,16 +104,13 @@ class Description:
     config: WanConfig
     dtype: torch.dtype
     family: str
+    sampling: Sampling
     note: str
     source: str
     file_bytes: int
     tensors: int
     parameters: int
     weight_bytes: int
-
-    @property
-    def sampling(self) -> Sampling:
-        return FAMILIES[self.family].sampling
 
     def memory(
         self,
@@ -212,17 +210,29 @@ def _scale(tensor: Tensor) -> Tensor:
 def _describe(file: TensorFile, found: Found, chosen: str | None) -> Description:
     weights = [file.tensors[at] for name, at in found.names.items() if not is_scale(name)]
     guess = Guess(chosen, "chosen") if chosen else _guess(file)
+    own = None if chosen else _own_sampling(file)
     return Description(
         config=found.config,
         dtype=file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,
         family=guess.family,
-        note=" ".join(_notes(file, found, guess, chosen is not None)),
+        sampling=own or FAMILIES[guess.family].sampling,
+        note="Sampled as its metadata says." if own else " ".join(_notes(file, found, guess, chosen is not None)),
         source=_source(file, found),
         file_bytes=file.nbytes,
         tensors=len(weights),
         parameters=sum(tensor.numel() for tensor in weights),
         weight_bytes=sum(tensor.nbytes for tensor in weights),
     )
+
+
+def _own_sampling(file: TensorFile) -> Sampling | None:
+    """What a model of our own training says of itself."""
+    entry = metadata_entry(file.metadata, "sampling")
+    try:
+        return Sampling(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}) if entry else None
+    except (TypeError, ValueError) as error:
+        title = f"{file.paths[0].name}, whose metadata cannot be right ({error})"
+        raise CheckpointError(title, "its `sampling` must fit", "Choose a family, or correct it") from None
 
 
 def _source(file: TensorFile, found: Found) -> str:

@@ -112,12 +112,21 @@ def _plain_name(name: str) -> str:
 
 
 def _transformer_facts(metadata: dict[str, str]) -> dict:
-    """What a safetensors file says of its transformer, where ComfyUI looks for it; {} if it says nothing."""
+    """What a safetensors file says of its transformer, where ComfyUI looks and where our training puts it."""
+    facts = metadata_entry(metadata, "config").get("transformer", {})
+    own = metadata_entry(metadata, "wan")
+    names = {"heads": "num_heads", "text_len": "text_len", "eps": "eps"}
+    ours = {theirs: own[name] for name, theirs in names.items() if name in own}
+    return ours | facts if isinstance(facts, dict) else ours
+
+
+def metadata_entry(metadata: dict[str, str], name: str) -> dict:
+    """A JSON object in the metadata; {} if there is none that can be read."""
     try:
-        facts = json.loads(metadata.get("config", "{}")).get("transformer", {})
-    except (ValueError, AttributeError):
+        entry = json.loads(metadata.get(name, "{}"))
+    except (ValueError, TypeError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return entry if isinstance(entry, dict) else {}
 
 
 def _config(tensors: dict[str, Tensor], facts: dict, title: str) -> WanConfig:

@@ -214,6 +214,16 @@ def _load_safetensors(path: Path, names: set[str]) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in names.intersection(file.keys())}
     except SafetensorError:
         raise unreadable(path, "a damaged safetensors file", DOWNLOAD_AGAIN) from None
+    except RuntimeError:
+        raise _too_large(path) from None
+
+
+def _too_large(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name}, {path.stat().st_size / 2**30:.1f} GiB that cannot be mapped into memory",
+        "memory and swap together must be larger than the file",
+        "Get a smaller version of it (bf16, fp8), or add swap space",
+    )
 
 
 def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
@@ -233,13 +243,15 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         objects = re.findall(r"GLOBAL (\S+)", str(error))
         what = f"Python objects ({objects[0]})" if objects else "more than tensors"
-        raise unreadable(
+        refusal = unreadable(
             path,
             f"a .pt file with {what} in it, which is not opened because that could run code",
             "Get the .safetensors version, or ask its author for a file that holds the state dict alone",
-        ) from None
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError):
-        raise unreadable(path, "a damaged .pt file", DOWNLOAD_AGAIN) from None
+        )
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError) as error:
+        mapped = "unable to mmap" not in str(error)
+        refusal = unreadable(path, "a damaged .pt file", DOWNLOAD_AGAIN) if mapped else _too_large(path)
+    raise refusal  # not above, where torch's error would come along and keep the file mapped
 
 
 def _flatten(tree: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

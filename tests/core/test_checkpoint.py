@@ -6,7 +6,7 @@ import os
 import pickle
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from sf_core.checkpoint import (
     memory_needed,
     plain_dtype,
 )
-from sf_core.config import WanConfig
+from sf_core.config import Sampling, WanConfig
 from sf_core.families import FAMILIES, PATTERNS, guess_family
 from sf_core.model import Sequence, WanModel, encode_text, velocity
 from sf_core.recognise import find_wan
@@ -179,6 +179,18 @@ def test_all_825_tensors_of_the_1_3b_model_are_known():
     assert len(found.names) == 825
     assert found.config == WanConfig()
     assert found.causal
+
+
+def test_models_of_our_own_training_say_how_they_are_sampled(tmp_path):
+    config, sampling = replace(SMALL, heads=2), Sampling((900, 300), shift=3.0, chunk=2, window=6, sink=1)
+    own = {"wan": json.dumps(asdict(config)), "sampling": json.dumps(asdict(sampling))}
+    save_file(weights(config), tmp_path / "x.safetensors", own | CAUSAL)
+    about = describe(tmp_path / "x.safetensors")
+    assert (about.config, about.sampling) == (config, sampling)
+    assert describe(tmp_path / "x.safetensors", family="longlive").sampling == FAMILIES["longlive"].sampling
+    save_file(weights(config), tmp_path / "x.safetensors", own | {"sampling": '{"chunk": 0}'})
+    with pytest.raises(CheckpointError, match="whose metadata cannot be right"):
+        describe(tmp_path / "x.safetensors")
 
 
 # --- Float8 ----------------------------------------------------------------------------------------------------------
@@ -669,6 +681,30 @@ def test_bad_files_leave_no_tensors_behind(tmp_path, sentinel):
         with pytest.raises(CheckpointError):
             load_checkpoint(path)
     assert tensors_alive() <= before
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_file_larger_than_memory_is_not_called_damaged(tmp_path, monkeypatch, suffix):
+    def refuse(*_, **__):
+        raise RuntimeError("unable to mmap 57000000000 bytes from file: Cannot allocate memory (12)")
+
+    path = tmp_path / f"wan.{suffix}"
+    cut(path, 1)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr("sf_core.tensorfiles.safe_open", refuse)
+    with pytest.raises(CheckpointError, match="cannot be mapped into memory"):
+        load_checkpoint(path)
+
+
+def test_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "wan.pt"
+    cut(path, 1)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "bad.pt", "w") as bad:
+        for entry in whole.namelist():
+            content = whole.read(entry)
+            bad.writestr(entry, content[:50] if entry.endswith("data.pkl") else content)
+    with pytest.raises(CheckpointError, match="damaged|more than tensors"):
+        load_checkpoint(tmp_path / "bad.pt")
 
 
 def test_bomb_would_go_off_if_it_were_opened(tmp_path, sentinel):
