@@ -24,7 +24,7 @@ class Command:
 
 COMMANDS = {
     "generate": Command(".generate", "make a video from a prompt"),
-    "info": Command(".info", "list the built-in model, the sampling presets and this machine's devices"),
+    "info": Command(".info", "list built-in model, presets and devices, or say what a model file is"),
     "bench": Command(".bench", "time rollout and decoders on this machine"),
     "train tiny": Command(".tiny.train", "train the built-in model"),
     "evaluate": Command(".tiny.evaluate", "score a checkpoint of the built-in model"),
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sf_core: stopped; nothing was written", file=sys.stderr)
         return STOPPED
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, ImportError) as error:
         print("sf_core: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     if report:

@@ -75,8 +75,13 @@ def quantise(wan: nn.Module) -> nn.Module:
     Keys and values of the prompt are made once per prompt by the same layers, so cross-attention is included.
     """
     for block in wan.blocks:
-        for parent in block.modules():
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(parent, name, Fp8Linear.of(child))
+        quantise_block(block)
     return wan
+
+
+def quantise_block(block: nn.Module) -> None:
+    """`quantise` for one block."""
+    for parent in block.modules():
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Fp8Linear.of(child))

@@ -31,11 +31,18 @@ def device_named(text: str) -> torch.device:
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Bytes of memory a device has; None where nobody can tell."""
+    """Bytes of memory a device has for us: of a GPU what is free, of a CPU all; None where nobody can tell."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
     names = getattr(os, "sysconf_names", {})
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
+
+
+def release(device: torch.device) -> None:
+    """Gives memory that is no longer used back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory_mib(device: torch.device) -> float | None:

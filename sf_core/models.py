@@ -1,0 +1,228 @@
+"""The three networks a video takes, as `generate` asks for them: the built-in ones, or a user's files.
+
+    source = BuiltIn()  |  Files(model, text_encoder, vae)
+    source.plan(request)                        what it will take, before anything large is loaded
+    source.decoder(request)                     latents -> frames, streaming
+    source.text_encoder(request)                prompt -> embeddings; dropped before the model comes: it is larger
+    source.wan(request)                         the model, in float8 where that was asked for
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import memory, taehv, tiny, vae
+from .checkpoint import Checkpoint, Description, dequantised, describe, load_checkpoint, load_model
+from .config import PRESETS, Sampling, WanConfig
+from .fp8 import FLOAT8, Fp8Linear, quantise_block
+from .machine import memory_of
+from .memory import Decoder, Plan
+from .model import WanModel
+from .tensorfiles import map_tensors, read_header
+from .text import load_text_encoder
+
+ROOM = 2**30  # bytes that a text encoder takes beside its weights, roughly
+
+
+class Request(Protocol):
+    """What of a request the networks depend on."""
+
+    sampling: Sampling
+    latent_frames: int
+    rollout_frames: int
+    height: int
+    width: int
+    device: torch.device
+    dtype: torch.dtype
+    fp8: bool
+    cache_dtype: torch.dtype | None
+    tile: int | None
+
+
+class BuiltIn:
+    """The built-in model."""
+
+    name = "built-in"
+    note = ""
+    sampling = PRESETS["tiny"]
+    width = height = 64
+
+    @cached_property
+    def model(self) -> WanModel:
+        return tiny.load_model(torch.device("cpu"), torch.float32)
+
+    def plan(self, request: Request) -> Plan:
+        config, parameters = self.model.config, sum(weight.numel() for weight in self.model.parameters())
+        return plan(request, config, parameters * request.dtype.itemsize, memory.BUILT_IN)
+
+    def decoder(self, request: Request) -> taehv.DecoderStream:
+        _refuse_tiles(request.tile, "the built-in decoder")
+        return taehv.DecoderStream(tiny.load_autoencoder().to(request.device, request.dtype))
+
+    def text_encoder(self, request: Request) -> nn.Module:
+        return tiny.load_text_encoder().to(request.device)
+
+    def wan(self, request: Request) -> WanModel:
+        wan, device, dtype = self.model, request.device, request.dtype
+        return in_float8(wan, device, dtype) if request.fp8 else wan.to(device, dtype)
+
+    def left_out(self, text: nn.Module, prompt: str) -> Iterator[tuple[list[str], str]]:
+        """(words, why they will not count). Raises ValueError if none of the prompt does."""
+        text.tokens(prompt)
+        yield text.unknown(prompt), "the built-in model does not know these words and leaves them out"
+        yield text.truncated(prompt), "the built-in model has no room for these words and leaves them out"
+
+
+@dataclass(frozen=True)
+class Files:
+    """A user's files. `vae` is a Wan VAE or, with `tiny_decoder`, a TAEHV."""
+
+    model: Path
+    text: Path
+    vae: Path
+    tiny_decoder: bool = False
+    tokenizer: Path | None = None
+    family: str | None = None
+
+    width, height = 832, 480
+
+    @cached_property
+    def about(self) -> Description:
+        """What the model is, from its header. Raises as `checkpoint.describe`."""
+        return describe(self.model, self.family)
+
+    @property
+    def name(self) -> str:
+        return str(self.model)
+
+    @property
+    def note(self) -> str:
+        return self.about.note
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.about.sampling
+
+    def plan(self, request: Request) -> Plan:
+        decoder = memory.TAEHV if self.tiny_decoder else memory.WAN_VAE
+        return plan(request, self.about.config, weights_in(self.about, request.dtype), decoder)
+
+    def decoder(self, request: Request) -> vae.DecoderStream | taehv.DecoderStream:
+        kind = taehv.TAEHV if self.tiny_decoder else vae.WanVAE
+        decoder = _autoencoder(kind, self.vae, self.about.config.channels).to(request.device, request.dtype)
+        if self.tiny_decoder:
+            _refuse_tiles(request.tile, "TAEHV")
+            return taehv.DecoderStream(decoder)
+        return vae.DecoderStream(decoder, _tile(request.tile, decoder.margin))
+
+    def text_encoder(self, request: Request) -> nn.Module:
+        """UMT5, on the device if it fits there, else on the CPU."""
+        room = memory_of(request.device)
+        fits = room is None or _bytes_of(self.text) + ROOM < room
+        return load_text_encoder(self.text, self.tokenizer, request.device if fits else "cpu")
+
+    def wan(self, request: Request) -> WanModel:
+        device, dtype = request.device, request.dtype
+        if self.about.dtype is FLOAT8:
+            return float8_model(load_checkpoint(self.model, self.family), device, dtype)
+        if request.fp8:
+            return in_float8(load_model(self.model, family=self.family)[0], device, dtype)
+        return load_model(self.model, device, dtype, self.family)[0]
+
+    def left_out(self, text: nn.Module, prompt: str) -> Iterator[tuple[list[str], str]]:
+        """(words, why they will not count)."""
+        yield text.truncated(prompt), "the text encoder has no room for these words and leaves them out"
+
+
+Source = BuiltIn | Files
+
+
+def plan(request: Request, config: WanConfig, weights: int, decoder: Decoder) -> Plan:
+    return Plan(
+        config=config,
+        sampling=request.sampling,
+        weights=weights,
+        frames=request.rollout_frames,
+        height=request.height,
+        width=request.width,
+        dtype=request.dtype,
+        decoder=decoder,
+        fp8=request.fp8,
+        cache_dtype=request.cache_dtype,
+        tile=request.tile,
+    )
+
+
+def weights_in(about: Description, dtype: torch.dtype) -> int:
+    """Bytes of a file's weights once loaded to compute in `dtype`: float8 stays float8."""
+    return about.weight_bytes if about.dtype is FLOAT8 else about.parameters * dtype.itemsize
+
+
+def in_float8(wan: WanModel, device: torch.device, dtype: torch.dtype) -> WanModel:
+    """The model on its device, its blocks in float8. One block goes at a time, so there is never a plain copy there."""
+    for block in wan.blocks:
+        quantise_block(block.to(device, dtype))
+    for name, part in wan.named_children():
+        if name != "blocks":
+            part.to(device, dtype)
+    return wan
+
+
+def float8_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> WanModel:
+    """The model of a float8 checkpoint: float8 weights of its blocks as they are, all else in `dtype`."""
+    wan, state = WanModel(checkpoint.config, device="meta"), checkpoint.state_dict
+    layers = [name.removesuffix(".weight") for name, tensor in state.items() if _stays(name, tensor)]
+    kept = {}
+    for layer in layers:
+        weight, scale = state[f"{layer}.weight"], state.get(f"{layer}.weight_scale", torch.ones(()))
+        kept[f"{layer}.weight"] = weight.to(device)
+        kept[f"{layer}.scale_weight"] = scale.to(device).expand(len(weight)).reshape(-1, 1).contiguous()  # [out, 1]
+        parent, _, leaf = layer.rpartition(".")
+        setattr(wan.get_submodule(parent), leaf, Fp8Linear.of(wan.get_submodule(layer)))
+    done = kept.keys() | {f"{layer}.weight_scale" for layer in layers}
+    others = dequantised({name: tensor for name, tensor in state.items() if name not in done}, dtype, device)
+    wan.load_state_dict(kept | others, assign=True)
+    return wan.requires_grad_(False).eval()
+
+
+def _stays(name: str, tensor: Tensor) -> bool:
+    """Whether a weight is one that `Fp8Linear` holds."""
+    return name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2 and tensor.dtype is FLOAT8
+
+
+def _autoencoder(kind: type[nn.Module], path: Path, channels: int) -> nn.Module:
+    """The autoencoder in a file, for latents of `channels`. Raises ValueError if there is none."""
+    file = read_header(path)
+    try:
+        decoder = kind.from_state_dict(map_tensors(file, file.tensors))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if decoder.channels != channels:
+        raise ValueError(
+            f"{path}: Got an autoencoder for latents of {decoder.channels} channels; the model makes {channels}. "
+            "Use the Wan 2.1 VAE, or taew2_1."
+        )
+    return decoder
+
+
+def _tile(tile: int | None, margin: int) -> int | None:
+    if tile is not None and tile <= 2 * margin:
+        raise ValueError(f"Got --tile {8 * tile}; tiles overlap by {16 * margin} pixels. Use {32 * margin} or more.")
+    return tile
+
+
+def _refuse_tiles(tile: int | None, decoder: str) -> None:
+    if tile is not None:
+        raise ValueError(f"Got --tile with {decoder}, which takes little memory and has no tiles. Leave --tile out.")
+
+
+def _bytes_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
