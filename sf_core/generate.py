@@ -2,7 +2,9 @@
 
     prompt -> embeddings -> rollout -> latent chunk -> streaming decoder -> frames -> file
 
-Videos are made in whole chunks and cut to the frames asked for, so the first frames are the same for any length.
+Videos are made in whole chunks and cut to the frames asked for, so the first frames are the same for any length. The
+networks are the built-in ones, or a user's files (models.py). Each is loaded when it is its turn, and the text encoder,
+the largest, is gone before the model comes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,24 +25,33 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import tiny
-from .config import PRESETS, Sampling, WanConfig
-from .machine import device_named, memory_of, peak_memory_mib
+from .arguments import size, steps, whole, window
+from .attention import KERNELS, attention_named
+from .compile import MODES, compile_stages
+from .config import PRESETS, Sampling
+from .families import FAMILIES
+from .fp8 import FLOAT8
+from .machine import device_named, memory_of, peak_memory_mib, release
+from .memory import Plan, advice, gib
+from .model import EAGER, Attention, sdpa
+from .model import Stages as Blocks
+from .models import BuiltIn, Files, Source
 from .noise import MAX_SEED, SeededNoise
 from .rollout import rollout
-from .taehv import DecoderStream
 from .video import check_destination, check_folder, contact_sheet, save_video
 
 MAX_FRAMES = 1_000_000  # 17 hours
-MAX_SIZE = 2048  # pixels
-WORKING_BYTES = 2048  # per pixel of a frame, beside the cache: measured for the built-in model
 TILES = 12  # frames on the contact sheet
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Request:
-    """A video to make: `frames` pixel frames of `width` x `height` pixels, multiples of 16."""
+    """A video to make: `frames` pixel frames of `width` x `height` pixels, multiples of 16.
+
+    fp8, cache_dtype   float8 weights; the dtype of the cache, None for `dtype`
+    tile               of the decoder, in latent pixels; None: the whole picture at once
+    """
 
     prompt: str
     seed: int
@@ -49,6 +61,11 @@ class Request:
     sampling: Sampling
     device: torch.device
     dtype: torch.dtype
+    fp8: bool = False
+    cache_dtype: torch.dtype | None = None
+    tile: int | None = None
+    attention: Attention = sdpa
+    blocks: Blocks = EAGER
 
     @property
     def latent_frames(self) -> int:
@@ -65,13 +82,6 @@ class Request:
         """Latent frames to generate: whole chunks."""
         first, n = self.sampling.first_chunk or self.sampling.chunk, self.sampling.chunk
         return first + (self.chunks - 1) * n
-
-
-@dataclass(frozen=True)
-class Models:
-    wan: torch.nn.Module
-    text: torch.nn.Module
-    vae: torch.nn.Module
 
 
 @dataclass
@@ -101,59 +111,99 @@ class Stages:
             yield item
 
 
-def frames_of(request: Request, models: Models, stages: Stages) -> Iterator[Tensor]:
+@dataclass(frozen=True)
+class Networks:
+    """What a video is made with: the model, the prompt's embeddings [1, tokens, text_dim], and a decoder's stream."""
+
+    wan: torch.nn.Module
+    embeds: Tensor
+    stream: object
+
+
+def frames_of(request: Request, networks: Networks, stages: Stages) -> Iterator[Tensor]:
     """The video of a request, in pieces [T, H, W, 3] in 0..1 on the CPU, one per chunk."""
-    with stages.measure("prompt"):
-        embeds = models.text.encode([request.prompt]).to(request.device, request.dtype)
-    size = {"height": request.height // 8, "width": request.width // 8}
-    chunks = rollout(models.wan, request.sampling, embeds, SeededNoise(request.seed), request.rollout_frames, **size)
-    stream = DecoderStream(models.vae)
+    chunks = rollout(
+        networks.wan,
+        request.sampling,
+        networks.embeds,
+        SeededNoise(request.seed),
+        request.rollout_frames,
+        height=request.height // 8,
+        width=request.width // 8,
+        cache_dtype=request.cache_dtype,
+        attention=request.attention,
+        stages=request.blocks,
+    )
     left = request.frames
     for chunk in stages.each("rollout", chunks):
         with stages.measure("decode"):
             wanted = request.latent_frames - chunk.span.start
-            piece = stream.decode(chunk.latents[:, :, :wanted])[0, :left].cpu()
+            piece = networks.stream.decode(chunk.latents[:, :, :wanted])[0, :left].cpu()
         left -= len(piece)
         yield piece
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, given = parser.add_argument, argparse.SUPPRESS
     add("prompt", help="what the video shows")
     add("--out", required=True, metavar="FILE", help=".mp4, .webm, .gif, or a folder/ of PNGs")
-    add("--seed", type=_whole(-1, MAX_SEED), default=0, help="0 by default; -1 draws one and prints it")
-    add("--frames", type=_whole(1, MAX_FRAMES), default=81, help="pixel frames (81)")
-    add("--width", type=_size, default=64, help="pixels, a multiple of 16 (64)")
-    add("--height", type=_size, default=64, help="pixels, a multiple of 16 (64)")
-    add("--fps", type=_whole(1, 120), default=16, help="frames per second the file plays at (16)")
-    add("--preset", choices=PRESETS, default="tiny", help="sampling settings to start from (tiny); see info")
-    add("--steps", type=_steps, default=given, help="denoising steps, a number (4) or timesteps (1000,750,500,250)")
-    add("--chunk", type=_whole(1, 1000), default=given, help="latent frames made together")
-    add("--window", type=_window, default=given, help="latent frames attended to, or all")
-    add("--sink", type=_whole(0, 1000), default=given, help="first latent frames that never leave the window")
+    add("--seed", type=whole(-1, MAX_SEED), default=0, help="0 by default; -1 draws one and prints it")
+    add("--frames", type=whole(1, MAX_FRAMES), default=81, help="pixel frames (81)")
+    add("--width", type=size, help="pixels, a multiple of 16 (64, with --model 832)")
+    add("--height", type=size, help="pixels, a multiple of 16 (64, with --model 480)")
+    add("--fps", type=whole(1, 120), default=16, help="frames per second the file plays at (16)")
+    add("--preset", choices=PRESETS, help="sampling settings to start from (tiny, or the model's own); see info")
+    add("--steps", type=steps, default=given, help="denoising steps, a number (4) or timesteps (1000,750,500,250)")
+    add("--chunk", type=whole(1, 1000), default=given, help="latent frames made together")
+    add("--window", type=window, default=given, help="latent frames attended to, or all")
+    add("--sink", type=whole(0, 1000), default=given, help="first latent frames that never leave the window")
     add("--device", type=device_named, default="auto", help="cpu, cuda, cuda:1, mps (cuda if there is one)")
     add("--dtype", choices=DTYPES, default=None, help="numbers to compute in (float32 on cpu, else bfloat16)")
     add("--preview", nargs="?", const="", metavar="PNG", help="also write a contact sheet (beside the video)")
     add("--json", action="store_true", help="print what was done as JSON")
+    _add_files(parser.add_argument_group("a model of your own, instead of the built-in one; see docs/files.md"))
+    _add_speed(parser.add_argument_group("memory and speed"))
+
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", type=Path, metavar="FILE", help="causal Wan: file, index of shards, or folder")
+    decoder = group.add_mutually_exclusive_group()
+    decoder.add_argument("--vae", type=Path, metavar="FILE", help="Wan 2.1 VAE")
+    decoder.add_argument("--taehv", type=Path, metavar="FILE", help="taew2_1, a small and fast decoder")
+    group.add_argument("--text-encoder", type=Path, metavar="FILE", help="UMT5-XXL: file or folder")
+    group.add_argument("--tokenizer", type=Path, metavar="FILE", help="where the text encoder's file lacks it")
+    group.add_argument("--family", metavar="NAME", help=f"how it is sampled (guessed): {', '.join(FAMILIES)}")
+
+
+def _add_speed(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--fp8", action="store_true", help="weights in float8")
+    group.add_argument("--fp8-cache", action="store_true", help="cache in float8")
+    group.add_argument("--tile", type=size, metavar="PIXELS", help="decode --vae in tiles of this size, e.g. 256")
+    group.add_argument("--compile", choices=MODES, default="off", help="torch.compile (off)")
+    group.add_argument("--attention", choices=KERNELS, default="sdpa", help="attention kernel (sdpa, torch's own)")
 
 
 def run(args: argparse.Namespace) -> str:
-    request, preview, started = _request(args), _preview(args), time.perf_counter()
+    started, stages, source = time.perf_counter(), Stages(args.device), _source(args)
+    request, preview = _request(args, source), _preview(args)
     check_destination(args.out)
     if preview:
         check_folder(preview)
+    if source.note:
+        _note(f"{source.name}: {source.note}")
     if args.seed < 0:
         _note(f"seed {request.seed}")
-    if request.device.type == "cpu":
+    if request.device.type == "cpu" and isinstance(source, BuiltIn):
         torch.set_num_threads(1)  # the built-in model is so small that two threads are slower
-    stages, tiles = Stages(request.device), {}
-    with _told_memory():
-        with stages.measure("load"):
-            models = _load(request)
-        _check_prompt(models.text, request.prompt)
-        with stages.measure("write"):
-            save_video(args.out, _watched(frames_of(request, models, stages), request, stages, tiles), args.fps)
-    stages.seconds["write"] -= sum(stages.seconds[stage] for stage in ("prompt", "rollout", "decode"))
+    with stages.measure("load"):
+        plan = source.plan(request)
+    _check_memory(plan, request.device)
+    with _told_memory(plan, request.device):
+        tiles = _make(request, source, stages, args)
+    stages.seconds["write"] -= stages.seconds["rollout"] + stages.seconds["decode"]
     if preview:
         contact_sheet(torch.stack(list(tiles.values())), tiles).save(preview)
     stages.seconds["total"] = time.perf_counter() - started
@@ -161,31 +211,72 @@ def run(args: argparse.Namespace) -> str:
     return json.dumps(report, indent=2) if args.json else _sentence(report)
 
 
-def _load(request: Request) -> Models:
-    """The built-in model; refuses what cannot fit before it is allocated."""
-    wan = tiny.load_model(request.device, request.dtype)
-    _check_memory(request, wan.config)
-    text, vae = tiny.load_text_encoder(), tiny.load_autoencoder()
-    return Models(wan, text.to(request.device), vae.to(request.device, request.dtype))
+def _make(request: Request, source: Source, stages: Stages, args: argparse.Namespace) -> dict[int, Tensor]:
+    """Writes the video; returns the frames of the contact sheet by their numbers."""
+    tiles: dict[int, Tensor] = {}
+    networks = _load(request, source, stages)
+    pieces = frames_of(request, networks, stages)
+    with stages.measure("write"):
+        save_video(args.out, _watched(pieces, request, stages, tiles, args.compile != "off"), args.fps)
+    return tiles
 
 
-def _check_memory(request: Request, config: WanConfig) -> None:
-    window = min(request.sampling.window or request.rollout_frames, request.rollout_frames)
-    bytes_per_number = torch.finfo(request.dtype).bits // 8
-    cache = window * config.cache_bytes_per_frame(request.height // 8, request.width // 8, bytes_per_number)
-    needed, there = cache + WORKING_BYTES * request.width * request.height, memory_of(request.device)
-    if there and needed > there:
+def _load(request: Request, source: Source, stages: Stages) -> Networks:
+    """The networks, one after the other; the text encoder is freed once it has read the prompt."""
+    with stages.measure("load"):
+        stream, text = source.decoder(request), source.text_encoder(request)
+    for words, reason in source.left_out(text, request.prompt):
+        if words:
+            _note(f"{reason}: {' '.join(words[:8])}{' ...' if len(words) > 8 else ''}")
+    with stages.measure("prompt"):
+        embeds = text.encode([request.prompt]).to(request.device, request.dtype)
+    del text
+    release(request.device)
+    with stages.measure("load"):
+        return Networks(source.wan(request), embeds, stream)
+
+
+def _check_memory(plan: Plan, device: torch.device) -> None:
+    """Refuses what cannot fit before it is allocated."""
+    there = memory_of(device)
+    if there and plan.total > there:
         raise MemoryError(
-            f"Got {request.width} x {request.height} pixels with a window of {window} latent frames, which need "
-            f"{needed / 2**30:.1f} GiB; {request.device} has {there / 2**30:.1f} GiB. Use a smaller size or --window."
+            f"Got {plan.width} x {plan.height} pixels with a window of {plan.window} latent frames, which need "
+            f"{_parts(plan)}; {device} has {gib(there)}. {advice(plan, there)}"
         )
 
 
-def _watched(pieces: Iterator[Tensor], request: Request, stages: Stages, tiles: dict[int, Tensor]) -> Iterator[Tensor]:
+def _parts(plan: Plan) -> str:
+    model, (held, used) = plan.model, plan.decoding
+    largest = {"weights": model.weights, "cache": model.cache, "decoder": held + used}
+    return f"{gib(plan.total)} ({', '.join(f'{name} {gib(part)}' for name, part in largest.items())})"
+
+
+@contextmanager
+def _told_memory(plan: Plan, device: torch.device) -> Iterator[None]:
+    """Out of memory, as an error with remedies, and all that was made is freed; a CPU tells it by the words alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        release(device)
+        raise MemoryError(
+            f"Got out of memory on {device}, where {_parts(plan)} were expected to be enough. "
+            f"{advice(plan, plan.total - 1)}"
+        ) from None
+
+
+def _watched(
+    pieces: Iterator[Tensor], request: Request, stages: Stages, tiles: dict[int, Tensor], compiling: bool
+) -> Iterator[Tensor]:
     """The pieces, with a progress bar; notes when the first was there and keeps the frames of the contact sheet."""
     last, done, started = request.frames - 1, 0, time.perf_counter()
     wanted = {round(i * last / (TILES - 1)) for i in range(TILES)}
     with tqdm(total=request.frames, unit=" frames", file=sys.stderr) as bar:
+        if compiling:
+            bar.set_description(f"compiling, then chunk 1/{request.chunks}")
         for index, piece in enumerate(pieces, 1):
             if not done:
                 stages.seconds["first_frames"] = time.perf_counter() - started
@@ -197,21 +288,13 @@ def _watched(pieces: Iterator[Tensor], request: Request, stages: Stages, tiles: 
             yield piece
 
 
-def _check_prompt(text: torch.nn.Module, prompt: str) -> None:
-    """Tells which words will not count. Raises ValueError if none does."""
-    text.tokens(prompt)
-    for words, reason in ((text.unknown(prompt), "does not know"), (text.truncated(prompt), "has no room for")):
-        if words:
-            shown = " ".join(words[:8]) + (" ..." if len(words) > 8 else "")
-            _note(f"the built-in model {reason} these words and leaves them out: {shown}")
-
-
 def _report(request: Request, args: argparse.Namespace, preview: str | None, stages: Stages) -> dict:
     seconds = stages.seconds
     making = seconds["prompt"] + seconds["rollout"] + seconds["decode"]
     return {
         "out": args.out,
         "preview": preview,
+        "model": str(args.model) if args.model else "built-in",
         "prompt": request.prompt,
         "seed": request.seed,
         "frames": request.frames,
@@ -222,6 +305,10 @@ def _report(request: Request, args: argparse.Namespace, preview: str | None, sta
         "sampling": dataclasses.asdict(request.sampling),
         "device": str(request.device),
         "dtype": str(request.dtype).removeprefix("torch."),
+        "fp8": args.fp8,
+        "fp8_cache": args.fp8_cache,
+        "compile": args.compile,
+        "attention": args.attention,
         "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
         "frames_per_second": round(request.frames / making, 1),
         "peak_memory_mib": peak_memory_mib(request.device),
@@ -238,18 +325,39 @@ def _sentence(report: dict) -> str:
     )
 
 
-def _request(args: argparse.Namespace) -> Request:
+def _source(args: argparse.Namespace) -> Source:
+    """The built-in networks, or the files that were named."""
+    files = ("vae", "taehv", "text_encoder", "tokenizer", "family")
+    if args.model is None:
+        if stray := [f"--{name.replace('_', '-')}" for name in files if getattr(args, name) is not None]:
+            raise ValueError(f"Got {' and '.join(stray)} without --model, to which it belongs. Add --model FILE.")
+        return BuiltIn()
+    decoder = args.vae or args.taehv
+    if decoder is None or args.text_encoder is None:
+        raise ValueError(
+            "Got --model without all that goes with it; it needs --text-encoder (UMT5-XXL), and --vae (the Wan 2.1 "
+            "VAE) or --taehv (taew2_1). Name their files."
+        )
+    return Files(args.model, args.text_encoder, decoder, args.vae is None, args.tokenizer, args.family)
+
+
+def _request(args: argparse.Namespace, source: Source) -> Request:
     changes = {name: value for name, value in vars(args).items() if name in ("steps", "chunk", "window", "sink")}
-    default = torch.float32 if args.device.type == "cpu" else torch.bfloat16
+    dtype = DTYPES.get(args.dtype, torch.float32 if args.device.type == "cpu" else torch.bfloat16)
     return Request(
         prompt=args.prompt,
         seed=secrets.randbelow(2**32) if args.seed < 0 else args.seed,
         frames=args.frames,
-        width=args.width,
-        height=args.height,
-        sampling=dataclasses.replace(PRESETS[args.preset], **changes),
+        width=args.width or source.width,
+        height=args.height or source.height,
+        sampling=dataclasses.replace(PRESETS[args.preset] if args.preset else source.sampling, **changes),
         device=args.device,
-        dtype=DTYPES.get(args.dtype, default),
+        dtype=dtype,
+        fp8=args.fp8,
+        cache_dtype=FLOAT8 if args.fp8_cache else None,
+        tile=args.tile and args.tile // 8,
+        attention=attention_named(args.attention, args.device, dtype),
+        blocks=compile_stages(args.compile),
     )
 
 
@@ -260,53 +368,6 @@ def _preview(args: argparse.Namespace) -> str | None:
     if Path(path).suffix.lower() != ".png" or Path(path).is_dir():
         raise ValueError(f"Got --preview {path!r}; it is the name of a PNG. Use a name that ends in .png, or none.")
     return path
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    """A whole number in low..high."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("+-").isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"got {text}; use a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _size(text: str) -> int:
-    """A width or height in pixels."""
-    pixels = _whole(1, 10**9)(text)
-    if pixels % 16 or pixels > MAX_SIZE:
-        nearest = min(max(16, round(pixels / 16) * 16), MAX_SIZE)
-        raise argparse.ArgumentTypeError(f"got {text}; use a multiple of 16 up to {MAX_SIZE}, e.g. {nearest}")
-    return pixels
-
-
-def _steps(text: str) -> tuple[float, ...]:
-    """A number of evenly spread timesteps, or the timesteps themselves."""
-    if "," in text:
-        try:
-            return tuple(float(step) for step in text.split(",") if step.strip())
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text}; use numbers like 1000,750,500,250") from None
-    count = _whole(1, 1000)(text)
-    return tuple(1000 - 1000 * i / count for i in range(count))
-
-
-def _window(text: str) -> int | None:
-    return None if text == "all" else _whole(1, 10**9)(text)
-
-
-
-@contextmanager
-def _told_memory() -> Iterator[None]:
-    """Out of memory, as an error with a remedy; torch tells it of a CPU by the words alone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise MemoryError(f"{error} Use a smaller size or --window, or --device cpu.") from None
 
 
 def _note(message: str) -> None:

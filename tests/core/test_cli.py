@@ -182,6 +182,15 @@ IMPOSSIBLE = [
     (["--out", "clip.avi"], r"\.mp4, \.webm or \.gif"),
     (["--out", "missing/clip.mp4"], "Make it first"),
     (["--preview", "missing/sheet.png"], "Make it first"),
+    (["--vae", "vae.pth", "--family", "longlive"], "--vae and --family without --model"),
+    (["--model", "model.pt"], "--text-encoder"),
+    (["--model", "model.pt", "--text-encoder", "umt5.safetensors"], "--taehv"),
+    (["--vae", "vae.pth", "--taehv", "taew2_1.pth"], "not allowed with"),
+    (["--tile", "256"], "Leave --tile out"),
+    (["--tile", "100"], "multiple of 16"),
+    (["--compile", "hard"], "max-autotune"),
+    (["--attention", "flash"], "Use sdpa"),
+    (["--attention", "xformers"], "sage"),
 ]
 
 
@@ -207,7 +216,7 @@ def test_incomplete_commands_are_refused(capsys, argv):
 def test_a_cache_that_cannot_fit_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generate, "memory_of", lambda device: 2**24)
     line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", "--window", "all", "--frames", "99999")
-    assert "GiB" in line and "smaller size or --window" in line
+    assert "cpu has 16 MiB" in line and re.search(r"Use --window \d+ \(\d+ MiB\), or a smaller size", line), line
     assert os.listdir(tmp_path) == []
 
 
@@ -217,7 +226,8 @@ def test_out_of_memory_is_told(tmp_path, capsys, monkeypatch, kind):
         raise kind("not enough memory: you tried to allocate memory for a cinema.")
 
     monkeypatch.setattr(DecoderStream, "decode", full)
-    assert "--device cpu" in refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4")
+    line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4")
+    assert "Got out of memory on cpu" in line and re.search(r"Use --fp8-cache \(\d+ MiB\), --fp8", line), line
     assert os.listdir(tmp_path) == []
 
 
@@ -240,7 +250,7 @@ def test_stopping_leaves_nothing(tmp_path, capsys, monkeypatch, name):
 def test_info_lists_model_presets_and_devices(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    assert "M parameters" in out and "circle" in out and "demo" in out and "shift 8" in out and "cpu" in out
+    assert all(part in out for part in ("M parameters", "circle", "demo", "shift 8", "longlive", "cpu"))
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"]])
