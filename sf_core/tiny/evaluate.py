@@ -9,6 +9,7 @@ show drift.
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,37 +34,32 @@ COLUMNS = (*detect.ATTRIBUTES, "all")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        nargs="+",
-        type=Path,
-        default=[None],
-        metavar="FILE",
-        help="transformer files to score (the built-in one)",
-    )
+    add("--model", nargs="+", type=Path, default=[None], metavar="FILE", help="transformer files (the built-in one)")
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder that belongs to them (the built-in one)")
     add("--prompts", type=int, default=96, metavar="N", help="number of prompts (96)")
     add("--windows", type=int, default=1, metavar="N", help=f"windows of {WINDOW} frames to generate and score (1)")
     add("--split", choices=("all", "trained", "held-out"), default="all", help="which combinations to ask for (all)")
     add("--seed", type=int, default=0, help="of prompts and noise (0)")
-    add("--sheet", type=Path, metavar="PNG", help="write a contact sheet of the first videos: one row each")
+    add("--sheet", type=Path, metavar="PNG", help="write a contact sheet: a row for each of the first videos")
     add("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(args: argparse.Namespace) -> str:
     if args.prompts < 1 or args.windows < 1:
         raise ValueError(f"Got {args.prompts} prompts and {args.windows} windows; both must be 1 or more.")
+    if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
+        raise ValueError(f"Got --sheet {args.sheet}; it is written as PNG. Name a .png file in a folder that exists.")
     torch.set_num_threads(1)
     text, vae = tiny.load_text_encoder(args.text_encoder), tiny.load_autoencoder()
     results = []
     for path in args.model:
         clips, prompts = ask(args.prompts, args.seed, args.split)
         videos = generate(tiny.load_model(path=path), text, vae, prompts, args.windows, args.seed)
-        shown = []
-        scores = score(keep(videos, shown), clips, args.windows)
+        first = next(videos)
+        scores = score(chain([first], videos), clips, args.windows)
         results.append({"model": str(path or "built in"), "prompts": args.prompts, "windows": scores})
         if args.sheet:
-            write_sheet(shown[0], args.sheet)
+            write_sheet(first, args.sheet)
     return json.dumps(results, indent=1) if args.json else "\n\n".join(table(result) for result in results)
 
 
@@ -92,13 +88,6 @@ def generate(
         chunks = rollout(wan, sampling, embeds, SeededNoise(seed + first), frames, latent, latent)
         video = torch.cat([stream.decode(chunk.latents) for chunk in chunks], 1)
         yield video[:, : windows * WINDOW]
-
-
-def keep(videos: Iterator[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
-    """Passes batches of videos on and puts them into `kept`."""
-    for video in videos:
-        kept.append(video)
-        yield video
 
 
 def score(videos: Iterator[Tensor], clips: Clips, windows: int = 1) -> list[dict[str, float]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sf_core import tiny
+from sf_core.cli import main
 from sf_core.tiny import detect, evaluate
 
 
@@ -86,15 +87,16 @@ def test_a_part_in_place_of_another_is_told(tmp_path):
 
 
 def test_evaluation_prints_a_table_and_a_sheet(tmp_path):
-    from sf_core.cli import main
-
     sheet = tmp_path / "sheet.png"
     assert main(["evaluate", "--prompts", "2", "--sheet", str(sheet)]) == 0
     assert sheet.stat().st_size > 1000
 
 
-def test_evaluation_refuses_impossible_numbers(capsys):
-    from sf_core.cli import main
-
-    assert main(["evaluate", "--prompts", "0"]) == 2
-    assert "must be 1 or more" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--prompts", "0"], "must be 1 or more"), (["--sheet", "nowhere/sheet.png"], "a folder that exists"),
+     (["--model", "nowhere.safetensors"], "Got no file nowhere.safetensors")],
+)  # fmt: skip
+def test_evaluation_refuses_impossible_requests(capsys, arguments, message):
+    assert main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
