@@ -224,5 +224,7 @@ def _refuse_tiles(tile: int | None, decoder: str) -> None:
 
 
 def _bytes_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    """Bytes of a file with its other shards, or of all files in a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return read_header(path).nbytes

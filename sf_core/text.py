@@ -39,7 +39,7 @@ NEEDED = (
     "(Comfy-Org/Wan_2.1_ComfyUI_repackaged), models_t5_umt5-xxl-enc-bf16.pth (Wan-AI/Wan2.1-T2V-1.3B), or a folder of "
     "google/umt5-xxl."
 )
-TOKENIZER_NEEDED = "Give tokenizer= the spiece.model or tokenizer.json of google/umt5-xxl, or the folder it is in."
+TOKENIZER_NEEDED = "Give as tokenizer the spiece.model or tokenizer.json of google/umt5-xxl, or the folder it is in."
 
 # Wan's names of the layers -> transformers'.
 ATTENTION, FEED_FORWARD = r"encoder.block.\1.layer.0.", r"encoder.block.\1.layer.1."

@@ -352,7 +352,7 @@ def test_without_a_tokenizer_the_error_says_which_one(tmp_path, wan):
 def test_a_broken_tokenizer_is_named(tmp_path, wan, name, content):
     save_file(hugging_face(wan), tmp_path / "umt5.safetensors")
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}.*Give tokenizer="):
+    with pytest.raises(ValueError, match=f"{name}.*Give as tokenizer"):
         load(tmp_path / "umt5.safetensors")
 
 

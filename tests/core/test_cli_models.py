@@ -1,0 +1,364 @@
+"""generate and info with small random files in the formats of the real ones."""
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sf_core import generate, memory, models, taehv, vae
+from sf_core.checkpoint import dequantised, load_checkpoint
+from sf_core.cli import main
+from sf_core.config import WanConfig
+from sf_core.families import FAMILIES
+from sf_core.fp8 import FLOAT8, Fp8Linear
+from sf_core.model import sdpa
+from sf_core.models import float8_model
+from sf_core.video import read_video
+from tests.core import test_checkpoint as checkpoints
+from tests.core import test_text as texts
+from tests.core import test_vae as vaes
+from tests.core.regenerate import weights
+from tests.core.test_cli import refused
+from tests.core.test_text import spiece, wan  # noqa: F401  fixtures
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "a red circle moves right"
+SIZE = ("--width", "32", "--height", "48", "--frames", "13")
+TAEHV = taehv.Layout(widths=(16, 12, 8, 8), encoder_width=8)
+
+
+def taehv_state(layout=TAEHV):
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in taehv.TAEHV(layout).state_dict().items()}
+    return weights(shapes, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, spiece, wan):  # noqa: F811
+    """The files a user has, small: models, an autoencoder of each kind, the text encoder with and without tokenizer."""
+    folder = tmp_path_factory.mktemp("files")
+    state = checkpoints.weights()
+    torch.save({"generator_ema": checkpoints.fsdp(state), "step": 3}, folder / "self_forcing_dmd.pt")
+    half = {name: tensor.bfloat16() for name, tensor in state.items()}
+    save_file(half, folder / "longlive.safetensors", checkpoints.CAUSAL)
+    quantised, scales = checkpoints.float8(half)
+    save_file(quantised | checkpoints.legacy(scales, False)[0], folder / "self_forcing_fp8_scaled.safetensors")
+    torch.save(vaes.autoencoder(vaes.SMALL).state_dict(), folder / "Wan2.1_VAE.pth")
+    save_file(taehv_state(), folder / "taew2_1.safetensors")
+    texts.comfy_file(folder / "umt5.safetensors", wan, spiece)
+    torch.save(wan, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    (folder / "spiece.model").write_bytes(spiece)
+    return folder
+
+
+@pytest.fixture
+def files(folder, monkeypatch):
+    """The names of the files, short: the working directory is theirs."""
+    monkeypatch.chdir(folder)
+    return folder
+
+
+MODEL = ("--model", "self_forcing_dmd.pt", "--text-encoder", "umt5.safetensors")
+VAE, TINY = ("--vae", "Wan2.1_VAE.pth"), ("--taehv", "taew2_1.safetensors")
+
+
+@pytest.fixture
+def make(files, tmp_path, capsys):
+    """make(*options) -> what was printed as JSON, the frames, and what was said besides."""
+
+    def run(*options, name="clip/", size=SIZE):
+        out = f"{tmp_path}/{name}"
+        assert main(["generate", PROMPT, "--out", out, "--json", *size, *options]) == 0
+        captured = capsys.readouterr()
+        return json.loads(captured.out), read_video(out), captured.err
+
+    return run
+
+
+# --- Videos ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoder", [VAE, TINY], ids=["vae", "taehv"])
+def test_files_make_a_video(make, decoder):
+    report, frames, said = make(*MODEL, *decoder, name="clip.mp4")
+    assert frames.shape == (13, 48, 32, 3)
+    assert report["model"] == "self_forcing_dmd.pt" and report["latent_frames"] == 6
+    assert report["sampling"]["window"] == 21 and report["sampling"]["shift"] == 5
+    assert 'Sampled as self-forcing: its name says "self-forcing"' in said
+    assert report["seconds"].keys() == {"load", "prompt", "rollout", "decode", "write", "first_frames", "total"}
+
+
+def test_safetensors_with_wans_own_text_encoder(make):
+    model = ("--model", "longlive.safetensors", "--text-encoder", "models_t5_umt5-xxl-enc-bf16.pth")
+    report, frames, _ = make(*model, "--tokenizer", "spiece.model", *TINY)
+    assert frames.shape == (13, 48, 32, 3) and (report["sampling"]["window"], report["sampling"]["sink"]) == (12, 3)
+
+
+def test_frames_are_those_of_the_parts_put_together(make, files):
+    _, frames, _ = make(*MODEL, *VAE)
+    embeds = texts.load_text_encoder("umt5.safetensors").encode([PROMPT]).float()
+    model, checkpoint = checkpoints.load_model("self_forcing_dmd.pt")
+    chunks = generate.rollout(model, checkpoint.sampling, embeds, generate.SeededNoise(0), 6, 6, 4)
+    latents = torch.cat([chunk.latents for chunk in chunks], 2)
+    expected = vaes.autoencoder(vaes.SMALL).decode(latents[:, :, :4])[0]
+    torch.testing.assert_close(frames, expected, atol=1 / 255, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--family", "reward-forcing"], {"window": 9, "sink": 3, "pinned": True}),
+        (["--preset", "demo"], {"shift": 8.0, "window": None}),
+        (["--window", "4", "--steps", "2"], {"window": 4, "steps": [1000, 500], "shift": 5.0}),
+    ],
+)
+def test_family_preset_and_options_decide_the_sampling(make, options, expected):
+    report, _, _ = make(*MODEL, *TINY, *options)
+    assert {name: report["sampling"][name] for name in expected} == expected
+
+
+def test_size_is_wans_unless_told(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "memory_of", lambda device: 1)
+    line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *MODEL, *VAE)
+    assert "Got 832 x 480 pixels with a window of 21 latent frames" in line
+
+
+def test_text_encoder_is_gone_before_the_model_comes(make, monkeypatch):
+    encoders, load = [], models.load_text_encoder
+    monkeypatch.setattr(models, "load_text_encoder", lambda *args: encoders.append(load(*args)) or encoders[0])
+    wan_of = models.Files.wan
+
+    def when_the_model_comes(source, request):
+        encoder = weakref.ref(encoders.pop())
+        gc.collect()
+        assert encoder() is None
+        return wan_of(source, request)
+
+    monkeypatch.setattr(models.Files, "wan", when_the_model_comes)
+    make(*MODEL, *TINY)
+
+
+def test_words_without_room_are_told(files, tmp_path, capsys):
+    argv = ["generate", "a red circle " * 500, "--out", f"{tmp_path}/clip.gif", *SIZE, *MODEL, *TINY]
+    assert main(argv) == 0
+    assert "text encoder has no room for these words" in capsys.readouterr().err
+
+
+# --- Precision and speed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [[], [*MODEL, *TINY]], ids=["built-in", "files"])
+@pytest.mark.parametrize("option", ["--fp8", "--fp8-cache"])
+def test_float8_is_near_and_not_the_same(make, model, option):
+    _, exact, _ = make(*model)
+    report, near, _ = make(*model, option, name="near/")
+    assert report[option.strip("-").replace("-", "_")] is True
+    assert 0 < (near - exact).abs().mean() < 0.03
+
+
+def test_float8_file_stays_float8_and_means_the_same(files):
+    checkpoint = load_checkpoint("self_forcing_fp8_scaled.safetensors")
+    model = float8_model(checkpoint, torch.device("cpu"), torch.float32)
+    layers = [layer for layer in model.blocks.modules() if isinstance(layer, Fp8Linear)]
+    assert len(layers) == 2 * 10 and all(layer.weight.dtype == FLOAT8 for layer in layers)
+    assert not any(isinstance(layer, torch.nn.Linear) for layer in model.blocks.modules())
+    plain = checkpoints.WanModel(checkpoint.config)
+    plain.load_state_dict(dequantised(checkpoint.state_dict, torch.float32))
+    torch.testing.assert_close(checkpoints.forward(model), checkpoints.forward(plain), atol=1e-5, rtol=1e-4)
+
+
+def test_float8_file_makes_a_video(make):
+    model = ("--model", "self_forcing_fp8_scaled.safetensors", "--text-encoder", "umt5.safetensors")
+    report, frames, _ = make(*model, *TINY, "--fp8", "--dtype", "bfloat16")
+    assert frames.shape == (13, 48, 32, 3) and report["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("model", [[], [*MODEL, *TINY]], ids=["built-in", "files"])
+def test_compiling_is_shown_and_changes_nothing(make, monkeypatch, model):
+    compiled, plain = [], generate.compile_stages("off")
+    monkeypatch.setattr(generate, "compile_stages", lambda mode: compiled.append(mode) or plain)
+    _, exact, said = make(*model)
+    assert "compiling" not in said
+    _, frames, said = make(*model, "--compile", "max-autotune", name="compiled/")
+    assert compiled == ["off", "max-autotune"] and torch.equal(frames, exact)
+    assert re.search(r"compiling, then chunk 1/\d.*chunk 2/", said, re.DOTALL), said
+
+
+@pytest.mark.parametrize("model", [[], [*MODEL, *TINY]], ids=["built-in", "files"])
+def test_the_chosen_attention_is_used(make, monkeypatch, model):
+    used = []
+
+    def counted(*args):
+        used.append(args)
+        return sdpa(*args)
+
+    monkeypatch.setattr(generate, "attention_named", lambda name, device, dtype: counted if name == "sage" else sdpa)
+    _, exact, _ = make(*model)
+    assert not used
+    _, frames, _ = make(*model, "--attention", "sage", name="sage/")
+    assert used and torch.equal(frames, exact)
+
+
+def test_tiles_change_nothing(make):
+    size = ("--width", "128", "--height", "16", "--frames", "5")
+    _, whole, _ = make(*MODEL, *VAE, size=size)
+    _, tiled, _ = make(*MODEL, *VAE, "--tile", "64", name="tiled/", size=size)
+    torch.testing.assert_close(tiled, whole, atol=1 / 255, rtol=0)
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "memory_of", lambda device: 2 * 2**30)
+    monkeypatch.setattr(models, "load_text_encoder", pytest.fail)
+    line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *MODEL, *VAE)
+    assert re.search(r"decoder 8.*cpu has 2\.0 GiB\. Use --taehv instead of --vae \(1.2 GiB\)", line), line
+    assert os.listdir(tmp_path) == []
+
+
+def test_out_of_memory_frees_everything_and_says_what_helps(files, tmp_path, capsys, monkeypatch):
+    alive, wan_of = [], models.Files.wan
+
+    def remembered(source, request):
+        model = wan_of(source, request)
+        alive.append(weakref.ref(model))
+        return model
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(models.Files, "wan", remembered)
+    monkeypatch.setattr(vae.DecoderStream, "decode", full)
+    line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *SIZE, *MODEL, *VAE)
+    assert "Got out of memory on cpu" in line and "--taehv instead of --vae (" in line
+    gc.collect()
+    assert [reference() for reference in alive] == [None]
+    assert os.listdir(tmp_path) == []
+
+
+def plan(**changes):
+    longlive = FAMILIES["longlive"].sampling
+    facts = {"decoder": memory.WAN_VAE, "dtype": torch.bfloat16, "weights": 2_837_993_600, "frames": 21} | changes
+    return memory.Plan(WanConfig(), longlive, height=480, width=832, **facts)
+
+
+def test_full_size_plans():
+    whole = plan()
+    assert 9.5 < whole.total / 2**30 < 11
+    assert whole.weights_fp8 < 0.52 * whole.weights
+    small = plan(decoder=memory.TAEHV, fp8=True, cache_dtype=FLOAT8)
+    assert small.total < 5 * 2**30
+
+
+@pytest.mark.parametrize("limit", [9.5, 8, 7, 5, 3.5])
+def test_every_option_that_is_suggested_fits(limit):
+    room = int(limit * 2**30)
+    sentence = memory.advice(plan(), room)
+    told = [float(number) for number in re.findall(r"\(([\d.]+) GiB\)", sentence)]
+    assert told and all(number <= limit + 0.05 for number in told), sentence
+
+
+def test_single_options_first_then_together_then_a_smaller_size():
+    alone = "Use --tile 256 (7.2 GiB), --taehv instead of --vae (6.5 GiB), or a smaller size."
+    assert memory.advice(plan(), 8 * 2**30) == alone
+    assert "--fp8-cache + --fp8 + --taehv instead of --vae (" in memory.advice(plan(), 4 * 2**30)
+    assert re.match(r"Use a smaller size: even .* is too much", memory.advice(plan(), 2**30))
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "no model file": (["--model", "none.pt"], "does not exist"),
+    "a text file for the model": (["--model", "notes.txt"], "a text file"),
+    "an autoencoder for the model": (["--model", "Wan2.1_VAE.pth"], "Wan 2.1 text-to-video model is needed"),
+    "no text encoder file": (["--text-encoder", "none.safetensors"], "none.safetensors, which does not exist"),
+    "a model for the text encoder": (["--text-encoder", "longlive.safetensors"], "Wan diffusion model"),
+    "no tokenizer": (["--text-encoder", "alone/models_t5_umt5-xxl-enc-bf16.pth"], "Give as tokenizer"),
+    "no autoencoder file": (["--vae", "none.pth"], "does not exist"),
+    "a TAEHV for the VAE": (["--vae", "taew2_1.safetensors"], "taew2_1.safetensors: Got .* Wan2.1_VAE.pth"),
+    "a VAE for the TAEHV": (["--taehv", "Wan2.1_VAE.pth"], "do not make up a TAEHV"),
+    "a TAEHV of Wan 2.2": (["--taehv", "taew2_2.safetensors"], "48 channels; the model makes 16"),
+    "a text file for the autoencoder": (["--vae", "notes.txt"], "a text file"),
+    "an unknown family": (["--family", "stable-forcing"], "known are self-forcing"),
+    "tiles with TAEHV": (["--taehv", "taew2_1.safetensors", "--tile", "256"], "Leave --tile out"),
+    "tiles that are too small": (["--vae", "Wan2.1_VAE.pth", "--tile", "32"], "Use 64 or more"),
+    "an attention kernel without a GPU": (["--attention", "sage"], "needs a CUDA GPU"),
+}
+
+
+@pytest.fixture
+def odd_files(files, wan):  # noqa: F811
+    (files / "notes.txt").write_text("These are not weights.")
+    (files / "alone").mkdir(exist_ok=True)
+    torch.save(wan, files / "alone" / "models_t5_umt5-xxl-enc-bf16.pth")
+    save_file(taehv_state(taehv.Layout(48, 2, (16, 12, 8, 8), 8)), files / "taew2_2.safetensors")
+
+
+@pytest.mark.parametrize("options, remedy", WRONG.values(), ids=WRONG.keys())
+def test_wrong_files_are_refused_in_one_line(odd_files, tmp_path, capsys, options, remedy):
+    given = {name: value for name, value in zip(MODEL[::2], MODEL[1::2]) if name not in options}
+    decoder = () if {"--vae", "--taehv"} & set(options) else TINY
+    argv = [part for pair in given.items() for part in pair]
+    line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *SIZE, *argv, *decoder, *options)
+    assert re.search(remedy, line), line
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_missing_package_is_named(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *SIZE, *MODEL, *TINY)
+    assert "pip install transformers" in line
+
+
+def test_the_built_in_model_imports_nothing_heavy(tmp_path):
+    script = (
+        "import sys; from sf_core.cli import main; "
+        f"assert main(['generate', '{PROMPT}', '--frames', '1', '--out', 'clip/']) == 0; "
+        "print([name for name in ('transformers', 'torch._dynamo', 'torch._inductor') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+# --- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_a_file_is(files, capsys):
+    assert main(["info", "longlive.safetensors"]) == 0
+    out = capsys.readouterr().out
+    for part in ("longlive.safetensors", "bfloat16", "layers 2, dim 128", "text 512 x 24", "longlive: steps"):
+        assert part in out
+    assert "832 x 480, window 12" in out and "TAEHV" in out and "its name says" in out
+
+
+def test_info_tells_the_memory_of_a_size_and_window(files, capsys):
+    assert main(["info", "self_forcing_dmd.pt", "--width", "640", "--height", "384", "--window", "6"]) == 0
+    out = capsys.readouterr().out
+    cache = 6 * 2 * 2 * (640 // 16) * (384 // 16) * 128 * 2  # frames, keys and values, layers, tokens, dim, bytes
+    assert "640 x 384, window 6" in out and re.search(rf"cache +{round(cache / 2**20)} MiB", out)
+    assert "weights under generator_ema" in out and "float32" in out
+
+
+@pytest.mark.parametrize(
+    "argv, remedy",
+    [
+        (["Wan2.1_VAE.pth"], "model is needed"),
+        (["notes.txt"], "a text file"),
+        (["none.pt"], "does not exist"),
+        (["longlive.safetensors", "--family", "best"], "known are"),
+        (["longlive.safetensors", "--width", "100"], "multiple of 16"),
+        (["longlive.safetensors", "--window", "2"], "window of at least"),
+    ],
+)
+def test_info_refuses_other_files_in_one_line(odd_files, capsys, argv, remedy):
+    assert remedy in refused(capsys, "info", *argv)
