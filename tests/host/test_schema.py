@@ -25,6 +25,10 @@ def schemas(nodes):
     return {name: node.GET_SCHEMA() for name, node in nodes.items()}
 
 
+def test_pack_adds_little_to_the_hosts_start(pack):
+    assert pack.import_seconds < 0.5
+
+
 def test_nodes_are_found_under_our_name(schemas):
     assert len(schemas) >= 5
     for name, schema in schemas.items():
