@@ -69,7 +69,8 @@ def memory_needed(
     Computed in `dtype`; the cache may be in a `cache_dtype` of its own, such as float8. With b bytes a number and
     S = height/16 * width/16 tokens a latent frame:
 
-    cache        2 layers min(window, frames) S dim b; in float8 b is 1, and each token and head has a float32 scale
+    cache        2 layers min(window, frames) S dim b; in float8 b is 1, and each token and head has a float32 scale;
+                 sinks whose positions move along keep their first keys too: layers sink S dim b
     text         2 layers text_len dim b: keys and values of the prompt
     activations  chunk S (2 ffn_dim + 20 dim) b, and 3 min(window, frames) S dim b where a float8 cache is turned back
 
@@ -80,10 +81,11 @@ def memory_needed(
     size = {"batch": 1, "height": height, "width": width, "device": "meta", "dtype": cache_dtype or dtype}
     cache = RollingCache.for_rollout(config, sampling, frames, **size)
     tokens = sampling.chunk * cache.tokens
+    kept = config.layers * cache.sink * cache.tokens * config.dim * dtype.itemsize if cache.pinned else 0
     turned_back = 3 * cache.slots * cache.tokens * config.dim if size["dtype"] in FLOAT8 else 0
     return Memory(
         weights=weights,
-        cache=cache.nbytes,
+        cache=cache.nbytes + kept,
         text=2 * config.layers * config.text_len * config.dim * dtype.itemsize,
         activations=(tokens * (2 * config.ffn_dim + 20 * config.dim) + turned_back) * dtype.itemsize,
     )

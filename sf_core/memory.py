@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -77,9 +78,8 @@ class Plan:
 
     @property
     def weights_fp8(self) -> int:
-        """Bytes of the weights with the blocks in float8 and all else in `dtype`."""
-        state = quantise(WanModel(self.config, device="meta", dtype=self.dtype)).state_dict()
-        return min(self.weights, sum(tensor.nbytes for tensor in state.values()))
+        """Bytes of the weights with the blocks in float8; as many as ever where they are that already."""
+        return min(self.weights, float8_bytes(self.config, self.dtype))
 
     @property
     def model(self) -> Memory:
@@ -105,6 +105,13 @@ class Plan:
     def window(self) -> int:
         """Latent frames that the cache holds."""
         return min(self.sampling.window or self.frames, self.frames)
+
+
+@lru_cache
+def float8_bytes(config: WanConfig, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights with the blocks in float8 and all else in `dtype`."""
+    state = quantise(WanModel(config, device="meta", dtype=dtype)).state_dict()
+    return sum(tensor.nbytes for tensor in state.values())
 
 
 def changes(plan: Plan, limit: int) -> Iterator[tuple[str, Plan]]:

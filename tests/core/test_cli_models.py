@@ -247,8 +247,8 @@ def test_out_of_memory_frees_everything_and_says_what_helps(files, tmp_path, cap
 
 def plan(**changes):
     longlive = FAMILIES["longlive"].sampling
-    facts = {"decoder": memory.WAN_VAE, "dtype": torch.bfloat16, "weights": 2_837_993_600, "frames": 21} | changes
-    return memory.Plan(WanConfig(), longlive, height=480, width=832, **facts)
+    facts = {"sampling": longlive, "weights": 2_837_993_600, "frames": 21, "dtype": torch.bfloat16} | changes
+    return memory.Plan(WanConfig(), height=480, width=832, **{"decoder": memory.WAN_VAE} | facts)
 
 
 def test_full_size_plans():
@@ -257,6 +257,11 @@ def test_full_size_plans():
     assert whole.weights_fp8 < 0.52 * whole.weights
     small = plan(decoder=memory.TAEHV, fp8=True, cache_dtype=FLOAT8)
     assert small.total < 5 * 2**30
+
+
+def test_sinks_that_move_along_are_counted():
+    moving = plan(sampling=FAMILIES["longlive-infinity"].sampling)
+    assert moving.model.cache - plan().model.cache == 3 * 30 * 1560 * 1536 * 2  # keys of three frames
 
 
 @pytest.mark.parametrize("limit", [9.5, 8, 7, 5, 3.5])
