@@ -17,11 +17,12 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.wan.model import WanModel
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
 from ..sf_core.cache import RollingCache
-from ..sf_core.config import Sampling, WanConfig
+from ..sf_core.config import PRESETS, Sampling, WanConfig
 from ..sf_core.model import Attention, WanLayers
 from ..sf_core.rollout import Progress
 
@@ -38,11 +39,11 @@ FAMILY = "self_forcing_family"
 class Family:
     """What a MODEL knows about its own sampling: it travels with the MODEL through LoRAs and other patches.
 
-    preset   name in PRESETS
-    preview  newest latents [B, C, F, H, W] in model space -> picture; None: ComfyUI's own preview for the latents
+    sampling  how it was trained to be sampled
+    preview   newest latents [B, C, F, H, W] in model space -> picture; None: ComfyUI's own preview for the latents
     """
 
-    preset: str = "cli"
+    sampling: Sampling = PRESETS["cli"]
     preview: Callable[[Tensor], Image.Image] | None = None
 
 
@@ -173,6 +174,14 @@ def prompt_of(conditioning: list, batch: int) -> Tensor:
 
 
 # --- Progress --------------------------------------------------------------------------------------------------------
+
+
+def say(node: type[io.ComfyNode], text: str) -> None:
+    """Shows a line of text on the node that runs. Needs the hidden input unique_id; does nothing outside a server."""
+    if node.hidden is not None and node.hidden.unique_id:
+        from server import PromptServer  # runs already; without one it would take a second to import
+
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 
 def check_cancelled() -> None:

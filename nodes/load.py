@@ -1,10 +1,22 @@
-"""The built-in model as a loader."""
+"""Loaders: the built-in model, a user's checkpoint, a TAEHV."""
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
+import folder_paths
 from comfy_api.latest import io
 
-from . import tiny
+from ..sf_core.checkpoint import load_checkpoint
+from ..sf_core.families import FAMILIES
+from . import host, models, tiny
+
+CATEGORY = "Self Forcing"
+AUTO = "auto"
+TAEHV_FOLDERS = ("vae_approx", "vae")
+
+log = logging.getLogger(__name__)
 
 
 class SelfForcingLoadTiny(io.ComfyNode):
@@ -13,7 +25,7 @@ class SelfForcingLoadTiny(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingLoadTiny",
             display_name="Load Tiny Self Forcing (built in)",
-            category="Self Forcing",
+            category=CATEGORY,
             description="A small real model that comes with this pack: nothing to download. It draws coloured shapes "
             "that move, at 64 x 64 pixels, and works with the stock nodes too.",
             search_aliases=["tiny wan", "demo model", "test model", "built-in model", "load self forcing"],
@@ -30,4 +42,74 @@ class SelfForcingLoadTiny(io.ComfyNode):
         return io.NodeOutput(tiny.load_model(), tiny.load_clip(), tiny.load_vae())
 
 
-NODES = [SelfForcingLoadTiny]
+class SelfForcingLoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SelfForcingLoadModel",
+            display_name="Load Self Forcing Model",
+            category=CATEGORY,
+            description="Loads a causal Wan 2.1 checkpoint (Self Forcing, Causal Forcing, LongLive, ...) in whatever "
+            "format it comes, as a MODEL that stock nodes take too.",
+            search_aliases=["self forcing loader", "causal forcing", "longlive", "load wan", "unet loader", "causvid"],
+            inputs=[
+                io.Combo.Input(
+                    "file", options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip="A .pt or .safetensors file in models/diffusion_models. Of a model in several files, any.",
+                ),
+                io.Combo.Input(
+                    "family", options=[AUTO, *FAMILIES], default=AUTO,
+                    tooltip="Which model it is, and so its steps, chunk, window and sink. auto: by the file's name. "
+                    "Choosing one also says that the model is causal where nothing in the file does.",
+                ),
+                io.Combo.Input(
+                    "precision", options=list(models.PRECISIONS), default=AUTO,
+                    tooltip="auto: as the file has it and the device likes it; bf16, fp16; fp8: the matrices of the "
+                    "blocks in float8 with scales, half the memory and faster on GPUs with float8 units.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The video model, a native Wan MODEL that knows how it is sampled.")],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, file, family, precision) -> io.NodeOutput:
+        path = Path(folder_paths.get_full_path_or_raise("diffusion_models", file))
+        source = (path, None if family == AUTO else family, precision)
+        checkpoint = load_checkpoint(*source[:2])
+        log.info("%s: %s", file, checkpoint.note)
+        host.say(cls, checkpoint.note)
+        return io.NodeOutput(models.from_checkpoint(checkpoint, source))
+
+
+class SelfForcingLoadTAEHV(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SelfForcingLoadTAEHV",
+            display_name="Load TAEHV",
+            category=CATEGORY,
+            description="Loads a tiny autoencoder for Wan 2.1 video (taew2_1, lighttaew2_1): far faster and smaller "
+            "than the Wan VAE, a little softer. The VAE works in VAE Decode and VAE Encode too.",
+            search_aliases=["taew2_1", "taehv", "lighttae", "tiny vae", "tiny autoencoder", "load vae", "fast vae"],
+            inputs=[
+                io.Combo.Input(
+                    "file", options=taehv_files(),
+                    tooltip="taew2_1 or lighttaew2_1, .safetensors or .pth, in models/vae_approx or models/vae.",
+                ),
+            ],
+            outputs=[io.Vae.Output(tooltip="The VAE, for Self Forcing Decode, VAE Decode and VAE Encode.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        folder = next((name for name in TAEHV_FOLDERS if folder_paths.get_full_path(name, file)), TAEHV_FOLDERS[0])
+        return io.NodeOutput(models.load_taehv(Path(folder_paths.get_full_path_or_raise(folder, file))))
+
+
+def taehv_files() -> list[str]:
+    """Files of both folders, each name once."""
+    return list(dict.fromkeys(file for folder in TAEHV_FOLDERS for file in folder_paths.get_filename_list(folder)))
+
+
+NODES = [SelfForcingLoadTiny, SelfForcingLoadModel, SelfForcingLoadTAEHV]

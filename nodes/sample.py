@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sf_core.config import PRESETS, Sampling
+from ..sf_core.families import FAMILIES
 from ..sf_core.model import WanLayers
 from ..sf_core.noise import MAX_SEED, Noise, SeededNoise
 from ..sf_core.rollout import rollout
@@ -19,6 +20,7 @@ from . import host
 
 CATEGORY = "Self Forcing"
 AUTO = "auto"
+NAMED = PRESETS | {name: family.sampling for name, family in FAMILIES.items()}
 
 
 class SelfForcingLatent(io.ComfyNode):
@@ -107,10 +109,10 @@ class SelfForcingSampler(io.ComfyNode):
                     "them too.",
                 ),
                 io.Combo.Input(
-                    "preset", options=[AUTO, *PRESETS], default=AUTO,
+                    "preset", options=[AUTO, *NAMED], default=AUTO,
                     tooltip="Steps, shift, chunk and window that belong together. auto: what the model was made for; "
                     "cli: the published script (shift 5); demo: the published web demo (shift 8); tiny: the built-in "
-                    "model.",
+                    "model; the others: published models by name.",
                 ),
                 io.Int.Input(
                     "steps", default=0, min=0, max=100,
@@ -141,16 +143,16 @@ class SelfForcingSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent, seed, preset, steps, chunk, window, sink, prefix=None) -> io.NodeOutput:
-        sampling = sampling_of(preset, host.family_of(model).preset, steps, chunk, window, sink)
+        sampling = sampling_of(preset, host.family_of(model).sampling, steps, chunk, window, sink)
         wan = host.wan_of(model)
         shape = host.latents_of(latent, wan).shape
         start = None if prefix is None else host.latents_of(prefix, wan, "prefix")
         return io.NodeOutput({"samples": sample(model, wan, positive, shape, SeededNoise(seed), sampling, start)})
 
 
-def sampling_of(preset: str, own: str, steps: int, chunk: int, window: int, sink: int) -> Sampling:
+def sampling_of(preset: str, own: Sampling, steps: int, chunk: int, window: int, sink: int) -> Sampling:
     """The preset (`own` for auto) with what the user has set; 0, or -1 for the sink, leaves it as it is."""
-    sampling = PRESETS[own if preset == AUTO else preset]
+    sampling = own if preset == AUTO else NAMED[preset]
     return replace(
         sampling,
         steps=tuple(1000 * (steps - i) / steps for i in range(steps)) or sampling.steps,

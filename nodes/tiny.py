@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import comfy.model_patcher
@@ -15,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..sf_core import tiny
-from . import host
+from ..sf_core.config import PRESETS
+from . import host, models
 
-PRESET = "tiny"
+NAME = "tiny"
 
 
 # --- MODEL -----------------------------------------------------------------------------------------------------------
@@ -26,21 +26,11 @@ PRESET = "tiny"
 def load_model(disable_dynamic: bool = False) -> ModelPatcher:
     """The network as a native Wan MODEL; ComfyUI calls this again where it needs a second copy of the weights."""
     wan = tiny.load_model()
-    config = wan.config
-    fields = {
-        "causal_ar": True,
-        "num_heads": config.heads,
-        "freq_dim": config.freq_dim,
-        "text_dim": config.text_dim,
-        "text_len": config.text_len,
-        "eps": config.eps,
-    }
-    metadata = {"config": json.dumps({"transformer": fields})}
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        wan.state_dict(), metadata=metadata, disable_dynamic=disable_dynamic
+        wan.state_dict(), metadata=models.wan_metadata(wan.config), disable_dynamic=disable_dynamic
     )
     patcher.cached_patcher_init = (load_model, ())
-    host.set_family(patcher, host.Family(PRESET, Preview()))
+    host.set_family(patcher, host.Family(PRESETS[NAME], Preview()))
     return patcher
 
 
@@ -64,7 +54,7 @@ class TextTokens:
         pass
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict:
-        return {PRESET: [[(text, 1.0)]]}
+        return {NAME: [[(text, 1.0)]]}
 
     def state_dict(self) -> dict:
         return {}
@@ -88,7 +78,7 @@ class TextModel(nn.Module):
 
     def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None]:
         """Embeddings [B, text_len, text_dim], and no pooled output."""
-        return self.encoder.encode([text for ((text, _),) in tokens[PRESET]]), None
+        return self.encoder.encode([text for ((text, _),) in tokens[NAME]]), None
 
 
 def load_clip() -> comfy.sd.CLIP:

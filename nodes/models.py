@@ -1,0 +1,147 @@
+"""A user's files in ComfyUI's own forms: a native MODEL from any causal Wan checkpoint, a native VAE from a TAEHV.
+
+The core finds the weights in the file; ComfyUI builds the network around them, so that LoRAs, offloading and saving
+work as with its own loaders. Float8 is ComfyUI's own format too: one scale for each matrix, and metadata that names
+the quantised layers. What reads or writes the latents stays as it is; see fp8.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.sd
+import torch
+from comfy.latent_formats import Wan21
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..sf_core.checkpoint import Checkpoint, dequantised, load_checkpoint, plain_dtype
+from ..sf_core.config import WanConfig
+from ..sf_core.fp8 import FLOAT8, LARGEST
+from ..sf_core.recognise import is_scale
+from ..sf_core.taehv import TAEHV
+from ..sf_core.tensorfiles import map_tensors, read_header
+from . import host
+
+PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FLOAT8}
+SCALED = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}  # ComfyUI's names
+
+
+# --- MODEL -----------------------------------------------------------------------------------------------------------
+
+
+def load_model(path: Path, family: str | None, precision: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """The model in a file, sampled as `family` (None: guessed). ComfyUI calls this again where it needs a second copy.
+
+    Raises CheckpointError for a file that holds no causal Wan text-to-video model.
+    """
+    return from_checkpoint(load_checkpoint(path, family), (path, family, precision), disable_dynamic)
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint, source: tuple[Path, str | None, str], disable_dynamic: bool = False
+) -> ModelPatcher:
+    """`source`: the arguments of `load_model` that it came from."""
+    dtype = PRECISIONS[source[2]]
+    metadata, options = wan_metadata(checkpoint.config), {}
+    if dtype is FLOAT8 or (dtype is None and checkpoint.dtype in SCALED):
+        state, layers = in_float8(checkpoint.state_dict, plain_dtype(checkpoint.dtype), quantise=dtype is FLOAT8)
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
+    elif dtype is None:
+        state = dict(checkpoint.state_dict)
+    else:
+        options["dtype"] = dtype
+        state = dequantised(checkpoint.state_dict, dtype) if checkpoint.dtype in SCALED else dict(checkpoint.state_dict)
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        state, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
+    )
+    patcher.cached_patcher_init = (load_model, source)
+    host.set_family(patcher, host.Family(checkpoint.sampling))
+    return patcher
+
+
+def wan_metadata(config: WanConfig) -> dict[str, str]:
+    """What ComfyUI cannot read off the weights' shapes, as the metadata of a file would say it."""
+    fields = {
+        "causal_ar": True,
+        "num_heads": config.heads,
+        "freq_dim": config.freq_dim,
+        "text_dim": config.text_dim,
+        "text_len": config.text_len,
+        "eps": config.eps,
+    }
+    return {"config": json.dumps({"transformer": fields})}
+
+
+def in_float8(
+    state: dict[str, Tensor], dtype: torch.dtype, quantise: bool
+) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+    """A state dict in ComfyUI's form of float8, and for each quantised layer its format.
+
+    Matrices that are float8 stay what they are, except that scales per row, which ComfyUI has not, become one scale
+    per matrix. `quantise` makes float8 of the other matrices of the blocks. Other float8 tensors are turned to `dtype`.
+    """
+    done: dict[str, Tensor] = {}
+    layers = {}
+    for name, tensor in state.items():
+        if is_scale(name):
+            continue
+        layer, scale = name.removesuffix(".weight"), state.get(f"{name}_scale", torch.ones(()))
+        matrix = tensor.ndim == 2 and name.endswith(".weight")
+        if matrix and tensor.dtype in SCALED and not scale.ndim:
+            done |= {name: tensor, f"{name}_scale": scale}
+            layers[layer] = {"format": SCALED[tensor.dtype]}
+            if (inputs := state.get(f"{layer}.input_scale")) is not None:
+                done[f"{layer}.input_scale"] = inputs
+        elif matrix and (tensor.dtype in SCALED or (quantise and name.startswith("blocks."))):
+            done |= scaled(name, dequantised({name: tensor, f"{name}_scale": scale}, torch.float32)[name])
+            layers[layer] = {"format": SCALED[FLOAT8]}
+        else:
+            done[name] = tensor.to(dtype) if tensor.dtype in SCALED else tensor
+    return done, layers
+
+
+def scaled(name: str, matrix: Tensor) -> dict[str, Tensor]:
+    """A matrix [out, in] as float8 with one scale: weight = float8 * scale."""
+    scale = matrix.abs().amax().float().clamp(min=1e-12) / LARGEST
+    return {name: (matrix / scale).to(FLOAT8), f"{name}_scale": scale}
+
+
+# --- VAE -------------------------------------------------------------------------------------------------------------
+
+
+def load_taehv(path: Path) -> comfy.sd.VAE:
+    """The TAEHV for Wan 2.1 latents in a file. Raises ValueError for another file.
+
+    ComfyUI takes a float16 TAEHV of 16 channels for HunyuanVideo's. taew2_1 reads and writes Wan's latents as the model
+    sees them; lighttaew2_1 those of the Wan VAE itself, and has the same layers: its name tells.
+    """
+    file = read_header(path)
+    state = map_tensors(file, file.tensors)
+    try:
+        network = TAEHV.from_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    if (network.channels, network.space) != (16, 8) or "decoder.22.bias" not in state:
+        raise ValueError(
+            f"Got {path.name}, a TAEHV for latents of {network.channels} channels; Wan 2.1 models need one for 16. "
+            "Use taew2_1 or lighttaew2_1."
+        )
+    vae = comfy.sd.VAE(dict(state))
+    model, raw = vae.first_stage_model, "lighttae" in path.name.lower()
+    model.latent_format = None if raw else Wan21
+    model.process_in = _unchanged if raw else Wan21().process_in
+    model.process_out = _unchanged if raw else Wan21().process_out
+    vae.process_output = lambda frames: frames.clamp_(0, 1)
+    vae.patcher.cached_patcher_init = (load_taehv_patcher, (path,))
+    return vae
+
+
+def load_taehv_patcher(path: Path, disable_dynamic: bool = False) -> ModelPatcher:
+    """Loads the network once more, as ComfyUI asks for a second copy of the weights."""
+    return load_taehv(path).patcher
+
+
+def _unchanged(latents: Tensor) -> Tensor:
+    return latents

@@ -1,0 +1,323 @@
+"""A user's own files in ComfyUI: every format through the loaders, LoRAs, the samplers and the decoders.
+
+The files are random and small, in exactly the formats that people have.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+FRAMES = 9  # 3 latent frames, one chunk
+CAUSAL = {"config": json.dumps({"transformer": {"causal_ar": True}})}
+
+
+@pytest.fixture
+def folder(comfyui, tmp_path, monkeypatch):
+    """An empty models folder, known to the host for every kind of model used here."""
+    import folder_paths
+
+    for kind in ("diffusion_models", "loras", "vae", "vae_approx"):
+        (tmp_path / kind).mkdir()
+        extensions = folder_paths.folder_names_and_paths[kind][1]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+def wan_weights(dtype=torch.float32, seed=0) -> dict[str, torch.Tensor]:
+    """A state dict under Wan's names, with Wan's own heads of 128 channels."""
+    from any_folder_name.sf_core.config import WanConfig
+    from any_folder_name.sf_core.model import WanModel
+
+    torch.manual_seed(seed)
+    config = WanConfig(dim=128, ffn_dim=256, heads=1, layers=2)
+    wan = WanModel(config).initialise()
+    torch.nn.init.normal_(wan.head.head.weight, std=0.02)
+    return {name: tensor.detach().to(dtype) for name, tensor in wan.state_dict().items()}
+
+
+def fp8_file(weights: dict, per_row: bool = False) -> dict:
+    """The weights as ComfyUI's fp8-scaled files have them."""
+    out = {}
+    for name, tensor in weights.items():
+        if name.startswith("blocks.") and tensor.ndim == 2:
+            scale = tensor.abs().amax(1 if per_row else None, keepdim=per_row).float() / 448
+            out[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            out[name.replace(".weight", ".scale_weight")] = scale
+        else:
+            out[name] = tensor
+    return out | {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+
+
+def save(folder, name: str, weights: dict, metadata: dict | None = None) -> str:
+    path = folder / "diffusion_models" / name
+    if path.suffix == ".safetensors":
+        save_file({key: tensor.contiguous() for key, tensor in weights.items()}, path, metadata=metadata)
+    else:
+        torch.save({"generator_ema": {f"model.{key}": tensor for key, tensor in weights.items()}}, path)
+    return name
+
+
+FILES = {
+    "published .pt": ("self_forcing_dmd.pt", wan_weights, "auto"),
+    "safetensors in bf16": ("self_forcing.safetensors", lambda: wan_weights(torch.bfloat16), "auto"),
+    "bf16 chosen": ("self_forcing.safetensors", wan_weights, "bf16"),
+    "fp16 chosen": ("self_forcing.safetensors", wan_weights, "fp16"),
+    "fp8 chosen": ("self_forcing.safetensors", wan_weights, "fp8"),
+    "fp8 chosen for a .pt": ("self_forcing_dmd.pt", wan_weights, "fp8"),
+    "fp8 file": ("self_forcing_fp8.safetensors", lambda: fp8_file(wan_weights()), "auto"),
+    "fp8 file with a scale per row": ("self_forcing_rows.safetensors", lambda: fp8_file(wan_weights(), True), "auto"),
+    "fp8 file to bf16": ("self_forcing_fp8.safetensors", lambda: fp8_file(wan_weights()), "bf16"),
+}
+
+
+@pytest.fixture
+def latent():
+    return {"samples": torch.zeros(1, 16, 3, 4, 4)}
+
+
+@pytest.fixture
+def prompt():
+    return [[torch.randn(1, 20, 4096, generator=torch.Generator().manual_seed(1)), {}]]
+
+
+@pytest.fixture
+def sample(call, latent, prompt):
+    """sample(model, ...) -> latents [1, 16, 3, 4, 4]."""
+
+    def run(model, **changes) -> torch.Tensor:
+        inputs = {
+            "model": model, "positive": prompt, "latent": latent, "seed": 0, "preset": "auto",
+            "steps": 0, "chunk": 0, "window": 0, "sink": -1, **changes,
+        }  # fmt: skip
+        return call("Sampler", **inputs)["samples"]
+
+    return run
+
+
+@pytest.fixture
+def exact(prompt):
+    """What the core makes of the same weights in float32, in raw VAE space."""
+    from any_folder_name.sf_core.config import WanConfig
+    from any_folder_name.sf_core.families import FAMILIES
+    from any_folder_name.sf_core.model import WanModel
+    from any_folder_name.sf_core.noise import SeededNoise
+    from any_folder_name.sf_core.rollout import rollout
+    from any_folder_name.sf_core.vae import from_model_space
+
+    wan = WanModel(WanConfig(dim=128, ffn_dim=256, heads=1, layers=2))
+    wan.load_state_dict(wan_weights())
+    sampling = FAMILIES["self-forcing"].sampling
+    chunks = rollout(wan, sampling, prompt[0][0], SeededNoise(0), 3, 4, 4)
+    return from_model_space(torch.cat([chunk.latents for chunk in chunks], 2))
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
+
+
+# --- Load Self Forcing Model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_format_is_sampled_with_a_lora_and_decoded(call, folder, sample, exact, kind):
+    import nodes
+
+    name, weights, precision = FILES[kind]
+    model = call("LoadModel", save(folder, name, weights(), CAUSAL), "auto", precision)
+    samples = sample(model)
+    assert relative_error(samples, exact) < 0.03
+
+    key = "diffusion_model.blocks.1.ffn.0"
+    lora = {f"{key}.lora_A.weight": torch.randn(4, 128), f"{key}.lora_B.weight": torch.randn(256, 4)}
+    save_file(lora, folder / "loras" / "some.safetensors")
+    patched = nodes.LoraLoaderModelOnly().load_lora_model_only(model, "some.safetensors", 1.0)[0]
+    assert relative_error(sample(patched), samples) > 0.03
+    assert torch.equal(sample(model), samples)
+
+
+def test_fp8_files_keep_their_weights(call, folder):
+    weights = fp8_file(wan_weights())
+    model = call("LoadModel", save(folder, "self_forcing.safetensors", weights, CAUSAL), "auto", "auto")
+    name = "blocks.0.ffn.2.weight"
+    kept = model.model.diffusion_model.state_dict()[name]
+    assert kept.dtype == torch.float8_e4m3fn
+    assert torch.equal(kept.view(torch.uint8), weights[name].view(torch.uint8))
+
+
+def test_fp8_leaves_what_reads_or_writes_the_latents_alone(call, folder):
+    model = call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", "fp8")
+    float8 = {name for name, w in model.model.diffusion_model.state_dict().items() if w.dtype == torch.float8_e4m3fn}
+    assert len(float8) == 2 * 10
+    assert all(name.startswith("blocks.") and name.endswith(".weight") for name in float8)
+
+
+def test_auto_samples_as_the_family_says(call, folder, sample, latent):
+    name = save(folder, "longlive_base.safetensors", wan_weights(), CAUSAL)
+    usual = sample(call("LoadModel", name, "auto", "auto"))
+    assert torch.equal(usual, sample(call("LoadModel", name, "self-forcing", "auto"), preset="longlive"))
+    frame_wise = call("LoadModel", name, "causal-forcing-framewise", "auto")
+    assert torch.equal(sample(frame_wise), sample(frame_wise, preset="causal-forcing-framewise"))
+    assert not torch.equal(sample(frame_wise), usual)
+
+
+def test_second_copy_of_the_weights_can_be_had(call, folder, sample):
+    model = call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", "fp8")
+    load, source = model.cached_patcher_init
+    assert torch.equal(sample(load(*source, disable_dynamic=True)), sample(model))
+
+
+def test_stock_sampler_runs_the_loaded_model(call, folder, latent, prompt):
+    import nodes
+
+    model = call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", "fp8")
+    sampled = nodes.common_ksampler(model, 0, 2, 1.0, "euler", "simple", prompt, prompt, latent)[0]["samples"]
+    assert sampled.shape == latent["samples"].shape and sampled.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp8"])
+def test_saved_model_is_the_same_model(call, folder, sample, monkeypatch, precision):
+    import comfy.sd
+    from comfy_extras.nodes_model_merging import ModelSave
+
+    model = call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", precision)
+    saver = ModelSave()
+    saver.output_dir = str(folder / "diffusion_models")
+    saver.save(model, "saved")
+    (saved,) = (folder / "diffusion_models").glob("saved*.safetensors")
+    assert torch.allclose(sample(call("LoadModel", saved.name, "self-forcing", "auto")), sample(model), atol=1e-5)
+    assert load_file(saved) and comfy.sd.load_diffusion_model(str(saved)) is not None
+
+
+def test_host_compiler_node_in_the_graph_changes_nothing(call, folder, sample):
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    model = call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", "auto")
+    compiled = TorchCompileModel.execute(model, "inductor").args[0]
+    assert torch.equal(sample(compiled), sample(model))
+
+
+BAD = {
+    "text": (b"this is not a model", "a safetensors file or a PyTorch .pt file is needed"),
+    "empty": (b"", "Got self_forcing.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_wrong_file_is_explained(call, folder, kind):
+    content, message = BAD[kind]
+    (folder / "diffusion_models" / "self_forcing.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        call("LoadModel", "self_forcing.safetensors", "auto", "auto")
+
+
+def test_image_to_video_model_is_refused(call, folder):
+    weights = wan_weights()
+    weights["patch_embedding.weight"] = torch.zeros(128, 36, 1, 2, 2)
+    with pytest.raises(ValueError, match="^Got self_forcing.safetensors"):
+        call("LoadModel", save(folder, "self_forcing.safetensors", weights, CAUSAL), "auto", "auto")
+
+
+# --- Other loaders ---------------------------------------------------------------------------------------------------
+
+
+def test_stock_loader_with_float8_weights_is_sampled(folder, sample, exact):
+    import nodes
+
+    name = save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL)
+    model = nodes.UNETLoader().load_unet(name, "fp8_e4m3fn")[0]
+    samples = sample(model, preset="self-forcing")
+    assert samples.isfinite().all()
+    assert relative_error(samples, exact) < 0.1
+
+
+def test_tree_of_foreign_linear_layers_is_sampled(sample, exact):
+    """Loaders of GGUF files keep Wan's names and bring layers that store their weights in a form of their own."""
+    import comfy.ops
+    import comfy.sd
+
+    class Operations(comfy.ops.manual_cast):
+        class Linear(comfy.ops.manual_cast.Linear):
+            """Eight bits and a scale per row, turned back in every call."""
+
+            def _load_from_state_dict(self, state, prefix, *rest):
+                weight = state[f"{prefix}weight"].float()
+                self.scale = weight.abs().amax(1, keepdim=True) / 127
+                self.weight = torch.nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
+                self.bias = torch.nn.Parameter(state[f"{prefix}bias"].float(), requires_grad=False)
+
+            def forward(self, x):
+                return torch.nn.functional.linear(x, (self.weight * self.scale).to(x.dtype), self.bias.to(x.dtype))
+
+    options = {"custom_operations": Operations}
+    model = comfy.sd.load_diffusion_model_state_dict(wan_weights(), model_options=options, metadata=CAUSAL)
+    assert model.model.diffusion_model.blocks[0].ffn[0].weight.dtype == torch.int8
+    assert relative_error(sample(model, preset="self-forcing"), exact) < 0.03
+
+
+# --- Load TAEHV ------------------------------------------------------------------------------------------------------
+
+
+def taehv_weights(dtype=torch.float16, channels=16) -> dict[str, torch.Tensor]:
+    from comfy.taesd.taehv import TAEHV
+
+    torch.manual_seed(0)
+    state = TAEHV(latent_channels=channels).state_dict()
+    return {name: (torch.randn(w.shape) / max(1, w[0].numel()) ** 0.5).to(dtype) for name, w in state.items()}
+
+
+def save_taehv(folder, name: str, kind: str = "vae_approx", weights: dict | None = None) -> str:
+    weights = taehv_weights() if weights is None else weights
+    path = folder / kind / name
+    save_file(weights, path) if path.suffix == ".safetensors" else torch.save(weights, path)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("taew2_1.safetensors", "vae_approx"), ("taew2_1.pth", "vae_approx"), ("my_tae.pth", "vae")]
+)
+def test_taehv_decodes_alike_in_all_nodes(call, folder, name, kind):
+    import nodes
+    from any_folder_name.sf_core.taehv import TAEHV
+    from any_folder_name.sf_core.vae import to_model_space
+
+    vae = call("LoadTAEHV", save_taehv(folder, name, kind))
+    latents = {"samples": torch.randn(1, 16, 5, 4, 6)}
+    stock, ours = nodes.VAEDecode().decode(vae, latents)[0], call("Decode", latents, vae)
+    assert ours.shape == (17, 32, 48, 3)
+    assert torch.allclose(stock, ours, atol=2e-5)
+    network = TAEHV.from_state_dict({key: w.float() for key, w in taehv_weights().items()})
+    assert torch.allclose(ours, network.decode(to_model_space(latents["samples"]))[0], atol=2e-5)
+
+
+def test_taehv_encodes_what_the_core_encodes(call, folder):
+    import nodes
+    from any_folder_name.sf_core.taehv import TAEHV
+    from any_folder_name.sf_core.vae import from_model_space
+
+    vae, frames = call("LoadTAEHV", save_taehv(folder, "taew2_1.pth")), torch.rand(9, 32, 48, 3)
+    network = TAEHV.from_state_dict({key: w.float() for key, w in taehv_weights().items()})
+    stock = nodes.VAEEncode().encode(vae, frames)[0]["samples"]
+    assert stock.shape == (1, 16, 3, 4, 6)
+    assert torch.allclose(stock, from_model_space(network.encode(frames[None])), atol=1e-4)
+
+
+def test_lighttae_reads_raw_latents(call, folder):
+    from any_folder_name.sf_core.taehv import TAEHV
+
+    weights = taehv_weights(torch.bfloat16)
+    vae = call("LoadTAEHV", save_taehv(folder, "lighttaew2_1.safetensors", "vae", weights))
+    latents = torch.randn(1, 16, 2, 4, 4)
+    network = TAEHV.from_state_dict({key: w.float() for key, w in weights.items()})
+    assert torch.allclose(call("Decode", {"samples": latents}, vae), network.decode(latents)[0], atol=2e-5)
+
+
+def test_tiny_autoencoders_of_other_models_are_refused(call, folder):
+    save_taehv(folder, "taew2_2.safetensors", weights=taehv_weights(channels=48))
+    with pytest.raises(ValueError, match="latents of 48 channels.*Use taew2_1"):
+        call("LoadTAEHV", "taew2_2.safetensors")
+    save_taehv(folder, "taesd.safetensors", weights={"taesd_decoder.1.weight": torch.zeros(64, 4, 3, 3)})
+    with pytest.raises(ValueError, match="taesd.safetensors: Got 1 tensors that do not make up a TAEHV"):
+        call("LoadTAEHV", "taesd.safetensors")
