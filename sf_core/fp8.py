@@ -14,8 +14,6 @@ embeddings, modulation, norms and the head.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,11 +28,12 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(FLOAT8), scale
 
 
-@lru_cache
 def multiplies_float8(device: torch.device) -> bool:
     """Whether the device has float8 matrix units that torch can use: NVIDIA from compute capability 8.9 on."""
-    nvidia = device.type == "cuda" and torch.version.cuda is not None
-    return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile; the capability is not
+    return (properties.major, properties.minor) >= (8, 9)
 
 
 class Fp8Linear(nn.Module):

@@ -1,14 +1,16 @@
 """torch.compile: how often, and what happens without a compiler. No kernels are built: a backend only counts graphs."""
 
+import copy
 import logging
 
 import pytest
 import torch
 
+from sf_core import fp8
 from sf_core.compile import compile_stages
 from sf_core.config import Sampling
 from sf_core.model import EAGER
-from tests.core.test_rollout import roll
+from tests.core.test_rollout import WAN, roll
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,15 @@ def test_a_chunk_of_another_size_is_compiled_once_more():
     count = Counting()
     roll(20, Sampling(first_chunk=2), stages=compile_stages("default", count))
     assert count.graphs == 4
+
+
+@pytest.mark.parametrize("units", [False, True], ids=["weights only", "float8 products"])
+def test_float8_layers_do_not_break_the_graphs(monkeypatch, units):
+    monkeypatch.setattr(fp8, "multiplies_float8", lambda device: units)
+    count, wan = Counting(), fp8.quantise(copy.deepcopy(WAN))
+    compiled = roll(9, wan=wan, stages=compile_stages("default", count))
+    assert count.graphs == 2
+    torch.testing.assert_close(compiled, roll(9, wan=wan), rtol=0, atol=2e-5)
 
 
 def test_without_a_compiler_one_warning_and_the_same_video(caplog):
