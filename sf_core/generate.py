@@ -16,7 +16,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from .model import EAGER, Attention, sdpa
 from .model import Stages as Blocks
 from .models import BuiltIn, Files, Source
 from .noise import MAX_SEED, SeededNoise
-from .rollout import rollout
+from .rollout import Progress, rollout
 from .video import check_destination, check_folder, contact_sheet, save_video
 
 MAX_FRAMES = 1_000_000  # 17 hours
@@ -120,7 +120,9 @@ class Networks:
     stream: object
 
 
-def frames_of(request: Request, networks: Networks, stages: Stages) -> Iterator[Tensor]:
+def frames_of(
+    request: Request, networks: Networks, stages: Stages, on_step: Callable[[Progress], None]
+) -> Iterator[Tensor]:
     """The video of a request, in pieces [T, H, W, 3] in 0..1 on the CPU, one per chunk."""
     chunks = rollout(
         networks.wan,
@@ -133,6 +135,7 @@ def frames_of(request: Request, networks: Networks, stages: Stages) -> Iterator[
         cache_dtype=request.cache_dtype,
         attention=request.attention,
         stages=request.blocks,
+        on_step=on_step,
     )
     left = request.frames
     for chunk in stages.each("rollout", chunks):
@@ -215,10 +218,22 @@ def _make(request: Request, source: Source, stages: Stages, args: argparse.Names
     """Writes the video; returns the frames of the contact sheet by their numbers."""
     tiles: dict[int, Tensor] = {}
     networks = _load(request, source, stages)
-    pieces = frames_of(request, networks, stages)
-    with stages.measure("write"):
-        save_video(args.out, _watched(pieces, request, stages, tiles, args.compile != "off"), args.fps)
+    with stages.measure("write"), tqdm(total=request.frames, unit=" frames", file=sys.stderr) as bar:
+        if args.compile != "off":
+            bar.set_description(f"compiling, then chunk 1/{request.chunks}")
+        pieces = frames_of(request, networks, stages, _teller(bar, request))
+        save_video(args.out, _watched(pieces, request, stages, tiles, bar), args.fps)
     return tiles
+
+
+def _teller(bar: tqdm, request: Request) -> Callable[[Progress], None]:
+    """Notes each step beside the bar, which shows it when it is next drawn: every 10 s at least."""
+
+    def tell(progress: Progress) -> None:
+        chunk, step = f"{progress.span.index + 1}/{request.chunks}", f"{progress.step}/{progress.steps}"
+        bar.set_description(f"chunk {chunk}, step {step}", refresh=False)
+
+    return tell
 
 
 def _load(request: Request, source: Source, stages: Stages) -> Networks:
@@ -269,23 +284,20 @@ def _told_memory(plan: Plan, device: torch.device) -> Iterator[None]:
 
 
 def _watched(
-    pieces: Iterator[Tensor], request: Request, stages: Stages, tiles: dict[int, Tensor], compiling: bool
+    pieces: Iterator[Tensor], request: Request, stages: Stages, tiles: dict[int, Tensor], bar: tqdm
 ) -> Iterator[Tensor]:
     """The pieces, with a progress bar; notes when the first was there and keeps the frames of the contact sheet."""
     last, done, started = request.frames - 1, 0, time.perf_counter()
     wanted = {round(i * last / (TILES - 1)) for i in range(TILES)}
-    with tqdm(total=request.frames, unit=" frames", file=sys.stderr) as bar:
-        if compiling:
-            bar.set_description(f"compiling, then chunk 1/{request.chunks}")
-        for index, piece in enumerate(pieces, 1):
-            if not done:
-                stages.seconds["first_frames"] = time.perf_counter() - started
-                bar.set_postfix_str(f"first after {stages.seconds['first_frames']:.2f} s", refresh=False)
-            bar.set_description(f"chunk {index}/{request.chunks}", refresh=False)
-            tiles.update((i, piece[i - done].clone()) for i in range(done, done + len(piece)) if i in wanted)
-            done += len(piece)
-            bar.update(len(piece))
-            yield piece
+    for index, piece in enumerate(pieces, 1):
+        if not done:
+            stages.seconds["first_frames"] = time.perf_counter() - started
+            bar.set_postfix_str(f"first after {stages.seconds['first_frames']:.2f} s", refresh=False)
+        bar.set_description(f"chunk {index}/{request.chunks}", refresh=False)
+        tiles.update((i, piece[i - done].clone()) for i in range(done, done + len(piece)) if i in wanted)
+        done += len(piece)
+        bar.update(len(piece))
+        yield piece
 
 
 def _report(request: Request, args: argparse.Namespace, preview: str | None, stages: Stages) -> dict:
