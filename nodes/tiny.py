@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import comfy.model_patcher
@@ -78,7 +79,16 @@ class TextModel(nn.Module):
 
     def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None]:
         """Embeddings [B, text_len, text_dim], and no pooled output."""
-        return self.encoder.encode([text for ((text, _),) in tokens[NAME]]), None
+        texts = [text for ((text, _),) in tokens[NAME]]
+        for text in texts:
+            self.tell_what_is_left_out(text)
+        return self.encoder.encode(texts), None
+
+    def tell_what_is_left_out(self, text: str) -> None:
+        left_out = {"does not know": self.encoder.unknown(text), "has no room for": self.encoder.truncated(text)}
+        for why, words in left_out.items():
+            if words:
+                logging.warning(f"The built-in model {why} these words and leaves them out: {' '.join(words[:8])}")
 
 
 def load_clip() -> comfy.sd.CLIP:

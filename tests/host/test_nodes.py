@@ -373,6 +373,12 @@ def test_very_long_prompt_is_read_as_far_as_it_goes(call, tiny):
     assert conditioning[0][0].shape == (1, 16, 128)
 
 
+def test_words_the_built_in_model_does_not_know_are_named(call, tiny, caplog):
+    call("Prompt", tiny.clip, "a red unicorn moves right")
+    assert "unicorn" in caplog.text
+    assert "red" not in caplog.text
+
+
 def test_prompt_of_another_text_encoder_is_refused(sample):
     with pytest.raises(ValueError, match="prompt embeddings of width 768"):
         sample(positive=[[torch.zeros(1, 77, 768), {}]])
