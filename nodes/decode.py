@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import comfy.model_management as management
+import comfy.sd
 import comfy.utils
 import torch
+from comfy.ldm.wan.vae import WanVAE as HostWanVAE
 from comfy.taesd.taehv import TAEHV as HostTAEHV
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..sf_core.taehv import TAEHV, DecoderStream
+from ..sf_core import memory, taehv, vae
 from . import host, tiny
 
-PIECE = 3  # latent frames between two looks at the Cancel button
+MARGIN = 48  # pixels by which tiles of the Wan VAE see beyond themselves, on each side
 
 
 class SelfForcingDecode(io.ComfyNode):
@@ -25,27 +28,35 @@ class SelfForcingDecode(io.ComfyNode):
             display_name="Self Forcing Decode",
             category="Self Forcing",
             description="Decodes a video piece by piece, so that memory does not grow with its length. Streams the "
-            "built-in autoencoder and TAEHV; any other VAE decodes as VAE Decode does.",
+            "Wan VAE, TAEHV and the built-in autoencoder; any other VAE decodes as VAE Decode does.",
             search_aliases=["vae decode", "streaming decode", "taehv decode", "decode video", "latent to video"],
             inputs=[
                 io.Latent.Input("latent", tooltip="The video's latents, from Self Forcing Sampler."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
+                io.Int.Input(
+                    "tile", default=0, min=0, max=8192, step=64, optional=True, advanced=True,
+                    tooltip="Side of the tiles, in pixels, that the Wan VAE decodes one after the other, for small "
+                    "GPUs; 256 is a good size. Less memory, more time, the same frames. 0: the whole picture.",
+                ),
             ],
             outputs=[io.Image.Output(tooltip="The frames, one after the other; videos of a batch follow each other.")],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, latent, vae) -> io.NodeOutput:
+    def execute(cls, latent, vae, tile=0) -> io.NodeOutput:
         samples = latent["samples"]
         check_channels(samples, vae)
-        decode = streaming_decoder(vae) if samples.ndim == 5 else None
-        if decode is None:
+        check_tile(tile)
+        decoder = streaming_decoder(vae) if samples.ndim == 5 else None
+        if decoder is None:
             return io.NodeOutput(vae.decode(samples).flatten(0, -4))
+        what = f"{samples.shape[2]} latent frames of {8 * samples.shape[4]} x {8 * samples.shape[3]} pixels to decode"
         with host.threads_for(vae.patcher):
-            return io.NodeOutput(collect(decode, samples).flatten(0, 1))
+            frames = host.within_memory(lambda: decoder.decode(samples, tile // 8 or None), what, decoder.remedy)
+        return io.NodeOutput(frames.flatten(0, 1))
 
 
-def check_channels(samples: Tensor, vae) -> None:
+def check_channels(samples: Tensor, vae: comfy.sd.VAE) -> None:
     if samples.shape[1] != vae.latent_channels:
         raise ValueError(
             f"Got latents with {samples.shape[1]} channels (shape {list(samples.shape)}); this VAE decodes "
@@ -53,31 +64,96 @@ def check_channels(samples: Tensor, vae) -> None:
         )
 
 
-def streaming_decoder(vae) -> Callable[[Tensor], Tensor] | None:
-    """Raw latents [B, C, F, H, W] -> frames [B, T, H, W, 3] with state kept between calls; None for other VAEs."""
-    model = vae.first_stage_model
+def check_tile(tile: int) -> None:
+    if 0 < tile <= 2 * MARGIN:
+        raise ValueError(
+            f"Got tiles of {tile} pixels; they see {MARGIN} pixels beyond themselves on each side. Set tile to "
+            f"{4 * MARGIN} or more, or to 0 for the whole picture at once."
+        )
+
+
+Stream = taehv.DecoderStream | vae.DecoderStream
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A VAE of ComfyUI and how the core streams it.
+
+    stream          makes the stream, with the weights on their device; takes the side of tiles in latent pixels
+    to_model_space  of raw latents
+    memory          what it takes
+    remedy          what to do if that is too much
+    """
+
+    vae: comfy.sd.VAE
+    stream: Callable[[int | None], Stream]
+    to_model_space: Callable[[Tensor], Tensor]
+    memory: memory.Decoder
+    remedy: str = "Make a smaller video."
+
+    def decode(self, samples: Tensor, tile: int | None) -> Tensor:
+        """Raw latents [B, C, F, H, W] -> frames [B, 4F-3, 8H, 8W, 3] on ComfyUI's intermediate device.
+
+        One video after the other, with progress, previews and Cancel.
+        """
+        self._make_room(samples.shape[3] * samples.shape[4] * 64, tile)
+        stream, bar, videos = self.stream(tile), comfy.utils.ProgressBar(len(samples) * samples.shape[2]), None
+        for i, video in enumerate(samples.split(1)):
+            stream.reset()
+            at = 0
+            for piece in video.split(4 if tile else 3, dim=2):
+                host.check_cancelled()
+                frames = stream.decode(self.to_model_space(piece.to(self.vae.device)))  # [1, T, 8H, 8W, 3]
+                if videos is None:
+                    videos = _room_for(samples, frames)
+                videos[i, at : at + frames.shape[1]] = frames[0]
+                at += frames.shape[1]
+                bar.update_absolute(
+                    bar.current + piece.shape[2], preview=host.as_preview(host.frame_picture(frames[0, -1]))
+                )
+        return videos
+
+    def _make_room(self, pixels: int, tile: int | None) -> None:
+        numbers = self.memory.held(pixels, tile is not None) + self.memory.used(pixels, tile)
+        room = numbers * self.vae.vae_dtype.itemsize
+        whole = isinstance(self.vae.first_stage_model, tiny.HostAutoencoder)
+        management.load_models_gpu([self.vae.patcher], memory_required=room, force_full_load=whole)
+
+
+def _room_for(samples: Tensor, frames: Tensor) -> Tensor:
+    """Empty frames of all videos [B, 4F-3, 8H, 8W, 3], of the size of `frames`."""
+    shape = (len(samples), 4 * samples.shape[2] - 3, *frames.shape[2:])
+    return torch.empty(shape, dtype=management.intermediate_dtype(), device=management.intermediate_device())
+
+
+def streaming_decoder(host_vae: comfy.sd.VAE) -> Decoder | None:
+    """How a VAE is streamed; None for those that are not."""
+    model = host_vae.first_stage_model
     if isinstance(model, tiny.HostAutoencoder):
-        management.load_models_gpu([vae.patcher], force_full_load=True)
-        stream, to_model_space = DecoderStream(model.autoencoder), model.to_model_space
-    elif isinstance(model, HostTAEHV) and model.latent_channels in (16, 48):
-        management.load_models_gpu([vae.patcher])
-        # The few MB are copied: ComfyUI may keep them in an offloaded form that only its own layers can compute with.
-        weights = {name: weight.to(vae.device, vae.vae_dtype, copy=True) for name, weight in vae.get_sd().items()}
-        stream, to_model_space = DecoderStream(TAEHV.from_state_dict(weights)), model.process_in
-    else:
-        return None
-    return lambda raw: stream.decode(to_model_space(raw.to(vae.device)))
+        return Decoder(
+            host_vae, lambda _: taehv.DecoderStream(model.autoencoder), model.to_model_space, memory.BUILT_IN
+        )
+    if isinstance(model, HostTAEHV) and model.latent_channels in (16, 48):
+        return Decoder(
+            host_vae,
+            lambda _: taehv.DecoderStream(taehv.TAEHV.from_state_dict(_weights(host_vae))),
+            model.process_in,
+            memory.TAEHV,
+        )
+    if isinstance(model, HostWanVAE) and (host_vae.output_channels, host_vae.conv_out_channels) == (3, 3):
+        return Decoder(
+            host_vae,
+            lambda tile: vae.DecoderStream(vae.WanVAE.from_state_dict(_weights(host_vae)), tile),
+            vae.to_model_space,
+            memory.WAN_VAE,
+            "Set tile to 256, or use a TAEHV from Load TAEHV.",
+        )
+    return None
 
 
-def collect(decode: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
-    """All frames [B, T, H, W, 3] on ComfyUI's intermediate device, with progress, previews and Cancel."""
-    bar, pieces = comfy.utils.ProgressBar(samples.shape[2]), []
-    for piece in samples.split(PIECE, dim=2):
-        host.check_cancelled()
-        frames = decode(piece)
-        pieces.append(frames.to(management.intermediate_device(), management.intermediate_dtype()))
-        bar.update_absolute(bar.current + piece.shape[2], preview=host.as_preview(host.frame_picture(frames[0, -1])))
-    return torch.cat(pieces, dim=1)
+def _weights(host_vae: comfy.sd.VAE) -> dict[str, Tensor]:
+    """A VAE's weights on its device, in its dtype; copies only of those that ComfyUI keeps elsewhere."""
+    return {name: weight.to(host_vae.device, host_vae.vae_dtype) for name, weight in host_vae.get_sd().items()}
 
 
 NODES = [SelfForcingDecode]

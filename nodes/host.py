@@ -134,6 +134,21 @@ def loaded(patcher: ModelPatcher, wan: WanLayers, sampling: Sampling, size: Size
         patcher.cleanup()
 
 
+def within_memory(work: Callable[[], Tensor], what: str, remedy: str) -> Tensor:
+    """What `work` gives. If memory runs out all that it held is freed before torch.OutOfMemoryError says what to do.
+
+    ComfyUI knows that error: it unloads its models and shows the message.
+    """
+    try:
+        return work()
+    except RuntimeError as error:
+        if not management.is_oom(error):
+            raise
+    # Outside of the except block, where nothing refers to the tensors that were being worked with any more.
+    management.soft_empty_cache()
+    raise torch.OutOfMemoryError(f"Got {what}, for which this device ran out of memory. {remedy}")
+
+
 @contextmanager
 def threads_for(patcher: ModelPatcher) -> Iterator[None]:
     """One thread for a model so small that, on a CPU, handing work between threads takes longer than the work."""

@@ -321,3 +321,119 @@ def test_tiny_autoencoders_of_other_models_are_refused(call, folder):
     save_taehv(folder, "taesd.safetensors", weights={"taesd_decoder.1.weight": torch.zeros(64, 4, 3, 3)})
     with pytest.raises(ValueError, match="taesd.safetensors: Got 1 tensors that do not make up a TAEHV"):
         call("LoadTAEHV", "taesd.safetensors")
+
+
+# --- The Wan VAE -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wan_vae_weights(comfyui):
+    """A small random VAE under the names of wan_2.1_vae.safetensors."""
+    from any_folder_name.sf_core.vae import Layout, WanVAE
+
+    torch.manual_seed(0)
+    weights = WanVAE(Layout(widths=(16, 32, 64, 64))).state_dict()
+    return {name: w.detach() for name, w in weights.items()}
+
+
+@pytest.fixture
+def wan_vae(folder, wan_vae_weights):
+    """It, from Load VAE."""
+    import nodes
+
+    save_file(wan_vae_weights, folder / "vae" / "wan_2.1_vae.safetensors")
+    return nodes.VAELoader().load_vae("wan_2.1_vae.safetensors")[0]
+
+
+@pytest.fixture
+def progress():
+    """What the node reports: a list of values that fills while it runs."""
+    import comfy.utils
+
+    reports = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: reports.append(value))
+    yield reports
+    comfy.utils.set_progress_bar_global_hook(None)
+
+
+@pytest.mark.parametrize("latent_frames", [1, 2, 6])
+def test_wan_vae_is_streamed_to_what_stock_decode_gives(call, wan_vae, progress, latent_frames):
+    import nodes
+
+    latents = {"samples": torch.randn(2, 16, latent_frames, 4, 6)}
+    ours = call("Decode", latents, wan_vae)
+    assert progress[-1] == 2 * latent_frames
+    stock = nodes.VAEDecode().decode(wan_vae, latents)[0]
+    assert ours.shape == (2 * (4 * latent_frames - 3), 32, 48, 3)
+    assert torch.allclose(ours, stock, atol=2e-5)
+    assert ours.std() > 0.01
+
+
+def test_tiles_show_no_seams(call, wan_vae):
+    latents = {"samples": torch.randn(1, 16, 2, 20, 18)}
+    whole, tiled = call("Decode", latents, wan_vae), call("Decode", latents, wan_vae, tile=128)
+    assert torch.allclose(whole, tiled, atol=2e-5)
+
+
+def test_tiles_smaller_than_their_margins_are_refused(call, wan_vae):
+    with pytest.raises(ValueError, match="tiles of 64 pixels.*Set tile to 192"):
+        call("Decode", {"samples": torch.randn(1, 16, 2, 4, 4)}, wan_vae, tile=64)
+
+
+def test_room_for_the_decoder_does_not_depend_on_the_length(call, wan_vae, monkeypatch):
+    import comfy.model_management as management
+
+    asked, load = [], management.load_models_gpu
+    monkeypatch.setattr(
+        management,
+        "load_models_gpu",
+        lambda models, memory_required=0, **_: asked.append(memory_required) or load(models),
+    )
+    for frames in (1, 5):
+        call("Decode", {"samples": torch.randn(1, 16, frames, 4, 4)}, wan_vae)
+    assert asked[0] == asked[1] > 0
+
+
+def test_decoding_ends_at_cancel(call, wan_vae):
+    import comfy.model_management as management
+    import comfy.utils
+
+    seen = []
+
+    def press_cancel(value, *_, **__):
+        seen.append(value)
+        management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(press_cancel)
+    try:
+        with pytest.raises(management.InterruptProcessingException):
+            call("Decode", {"samples": torch.randn(1, 16, 9, 4, 4)}, wan_vae)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        management.interrupt_current_processing(False)
+    assert seen == [3]
+
+
+def test_out_of_memory_while_decoding_says_what_to_do(call, wan_vae, monkeypatch):
+    from any_folder_name.sf_core.vae import DecoderStream
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecoderStream, "decode", full)
+        with pytest.raises(torch.OutOfMemoryError, match="Set tile to 256, or use a TAEHV") as caught:
+            call("Decode", {"samples": torch.randn(1, 16, 2, 4, 4)}, wan_vae)
+        assert caught.value.__context__ is None
+    assert call("Decode", {"samples": torch.randn(1, 16, 2, 4, 4)}, wan_vae).isfinite().all()
+
+
+def test_stock_encode_makes_the_prefix_that_the_core_makes(wan_vae, wan_vae_weights):
+    import nodes
+    from any_folder_name.sf_core.vae import WanVAE, from_model_space
+
+    frames = torch.rand(9, 32, 48, 3)
+    stock = nodes.VAEEncode().encode(wan_vae, frames)[0]["samples"]
+    ours = from_model_space(WanVAE.from_state_dict(wan_vae_weights).encode(frames[None]))
+    assert stock.shape == ours.shape == (1, 16, 3, 4, 6)
+    assert torch.allclose(stock, ours, atol=1e-4)
