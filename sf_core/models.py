@@ -35,7 +35,6 @@ class Request(Protocol):
     """What of a request the networks depend on."""
 
     sampling: Sampling
-    latent_frames: int
     rollout_frames: int
     height: int
     width: int
