@@ -37,7 +37,7 @@ from .model import EAGER, Attention, sdpa
 from .model import Stages as Blocks
 from .models import BuiltIn, Files, Source
 from .noise import MAX_SEED, SeededNoise
-from .rollout import Progress, rollout
+from .rollout import Progress, plan_spans, rollout, whole_chunks
 from .video import check_destination, check_folder, contact_sheet, save_video
 
 MAX_FRAMES = 1_000_000  # 17 hours
@@ -73,15 +73,13 @@ class Request:
         return 1 + -(-(self.frames - 1) // 4)
 
     @property
-    def chunks(self) -> int:
-        first, n = self.sampling.first_chunk or self.sampling.chunk, self.sampling.chunk
-        return 1 + max(0, -(-(self.latent_frames - first) // n))
+    def rollout_frames(self) -> int:
+        """Latent frames to generate."""
+        return whole_chunks(self.latent_frames, self.sampling)
 
     @property
-    def rollout_frames(self) -> int:
-        """Latent frames to generate: whole chunks."""
-        first, n = self.sampling.first_chunk or self.sampling.chunk, self.sampling.chunk
-        return first + (self.chunks - 1) * n
+    def chunks(self) -> int:
+        return len(plan_spans(self.rollout_frames, self.sampling))
 
 
 @dataclass

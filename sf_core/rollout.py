@@ -88,6 +88,13 @@ def plan_spans(frames: int, sampling: Sampling, prefix: int = 0) -> list[Span]:
     return [Span(i, start, size, i < given, i == last) for i, (start, size) in enumerate(zip(starts, sizes))]
 
 
+def whole_chunks(frames: int, sampling: Sampling, prefix: int = 0) -> int:
+    """Latent frames rounded up so that the last chunk is a full one, as the model was trained."""
+    last = plan_spans(frames, sampling, prefix)[-1]
+    full = sampling.first_chunk if last.start == 0 and sampling.first_chunk else sampling.chunk
+    return frames + full - last.frames
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """A model with the prompt it follows and the numbers it computes in: x_t -> x0.

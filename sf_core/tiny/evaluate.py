@@ -9,6 +9,7 @@ show drift.
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import tiny
+from ..arguments import whole, window
 from ..config import PRESETS, Sampling
+from ..fp8 import FLOAT8, quantise
 from ..model import WanModel
 from ..noise import SeededNoise
 from ..rollout import rollout
@@ -33,13 +36,19 @@ COLUMNS = (*detect.ATTRIBUTES, "all")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add, given = parser.add_argument, argparse.SUPPRESS
     add("--model", nargs="+", type=Path, default=[None], metavar="FILE", help="transformer files (the built-in one)")
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder that belongs to them (the built-in one)")
     add("--prompts", type=int, default=96, metavar="N", help="number of prompts (96)")
     add("--windows", type=int, default=1, metavar="N", help=f"windows of {WINDOW} frames to generate and score (1)")
     add("--split", choices=("all", "trained", "held-out"), default="all", help="which combinations to ask for (all)")
     add("--seed", type=int, default=0, help="of prompts and noise (0)")
+    add("--fp8", action="store_true", help="float8 weights in the blocks")
+    add("--fp8-cache", action="store_true", help="float8 cache")
+    add("--window", type=window, default=given, help="latent frames attended to, or all (9)")
+    add("--sink", type=whole(0, 1000), default=given, help="first latent frames that never leave the window (0)")
+    add("--pinned", action="store_true", default=given, help="sinks move along with the window")
+    add("--context-noise", type=float, default=given, help="timestep told when a chunk enters the cache (0)")
     add("--sheet", type=Path, metavar="PNG", help="write a contact sheet: a row for each of the first videos")
     add("--json", action="store_true", help="print JSON instead of tables")
 
@@ -52,9 +61,14 @@ def run(args: argparse.Namespace) -> str:
     torch.set_num_threads(1)
     text, vae = tiny.load_text_encoder(args.text_encoder), tiny.load_autoencoder()
     results = []
+    changes = {name: vars(args)[name] for name in ("window", "sink", "pinned", "context_noise") if name in args}
+    sampling = replace(PRESETS["tiny"], **changes)
+    cache_dtype = FLOAT8 if args.fp8_cache else None
     for path in args.model:
         clips, prompts = ask(args.prompts, args.seed, args.split)
-        videos = generate(tiny.load_model(path=path), text, vae, prompts, args.windows, args.seed)
+        wan = tiny.load_model(path=path)
+        wan = quantise(wan) if args.fp8 else wan
+        videos = generate(wan, text, vae, prompts, args.windows, args.seed, sampling, cache_dtype)
         first = next(videos)
         scores = score(chain([first], videos), clips, args.windows)
         results.append({"model": str(path or "built in"), "prompts": args.prompts, "windows": scores})
@@ -78,6 +92,7 @@ def generate(
     windows: int = 1,
     seed: int = 0,
     sampling: Sampling = PRESETS["tiny"],
+    cache_dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
     """Videos of the prompts, [<= BATCH, windows * WINDOW, 64, 64, 3] at a time, each batch with its own noise."""
     latent = SIZE // SPACE
@@ -85,7 +100,8 @@ def generate(
     for first in range(0, len(prompts), BATCH):
         embeds = text.encode(prompts[first : first + BATCH])
         stream = DecoderStream(vae)
-        chunks = rollout(wan, sampling, embeds, SeededNoise(seed + first), frames, latent, latent)
+        noise = SeededNoise(seed + first)
+        chunks = rollout(wan, sampling, embeds, noise, frames, latent, latent, cache_dtype=cache_dtype)
         video = torch.cat([stream.decode(chunk.latents) for chunk in chunks], 1)
         yield video[:, : windows * WINDOW]
 
@@ -97,8 +113,8 @@ def score(videos: Iterator[Tensor], clips: Clips, windows: int = 1) -> list[dict
     for video in videos:
         asked = clips[first : first + len(video)]
         first += len(video)
-        for window, total in enumerate(sums):
-            piece = video[:, window * WINDOW : (window + 1) * WINDOW]
+        for number, total in enumerate(sums):
+            piece = video[:, number * WINDOW : (number + 1) * WINDOW]
             found = detect.matches(detect.read(piece), asked)
             for name, value in {**found, "residual": detect.residual(piece, asked)}.items():
                 total[name] = total.get(name, 0.0) + float(value.float().sum())

@@ -9,7 +9,7 @@ from sf_core.cache import RollingCache
 from sf_core.config import PRESETS, WAN_1_3B, Sampling, WanConfig
 from sf_core.model import Sequence, WanLayers, WanModel, block_causal_mask, encode_text, velocity
 from sf_core.noise import SeededNoise
-from sf_core.rollout import plan_spans, rollout
+from sf_core.rollout import plan_spans, rollout, whole_chunks
 
 SMALL = WanConfig(dim=24, heads=2, layers=2, ffn_dim=32, channels=4, freq_dim=16, text_dim=8, text_len=6)
 HEIGHT, WIDTH = 4, 6
@@ -245,6 +245,14 @@ def test_spans_feed_the_odd_prefix_chunk_first():
     assert sizes == [(1, True), (3, True), (3, False), (3, False), (2, False)]
     sizes = [span.frames for span in plan_spans(8, Sampling(first_chunk=1))]
     assert sizes == [1, 3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("frames", "first_chunk", "prefix", "whole"),
+    [(1, None, 0, 3), (7, None, 0, 9), (9, None, 0, 9), (1, 1, 0, 1), (2, 1, 0, 4), (5, None, 1, 7), (6, None, 3, 6)],
+)
+def test_whole_chunks(frames, first_chunk, prefix, whole):
+    assert whole_chunks(frames, Sampling(first_chunk=first_chunk), prefix) == whole
 
 
 @pytest.mark.parametrize(
