@@ -17,7 +17,7 @@ from torch import Tensor
 from ..sf_core import memory, taehv, vae
 from . import host, tiny
 
-MARGIN = 48  # pixels by which tiles of the Wan VAE see beyond themselves, on each side
+MARGIN = 24  # pixels by which tiles of the Wan VAE see beyond themselves, on each side
 
 
 class SelfForcingDecode(io.ComfyNode):
@@ -67,8 +67,8 @@ def check_channels(samples: Tensor, vae: comfy.sd.VAE) -> None:
 def check_tile(tile: int) -> None:
     if 0 < tile <= 2 * MARGIN:
         raise ValueError(
-            f"Got tiles of {tile} pixels; they see {MARGIN} pixels beyond themselves on each side. Set tile to "
-            f"{4 * MARGIN} or more, or to 0 for the whole picture at once."
+            f"Got tiles of {tile} pixels; they see {MARGIN} pixels beyond themselves on each side. Set tile to 128 or "
+            "more, or to 0 for the whole picture at once."
         )
 
 

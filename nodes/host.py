@@ -6,9 +6,12 @@ through ComfyUI's own layers. On wires everything is native: a MODEL is a ModelP
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import comfy.model_management as management
 import comfy.utils
@@ -16,20 +19,20 @@ import latent_preview
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.wan.model import WanModel
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..sf_core.cache import RollingCache
+from ..sf_core.compile import compile_stages
 from ..sf_core.config import PRESETS, Sampling, WanConfig
-from ..sf_core.model import Attention, WanLayers
+from ..sf_core.model import Attention, Stages, WanLayers
 from ..sf_core.rollout import Progress
+from . import room
 
-Size = tuple[int, int, int, int]
 Preview = tuple[str, Image.Image, int]  # format, picture, largest side
 
-GIB = 1024**3
 SMALL = 64 * 1024**2
 PREVIEW_SIZE = 256  # pixels, at least where a picture can be enlarged by a whole factor
 FAMILY = "self_forcing_family"
@@ -94,38 +97,72 @@ def _in_float32(layer: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: layer(x.float()).to(x.dtype)
 
 
-def attention_of(patcher: ModelPatcher) -> Attention:
+def host_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict) -> Tensor:
+    return optimized_attention(
+        q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, transformer_options=options
+    )
+
+
+@lru_cache
+def untraced_attention() -> Callable:
+    """`host_attention` as a call that torch.compile leaves alone: some of ComfyUI's kernels ask for free memory."""
+    return torch.compiler.disable(host_attention)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchedAttention:
     """ComfyUI's attention, [B, N, L, D] in and out, with whatever the MODEL's patches put in its place."""
-    options = patcher.model_options["transformer_options"]
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return optimized_attention(
-            q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, transformer_options=options
+    options: dict
+    kernel: Callable
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.kernel(q, k, v, mask, self.options)
+
+
+def attention_of(patcher: ModelPatcher, compiled: bool = False) -> Attention:
+    kernel = untraced_attention() if compiled else host_attention
+    return PatchedAttention(patcher.model_options["transformer_options"], kernel)
+
+
+@lru_cache
+def stages_of(compile: str) -> Stages:
+    """The parts of a block, compiled or not. Made once, so that what was compiled serves later runs too."""
+    return compile_stages(compile)
+
+
+_static: WeakKeyDictionary[BaseModel, ModelPatcher] = WeakKeyDictionary()
+
+
+def for_compiling(patcher: ModelPatcher) -> ModelPatcher:
+    """The MODEL as torch.compile can trace it: weights that come and go by ComfyUI's dynamic memory cannot be.
+
+    Loads the weights a second time where they do, and keeps them as long as the first are kept.
+    """
+    if not patcher.is_dynamic():
+        return patcher
+    if patcher.cached_patcher_init is None:
+        raise ValueError(
+            "Got a MODEL whose loader gives ComfyUI no way to load it again, which compiling needs while dynamic "
+            "memory is on. Use Load Self Forcing Model, or set compile to off."
         )
-
-    return attention
+    if patcher.model not in _static:
+        load, arguments = patcher.cached_patcher_init[:2]
+        _static[patcher.model] = load(*arguments, disable_dynamic=True)
+    return patcher.clone(disable_dynamic=True, model_override=_static[patcher.model].get_clone_model_override())
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def loaded(patcher: ModelPatcher, wan: WanLayers, sampling: Sampling, size: Size) -> Iterator[None]:
-    """The model on its device, with room for the KV cache and one chunk's forward; `size` is latent: B, F, H, W.
+def loaded(patcher: ModelPatcher, needed: room.Rollout) -> Iterator[None]:
+    """The model on its device, with room for the KV cache and one chunk's forward.
 
-    Raises ValueError when the cache alone is larger than the device.
+    Raises ValueError when these alone are larger than the device.
     """
-    batch, frames, height, width = size
-    cache = cache_bytes(wan, sampling, size, patcher.model.get_dtype_inference())
-    total = management.get_total_memory(patcher.load_device)
-    if cache > total:
-        raise ValueError(
-            f"Got {frames} latent frames of {width * 8} x {height * 8} pixels, whose KV cache takes "
-            f"{cache / GIB:.1f} GiB; this device has {total / GIB:.1f} GiB. Set a smaller window (12, say), or make a "
-            "smaller video."
-        )
-    forward = patcher.memory_required([batch, wan.config.channels, sampling.chunk, height, width])
-    management.load_models_gpu([patcher], memory_required=cache + forward)
+    room.check(needed, patcher.load_device)
+    management.load_models_gpu([patcher], memory_required=needed.bytes)
     patcher.pre_run()
     try:
         with threads_for(patcher):
@@ -159,12 +196,6 @@ def threads_for(patcher: ModelPatcher) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def cache_bytes(wan: WanLayers, sampling: Sampling, size: Size, dtype: torch.dtype) -> int:
-    batch, frames, height, width = size
-    meta = {"batch": batch, "height": height, "width": width, "dtype": dtype, "device": "meta"}
-    return RollingCache.for_rollout(wan.config, sampling, frames, **meta).nbytes
 
 
 # --- Latents and prompts ---------------------------------------------------------------------------------------------
@@ -205,15 +236,24 @@ def check_cancelled() -> None:
 
 
 class SamplingProgress:
-    """A step of a rollout on the node's progress bar, with a picture of the newest frames; Cancel is heard here."""
+    """A step of a rollout on the node's progress bar, with a picture of the newest frames; Cancel is heard here.
 
-    def __init__(self, patcher: ModelPatcher) -> None:
+    `compiling` says on the node that the first steps take longer, and then how long they took.
+    """
+
+    def __init__(self, patcher: ModelPatcher, node: type[io.ComfyNode], compiling: bool) -> None:
         self.bar, self.done = comfy.utils.ProgressBar(1), 0
         self.preview = family_of(patcher).preview
         self.previewer = previewer_of(patcher)
+        self.node, self.began = node, time.monotonic() if compiling else None
+        if compiling:
+            say(node, "Compiling. The first step takes longer.")
 
     def __call__(self, progress: Progress) -> None:
         check_cancelled()
+        if self.began is not None:
+            say(self.node, f"First step with compiling: {time.monotonic() - self.began:.0f} s")
+            self.began = None
         self.done += 1
         self.bar.update_absolute(self.done, progress.chunks * progress.steps, self.picture(progress.x0))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import comfy.model_management as management
 import comfy.utils
@@ -11,15 +12,20 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..sf_core.compile import MODES
 from ..sf_core.config import PRESETS, Sampling
 from ..sf_core.families import FAMILIES
-from ..sf_core.model import WanLayers
+from ..sf_core.fp8 import FLOAT8
+from ..sf_core.model import Attention, Stages, WanLayers
 from ..sf_core.noise import MAX_SEED, Noise, SeededNoise
-from ..sf_core.rollout import rollout
+from ..sf_core.rollout import Progress, rollout
 from . import host
+from .room import Rollout
 
 CATEGORY = "Self Forcing"
 AUTO = "auto"
+CACHES = {AUTO: None, "fp8": FLOAT8}
+REMEDY = "Set cache to fp8 or a smaller window, load the model in fp8, or make a smaller video."
 NAMED = PRESETS | {name: family.sampling for name, family in FAMILIES.items()}
 
 
@@ -137,17 +143,39 @@ class SelfForcingSampler(io.ComfyNode):
                     tooltip="Latents the video starts with: an image or a clip from VAE Encode at the same size, or "
                     "another sampler's output to go on from. They stay in the output and count in its length.",
                 ),
+                io.Combo.Input(
+                    "cache", options=list(CACHES), default=AUTO, optional=True, advanced=True,
+                    tooltip="Numbers that the model's memory of earlier frames is kept in. auto: those it computes "
+                    "with; fp8: float8 with scales, half the memory of bf16 and a little slower.",
+                ),
+                io.Combo.Input(
+                    "compile", options=list(MODES), default="off", optional=True, advanced=True,
+                    tooltip="torch.compile. default: faster after a first step that takes a minute or so; "
+                    "max-autotune: faster still after several. Needs Triton on GPUs, a C++ compiler on CPUs; without "
+                    "them the video is made as with off.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The video's latents, for Self Forcing Decode or VAE Decode.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, positive, latent, seed, preset, steps, chunk, window, sink, prefix=None) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, latent, seed, preset, steps, chunk, window, sink, prefix=None, cache=AUTO, compile="off"
+    ) -> io.NodeOutput:
         sampling = sampling_of(preset, host.family_of(model).sampling, steps, chunk, window, sink)
+        model = model if compile == "off" else host.for_compiling(model)
         wan = host.wan_of(model)
         shape = host.latents_of(latent, wan).shape
         start = None if prefix is None else host.latents_of(prefix, wan, "prefix")
-        return io.NodeOutput({"samples": sample(model, wan, positive, shape, SeededNoise(seed), sampling, start)})
+        compiled = compile != "off"
+        job = Job(
+            model, wan, sampling, SeededNoise(seed), CACHES[cache], host.attention_of(model, compiled),
+            host.stages_of(compile), host.SamplingProgress(model, cls, compiled),
+        )  # fmt: skip
+        what = f"{shape[2]} latent frames of {8 * shape[4]} x {8 * shape[3]} pixels"
+        samples = host.within_memory(lambda: sample(job, positive, shape, start), what, REMEDY)
+        return io.NodeOutput({"samples": samples})
 
 
 def sampling_of(preset: str, own: Sampling, steps: int, chunk: int, window: int, sink: int) -> Sampling:
@@ -177,26 +205,34 @@ def whole_chunks(frames: int, sampling: Sampling, prefix: int) -> int:
     return prefix + first + -(-beyond // sampling.chunk) * sampling.chunk
 
 
-def sample(
-    model: ModelPatcher,
-    wan: WanLayers,
-    positive: list,
-    shape: torch.Size,
-    noise: Noise,
-    sampling: Sampling,
-    prefix: Tensor | None,
-) -> Tensor:
+@dataclass(frozen=True)
+class Job:
+    """A model and how it is run."""
+
+    model: ModelPatcher
+    wan: WanLayers
+    sampling: Sampling
+    noise: Noise
+    cache_dtype: torch.dtype | None
+    attention: Attention
+    stages: Stages
+    progress: Callable[[Progress], None]
+
+
+def sample(job: Job, positive: list, shape: torch.Size, prefix: Tensor | None) -> Tensor:
     """A video [B, C, F, H, W] of `shape` on ComfyUI's intermediate device; like every LATENT, in raw VAE space."""
+    model, wan, sampling = job.model, job.wan, job.sampling
     batch, _, frames, height, width = shape
     dtype = model.model.get_dtype_inference()
     embeds = host.prompt_of(positive, batch)
     if prefix is not None:
         prefix = model.model.process_latent_in(comfy.utils.repeat_to_batch_size(prefix, batch))
     total = whole_chunks(frames, sampling, 0 if prefix is None else prefix.shape[2])
-    with host.loaded(model, wan, sampling, (batch, total, height, width)):
+    with host.loaded(model, Rollout(wan.config, sampling, batch, total, height, width, dtype, job.cache_dtype)):
         chunks = rollout(
-            wan, sampling, embeds.to(model.load_device), noise, total, height, width,
-            prefix=prefix, dtype=dtype, attention=host.attention_of(model), on_step=host.SamplingProgress(model),
+            wan, sampling, embeds.to(model.load_device), job.noise, total, height, width,
+            prefix=prefix, dtype=dtype, cache_dtype=job.cache_dtype, attention=job.attention,
+            stages=job.stages, on_step=job.progress,
         )  # fmt: skip
         latents = torch.cat([chunk.latents.to(management.intermediate_device()) for chunk in chunks], dim=2)
     return model.model.process_latent_out(latents[:, :, :frames])

@@ -376,8 +376,8 @@ def test_tiles_show_no_seams(call, wan_vae):
 
 
 def test_tiles_smaller_than_their_margins_are_refused(call, wan_vae):
-    with pytest.raises(ValueError, match="tiles of 64 pixels.*Set tile to 192"):
-        call("Decode", {"samples": torch.randn(1, 16, 2, 4, 4)}, wan_vae, tile=64)
+    with pytest.raises(ValueError, match="tiles of 48 pixels.*Set tile to 128"):
+        call("Decode", {"samples": torch.randn(1, 16, 2, 4, 4)}, wan_vae, tile=48)
 
 
 def test_room_for_the_decoder_does_not_depend_on_the_length(call, wan_vae, monkeypatch):
@@ -437,3 +437,95 @@ def test_stock_encode_makes_the_prefix_that_the_core_makes(wan_vae, wan_vae_weig
     ours = from_model_space(WanVAE.from_state_dict(wan_vae_weights).encode(frames[None]))
     assert stock.shape == ours.shape == (1, 16, 3, 4, 6)
     assert torch.allclose(stock, ours, atol=1e-4)
+
+
+# --- How it is run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(call, folder):
+    return call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", "auto")
+
+
+def test_float8_cache_costs_little_quality(sample, model):
+    nine = {"latent": {"samples": torch.zeros(1, 16, 9, 4, 4)}}
+    usual, float8 = sample(model, **nine), sample(model, **nine, cache="fp8")
+    assert not torch.equal(usual, float8)
+    assert relative_error(float8, usual) < 0.02
+
+
+def rollout_of(tiny, frames=40, **changes):
+    """What the built-in model takes for a long video without a window."""
+    from any_folder_name.nodes import host, room
+    from any_folder_name.sf_core.config import Sampling
+
+    config = host.wan_of(tiny.model).config
+    size = {"batch": 1, "frames": frames, "height": 8, "width": 8, "dtype": torch.float32, "cache_dtype": None}
+    return room.Rollout(config=config, sampling=Sampling(), **{**size, **changes})
+
+
+@pytest.mark.parametrize(("share", "fp8_alone"), [(0.8, True), (0.3, False)])
+def test_too_much_memory_is_refused_with_what_would_fit(call, tiny, sample, monkeypatch, share, fp8_alone):
+    import re
+
+    import comfy.model_management as management
+    from any_folder_name.nodes import room
+
+    needed = rollout_of(tiny)
+    limit = int(share * needed.bytes) + management.extra_reserved_memory()
+    monkeypatch.setattr(management, "get_total_memory", lambda *_: limit)
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match=r"Set a smaller window \(\d+ at most\), or cache to fp8") as caught:
+        room.check(needed, device)
+    assert ("and a smaller window" not in str(caught.value)) == fp8_alone
+    longest = int(re.search(r"window \((\d+) at most\)", str(caught.value)).group(1))
+    room.check(needed.with_window(longest), device)
+    with pytest.raises(ValueError):
+        room.check(needed.with_window(longest + 1), device)
+    if fp8_alone:
+        room.check(rollout_of(tiny, cache_dtype=torch.float8_e4m3fn), device)
+    latent = call("Latent", 64, 64, 157, 0.0, 16.0, 1)
+    with pytest.raises(ValueError, match="Got 42 latent frames of 64 x 64 pixels"):
+        sample(tiny.model, positive=tiny.prompt, latent=latent, preset="cli")
+
+
+def test_out_of_memory_frees_the_cache_and_leaves_the_host_usable(sample, model, monkeypatch):
+    import gc
+
+    from any_folder_name.sf_core import rollout
+
+    velocity, calls = rollout.velocity, []
+
+    def fills_up(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return velocity(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "velocity", fills_up)
+        with pytest.raises(
+            torch.OutOfMemoryError, match="3 latent frames of 32 x 32 pixels.*Set cache to fp8"
+        ) as caught:
+            sample(model)
+        gc.collect()
+        assert not any(type(thing).__name__ == "RollingCache" for thing in gc.get_objects())
+        assert caught.value.__context__ is None
+    assert sample(model).isfinite().all()
+
+
+def test_compiled_parts_serve_all_blocks_chunks_and_runs(sample, model, monkeypatch):
+    from any_folder_name.nodes import host
+    from any_folder_name.sf_core.compile import compile_stages
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    monkeypatch.setattr(host, "compile_stages", lambda mode: compile_stages(mode, backend=counter))
+    host.stages_of.cache_clear()
+    nine = {"latent": {"samples": torch.zeros(1, 16, 9, 4, 4)}}
+    compiled = sample(model, **nine, compile="default")
+    first = counter.frame_count
+    assert torch.allclose(compiled, sample(model, **nine), atol=1e-4)
+    sample(model, **nine, compile="default", seed=1)
+    host.stages_of.cache_clear()
+    assert first == counter.frame_count == 3  # before, between and after the two attentions

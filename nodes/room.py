@@ -1,0 +1,81 @@
+"""What a rollout takes of its device beside the weights, and what would fit where that is too much.
+
+ComfyUI can keep weights elsewhere and bring them when they are needed; the cache and a chunk's forward must be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import comfy.model_management as management
+import torch
+
+from ..sf_core.checkpoint import memory_needed
+from ..sf_core.config import Sampling, WanConfig
+from ..sf_core.fp8 import FLOAT8
+from ..sf_core.memory import gib
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """All that decides it: `batch` videos of `frames` latent frames, `height` x `width` latent pixels."""
+
+    config: WanConfig
+    sampling: Sampling
+    batch: int
+    frames: int
+    height: int
+    width: int
+    dtype: torch.dtype
+    cache_dtype: torch.dtype | None
+
+    @property
+    def bytes(self) -> int:
+        size = (8 * self.height, 8 * self.width, self.frames)
+        return self.batch * memory_needed(self.config, self.sampling, 0, *size, self.dtype, self.cache_dtype).total
+
+    @property
+    def window(self) -> int:
+        """Latent frames that the cache holds."""
+        return min(self.sampling.window or self.frames, self.frames)
+
+    def with_window(self, window: int) -> Rollout:
+        return replace(self, sampling=replace(self.sampling, window=window))
+
+    def longest_window(self, limit: int) -> int:
+        """The longest window that stays within `limit` bytes; below `shortest` if none does."""
+        low, high = (self.with_window(self.shortest + i).bytes for i in (0, 1))
+        return self.shortest + (limit - low) // max(1, high - low)  # memory is a straight line over the window
+
+    @property
+    def shortest(self) -> int:
+        """The shortest window there can be."""
+        return self.sampling.sink + max(self.sampling.chunk, self.sampling.first_chunk or 0)
+
+
+def check(rollout: Rollout, device: torch.device) -> None:
+    """Raises ValueError, with what would fit, where the device has not enough memory for a rollout."""
+    limit = management.get_total_memory(device) - management.extra_reserved_memory()
+    if rollout.bytes <= limit:
+        return
+    fits = list(smaller(rollout, limit))
+    remedy = f"Set {', or '.join(fits)}; or make a smaller video." if fits else "Make a smaller video."
+    raise ValueError(
+        f"Got {rollout.frames} latent frames of {8 * rollout.width} x {8 * rollout.height} pixels, {rollout.window} of "
+        f"them in the window, which take {gib(rollout.bytes)} beside the model; this device has {gib(limit)}. {remedy}"
+    )
+
+
+def smaller(rollout: Rollout, limit: int) -> Iterator[str]:
+    """Settings of the sampler with which a rollout fits, and what it takes then."""
+    float8 = replace(rollout, cache_dtype=FLOAT8)
+    alone = rollout.longest_window(limit)
+    if alone >= rollout.shortest:
+        yield f"a smaller window ({alone} at most)"
+    if rollout.cache_dtype is not None:
+        return
+    if float8.bytes <= limit:
+        yield f"cache to fp8 ({gib(float8.bytes)})"
+    elif (both := float8.longest_window(limit)) > max(alone, rollout.shortest - 1):
+        yield f"cache to fp8 and a smaller window ({both} at most)"
