@@ -34,6 +34,7 @@ from . import room
 Preview = tuple[str, Image.Image, int]  # format, picture, largest side
 
 SMALL = 64 * 1024**2
+SECONDS_BETWEEN_PICTURES = 0.1  # as often as ComfyUI itself tells of progress
 PREVIEW_SIZE = 256  # pixels, at least where a picture can be enlarged by a whole factor
 FAMILY = "self_forcing_family"
 
@@ -242,7 +243,7 @@ class SamplingProgress:
     """
 
     def __init__(self, patcher: ModelPatcher, node: type[io.ComfyNode], compiling: bool) -> None:
-        self.bar, self.done = comfy.utils.ProgressBar(1), 0
+        self.bar, self.done, self.shown = comfy.utils.ProgressBar(1), 0, 0.0
         self.preview = family_of(patcher).preview
         self.previewer = previewer_of(patcher)
         self.node, self.began = node, time.monotonic() if compiling else None
@@ -257,7 +258,12 @@ class SamplingProgress:
         self.done += 1
         self.bar.update_absolute(self.done, progress.chunks * progress.steps, self.picture(progress.x0))
 
-    def picture(self, x0: Tensor) -> Preview:
+    def picture(self, x0: Tensor) -> Preview | None:
+        """None so soon after the last one that nobody would see it: the built-in model takes longer over it than over
+        a step."""
+        if time.monotonic() < self.shown + SECONDS_BETWEEN_PICTURES:
+            return None
+        self.shown = time.monotonic()
         newest = x0[:1, :, -1:]  # [1, C, 1, H, W]
         if self.preview is not None:
             return as_preview(self.preview(newest))

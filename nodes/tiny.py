@@ -36,7 +36,7 @@ def load_model(disable_dynamic: bool = False) -> ModelPatcher:
 
 
 class Preview:
-    """Pictures of latents under way, by the model's own decoder: at this size it costs nothing."""
+    """Pictures of latents under way, by the model's own decoder."""
 
     def __init__(self) -> None:
         self.autoencoder = tiny.load_autoencoder()
@@ -127,6 +127,7 @@ class TinyVAE(comfy.sd.VAE):
         self.memory_used_encode = lambda shape, dtype: 60 * math.prod(shape[-3:])
         self.memory_used_decode = lambda shape, dtype: 600 * 4 * 8 * 8 * math.prod(shape[-3:])
         self.vae_dtype, self.working_dtypes, self.size = torch.float32, [torch.float32], None
+        self.disable_offload = True  # plain torch layers: they are loaded whole
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=self.patcher.offload_device
         )

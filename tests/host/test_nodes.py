@@ -190,7 +190,12 @@ def test_hosts_attention_is_used(tiny, sample):
 
 
 @pytest.fixture
-def progress():
+def pictures_of_every_step(pack, monkeypatch):
+    monkeypatch.setattr("any_folder_name.nodes.host.SECONDS_BETWEEN_PICTURES", 0)
+
+
+@pytest.fixture
+def progress(pictures_of_every_step):
     """What the node reports: a list of (value, total, preview) that fills while it runs."""
     import comfy.utils
 
@@ -207,13 +212,20 @@ def test_every_step_shows_a_picture(sample, progress):
     assert all(kind == "JPEG" and picture.size == (256, 256) for _, _, (kind, picture, _) in progress)
 
 
+def test_pictures_do_not_hold_up_a_fast_model(sample, progress, monkeypatch):
+    monkeypatch.setattr("any_folder_name.nodes.host.SECONDS_BETWEEN_PICTURES", 3600)
+    sample()
+    assert [value for value, _, preview in progress if preview is not None] == [1]
+    assert progress[-1][0] == 8
+
+
 def test_wan_latents_have_a_picture_too(sample, progress):
     sample(model=wan_model(), latent={"samples": torch.zeros(1, 16, 3, 4, 8)})
     kind, picture, _ = progress[-1][2]
     assert kind == "JPEG" and picture.width == 2 * picture.height
 
 
-def test_cancel_ends_within_a_step_and_frees_the_cache(sample):
+def test_cancel_ends_within_a_step_and_frees_the_cache(sample, pictures_of_every_step):
     import comfy.model_management as management
     import comfy.utils
 
