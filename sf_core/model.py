@@ -43,7 +43,21 @@ class Attend(Protocol):
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Torch's attention, [B, N, L, D]; a boolean mask [L, L] is True where a query may look."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and mask is None and not torch.is_grad_enabled():
+        return attention_by_rows(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attention_by_rows(q: Tensor, k: Tensor, v: Tensor, rows: int = 256) -> Tensor:
+    """Attention, `rows` queries at a time, as plain matrix products.
+
+    Torch's fused kernel does not use a CPU's bfloat16 units; matrix products do, three times as fast where there are any.
+    """
+    out, scale = torch.empty_like(q), q.shape[-1] ** -0.5
+    for at in range(0, q.shape[2], rows):
+        scores = (q[:, :, at : at + rows] * scale) @ k.mT
+        out[:, :, at : at + rows] = scores.softmax(-1) @ v
+    return out
 
 
 # --- Layers, with the names that checkpoints use ---------------------------------------------------------------------
@@ -293,11 +307,11 @@ def after_attention(
 ) -> Tensor:
     """The rest of a block: what self-attention has `seen` [B, N, L, D], then the prompt, then the feed-forward."""
     _, _, gate1, shift2, scale2, gate2 = (block.modulation.to(x) + e6).unbind(2)
-    x = x + gated(block.self_attn.o(_merge(seen)), gate1)
+    x = add_gated(x, block.self_attn.o(_merge(seen)), gate1)
     attn, y = block.cross_attn, block.norm3(x)
     q = _heads(attn.norm_q(attn.q(y)), config.heads)
     x = x + attn.o(_merge(attention(q, keys, values, None)))
-    return x + gated(block.ffn(modulated_norm(x, shift2, scale2, config.eps)), gate2)
+    return add_gated(x, block.ffn(modulated_norm(x, shift2, scale2, config.eps)), gate2)
 
 
 class Stages(NamedTuple):
@@ -322,7 +336,8 @@ def velocity(wan: Wan, x: Tensor, t: float | Tensor, text: Text, attend: Attend,
     frames, height, width = x.shape[2:]
     e = wan.time_embedding(time_frequencies(t, config.freq_dim, x))  # [B or 1, F or 1, dim]
     e6 = wan.time_projection(e).unflatten(-1, (6, config.dim))  # [B or 1, F or 1, 6, dim]
-    x = wan.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, L, dim]
+    # Contiguous, or the transposed layout would go through all blocks and cost each norm a copy.
+    x = wan.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()  # [B, L, dim]
     for layer, block in enumerate(wan.blocks):
         q, k, v = stages.before(block, x, e6, attend.rope, config)
         seen = attend(layer, q, k, v)
@@ -337,11 +352,12 @@ def velocity(wan: Wan, x: Tensor, t: float | Tensor, text: Text, attend: Attend,
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm without weights of [B, L, dim], then scale and shift [B or 1, F or 1, dim] per frame."""
     normed = per_frame(F.layer_norm(x, x.shape[-1:], eps=eps), scale)
-    return (normed * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).view_as(x)
+    return torch.addcmul(shift.unsqueeze(2), normed, 1 + scale.unsqueeze(2)).view_as(x)
 
 
-def gated(y: Tensor, gate: Tensor) -> Tensor:
-    return (per_frame(y, gate) * gate.unsqueeze(2)).view_as(y)
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y for tokens [B, L, dim] and a gate [B or 1, F or 1, dim] per frame."""
+    return torch.addcmul(per_frame(x, gate), per_frame(y, gate), gate.unsqueeze(2)).view_as(x)
 
 
 def per_frame(x: Tensor, e: Tensor) -> Tensor:

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from sf_core.cache import RollingCache
 from sf_core.config import PRESETS, WAN_1_3B, Sampling, WanConfig
-from sf_core.model import Sequence, WanLayers, WanModel, block_causal_mask, encode_text, velocity
+from sf_core.model import (
+    Sequence,
+    WanLayers,
+    WanModel,
+    attention_by_rows,
+    block_causal_mask,
+    encode_text,
+    sdpa,
+    velocity,
+)
 from sf_core.noise import SeededNoise
 from sf_core.rollout import plan_spans, rollout, whole_chunks
 
@@ -212,6 +221,14 @@ def test_attention_is_injected():
     assert torch.equal(roll(6, attention=attention), roll(6))
     tokens = SMALL.tokens_per_frame(HEIGHT, WIDTH)
     assert set(seen) == {SMALL.text_len, 3 * tokens, 6 * tokens}
+
+
+@torch.no_grad()
+def test_attention_by_rows_is_attention():
+    q, k, v = (torch.randn(2, 3, n, 16, generator=torch.Generator().manual_seed(n)) for n in (70, 130, 130))
+    equal(attention_by_rows(q, k, v, rows=32), sdpa(q, k, v))
+    near = sdpa(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+    assert (near - sdpa(q, k, v)).norm() / near.norm() < 0.02
 
 
 def test_raising_in_a_step_ends_the_rollout():
