@@ -51,7 +51,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 def attention_by_rows(q: Tensor, k: Tensor, v: Tensor, rows: int = 256) -> Tensor:
     """Attention, `rows` queries at a time, as plain matrix products.
 
-    Torch's fused kernel does not use a CPU's bfloat16 units; matrix products do, three times as fast where there are any.
+    Torch's fused kernel does not use a CPU's bfloat16 units; matrix products do, three times as fast where there are
+    some.
     """
     out, scale = torch.empty_like(q), q.shape[-1] ** -0.5
     for at in range(0, q.shape[2], rows):
