@@ -17,7 +17,7 @@ from torch import Tensor
 from ..sf_core import memory, taehv, vae
 from . import host, tiny
 
-MARGIN = 24  # pixels by which tiles of the Wan VAE see beyond themselves, on each side
+SMALLEST_TILE = 128  # pixels; tiles also look at 24 pixels on each side, so smaller ones do little else
 
 
 class SelfForcingDecode(io.ComfyNode):
@@ -36,7 +36,7 @@ class SelfForcingDecode(io.ComfyNode):
                 io.Int.Input(
                     "tile", default=0, min=0, max=8192, step=64, optional=True, advanced=True,
                     tooltip="Side of the tiles, in pixels, that the Wan VAE decodes one after the other, for small "
-                    "GPUs; 256 is a good size. Less memory, more time, the same frames. 0: the whole picture.",
+                    "GPUs: 128 or more, 256 is good. Less memory, more time, the same frames. 0: the whole picture.",
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The frames, one after the other; videos of a batch follow each other.")],
@@ -65,10 +65,10 @@ def check_channels(samples: Tensor, vae: comfy.sd.VAE) -> None:
 
 
 def check_tile(tile: int) -> None:
-    if 0 < tile <= 2 * MARGIN:
+    if 0 < tile < SMALLEST_TILE:
         raise ValueError(
-            f"Got tiles of {tile} pixels; they see {MARGIN} pixels beyond themselves on each side. Set tile to 128 or "
-            "more, or to 0 for the whole picture at once."
+            f"Got tiles of {tile} pixels; such small ones work mostly on what is beyond their edges. Set tile to "
+            f"{SMALLEST_TILE} or more, or to 0 for the whole picture at once."
         )
 
 

@@ -123,19 +123,50 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", FILES)
 def test_every_format_is_sampled_with_a_lora_and_decoded(call, folder, sample, exact, kind):
-    import nodes
-
     name, weights, precision = FILES[kind]
     model = call("LoadModel", save(folder, name, weights(), CAUSAL), "auto", precision)
     samples = sample(model)
     assert relative_error(samples, exact) < 0.03
 
+    assert relative_error(sample(some_lora(folder, model)), samples) > 0.03
+    assert torch.equal(sample(model), samples)
+    frames = call("Decode", {"samples": samples}, call("LoadTAEHV", save_taehv(folder, "taew2_1.safetensors")))
+    assert frames.shape == (FRAMES, 32, 32, 3) and frames.isfinite().all()
+
+
+def some_lora(folder, model):
+    """The MODEL with a LoRA on one layer."""
+    import nodes
+
     key = "diffusion_model.blocks.1.ffn.0"
     lora = {f"{key}.lora_A.weight": torch.randn(4, 128), f"{key}.lora_B.weight": torch.randn(256, 4)}
     save_file(lora, folder / "loras" / "some.safetensors")
-    patched = nodes.LoraLoaderModelOnly().load_lora_model_only(model, "some.safetensors", 1.0)[0]
-    assert relative_error(sample(patched), samples) > 0.03
-    assert torch.equal(sample(model), samples)
+    return nodes.LoraLoaderModelOnly().load_lora_model_only(model, "some.safetensors", 1.0)[0]
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp8"])
+def test_weights_kept_elsewhere_are_brought_with_their_lora(call, folder, sample, monkeypatch, precision):
+    import comfy.model_management as management
+
+    model = call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", precision)
+    patched = some_lora(folder, model)
+    usual = sample(patched)
+    management.unload_all_models()
+    monkeypatch.setattr(
+        management, "load_models_gpu", lambda models, **_: models[0].load(torch.device("cpu"), lowvram_model_memory=1)
+    )
+    assert relative_error(sample(patched), usual) < 0.02
+    assert patched.model.model_lowvram
+
+
+def test_files_are_listed(nodes, folder):
+    save(folder, "self_forcing_dmd.pt", wan_weights())
+    save_taehv(folder, "taew2_1.pth")
+    save_taehv(folder, "taew2_1.pth", "vae")
+    options = {
+        name: nodes[f"SelfForcing{name}"].define_schema().inputs[0].options for name in ("LoadModel", "LoadTAEHV")
+    }
+    assert options == {"LoadModel": ["self_forcing_dmd.pt"], "LoadTAEHV": ["taew2_1.pth"]}
 
 
 def test_fp8_files_keep_their_weights(call, folder):
@@ -375,9 +406,9 @@ def test_tiles_show_no_seams(call, wan_vae):
     assert torch.allclose(whole, tiled, atol=2e-5)
 
 
-def test_tiles_smaller_than_their_margins_are_refused(call, wan_vae):
-    with pytest.raises(ValueError, match="tiles of 48 pixels.*Set tile to 128"):
-        call("Decode", {"samples": torch.randn(1, 16, 2, 4, 4)}, wan_vae, tile=48)
+def test_tiles_that_are_mostly_margin_are_refused(call, wan_vae):
+    with pytest.raises(ValueError, match="tiles of 64 pixels.*Set tile to 128"):
+        call("Decode", {"samples": torch.randn(1, 16, 2, 4, 4)}, wan_vae, tile=64)
 
 
 def test_room_for_the_decoder_does_not_depend_on_the_length(call, wan_vae, monkeypatch):
@@ -529,3 +560,21 @@ def test_compiled_parts_serve_all_blocks_chunks_and_runs(sample, model, monkeypa
     sample(model, **nine, compile="default", seed=1)
     host.stages_of.cache_clear()
     assert first == counter.frame_count == 3  # before, between and after the two attentions
+
+
+def test_models_in_dynamic_memory_are_compiled_from_a_copy_loaded_once(folder, sample, model, monkeypatch):
+    from any_folder_name.nodes import host
+
+    patched, (load, source), loads = some_lora(folder, model), model.cached_patcher_init, []
+    spy = lambda *source, **how: loads.append(how) or load(*source, **how)  # noqa: E731
+    for patcher in (model, patched):
+        patcher.cached_patcher_init = (spy, source)
+        monkeypatch.setattr(patcher, "is_dynamic", lambda: True)
+    copies = [host.for_compiling(model), host.for_compiling(patched)]
+    assert loads == [{"disable_dynamic": True}]
+    assert copies[0].model is copies[1].model is not model.model
+    for copy, patcher in zip(copies, (model, patched), strict=True):
+        assert torch.equal(sample(copy), sample(patcher))
+    patched.cached_patcher_init = None
+    with pytest.raises(ValueError, match="set compile to off"):
+        host.for_compiling(patched)
