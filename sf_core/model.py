@@ -187,20 +187,24 @@ def rope_angles(head_dim: int, frames: Frames[int], height: int, width: int) -> 
 
 @dataclass(frozen=True)
 class Rope:
-    """Cosines and sines [L, D/2] of the tokens of some frames, in float32."""
+    """The rotations of the tokens of some frames: cosine and sine, [L, D/2, 2] in float32."""
 
-    cos: Tensor
-    sin: Tensor
+    turns: Tensor
 
     @classmethod
     def at(cls, head_dim: int, frames: Frames[int], height: int, width: int, device: torch.device | str) -> Rope:
         angles = rope_angles(head_dim, frames, height, width).flatten(0, 2)  # [L, D/2]
-        return cls(angles.cos().float().to(device), angles.sin().float().to(device))
+        return cls(torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates the interleaved pairs of [B, N, L, D]."""
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, N, L, D/2]
-        turned = torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), dim=-1)
+        pairs = x.float().unflatten(-1, (-1, 2))  # [B, N, L, D/2, 2]
+        # As complex numbers it is one kernel; compilers prefer to see the arithmetic, and MPS may lack complex numbers.
+        if torch.compiler.is_compiling() or x.device.type == "mps":
+            (even, odd), (cos, sin) = pairs.unbind(-1), self.turns.unbind(-1)
+            turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        else:
+            turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(self.turns))
         return turned.flatten(-2).to(x.dtype)
 
 

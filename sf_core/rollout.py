@@ -247,7 +247,7 @@ def denoise(
     report: Callable[[int, int, Tensor], None],
 ) -> Tensor:
     """Clean latents [B, C, frames, H, W] of one chunk, from noise, through the few-step list."""
-    device = attend.rope.cos.device
+    device = attend.rope.turns.device
     steps = sampling.steps_of(first)
 
     def draw(step: int) -> Tensor:

@@ -78,7 +78,12 @@ def run(args: argparse.Namespace) -> str:
         results.append({**named, "windows": scores})
         if args.sheet:
             write_sheet(first, args.sheet)
-    return json.dumps(results, indent=1) if args.json else "\n\n".join(table(result) for result in results)
+    return json.dumps(results, indent=1) if args.json else "\n\n".join(text_of(result) for result in results)
+
+
+def text_of(result: dict) -> str:
+    off = result["velocity_error"]
+    return table(result) + (f"\nvelocity off by {100 * off:.1f}%" if off else "")
 
 
 def ask(n: int, seed: int, split: str = "all") -> tuple[Clips, list[str]]:
@@ -160,8 +165,7 @@ def table(result: dict) -> str:
     for number, scores in enumerate(result["windows"], 1):
         shares = "".join(f"{scores[c]:12.3f}" for c in COLUMNS)
         lines.append(f"{number:6}  {shares}{scores['residual']:12.4f}")
-    off = [f"velocity off by {100 * result['velocity_error']:.1f}%"] if result["velocity_error"] else []
-    return "\n".join([*lines, *off])
+    return "\n".join(lines)
 
 
 def write_sheet(videos: Tensor, path: Path) -> None:
