@@ -18,7 +18,7 @@ from ..sf_core.families import FAMILIES
 from ..sf_core.fp8 import FLOAT8
 from ..sf_core.model import Attention, Stages, WanLayers
 from ..sf_core.noise import MAX_SEED, Noise, SeededNoise
-from ..sf_core.rollout import Progress, rollout
+from ..sf_core.rollout import Progress, rollout, whole_chunks
 from . import host
 from .room import Rollout
 
@@ -188,21 +188,6 @@ def sampling_of(preset: str, own: Sampling, steps: int, chunk: int, window: int,
         window=window or sampling.window,
         sink=sampling.sink if sink < 0 else sink,
     )
-
-
-def whole_chunks(frames: int, sampling: Sampling, prefix: int) -> int:
-    """Latent frames rounded up so that the last chunk is a full one, as the model was trained.
-
-    Raises ValueError when the prefix leaves nothing to make.
-    """
-    if prefix >= frames:
-        raise ValueError(
-            f"Got a prefix of {prefix} latent frames for a video of {frames}; at least one frame must be left to make. "
-            f"Raise the latent's length to {4 * prefix + 1} frames or more, or give a shorter prefix."
-        )
-    first = sampling.chunk if prefix else sampling.first_chunk or sampling.chunk
-    beyond = max(0, frames - prefix - first)
-    return prefix + first + -(-beyond // sampling.chunk) * sampling.chunk
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,7 @@ def plan_spans(frames: int, sampling: Sampling, prefix: int = 0) -> list[Span]:
     A prefix is fed in chunks too, the odd one first (one image: 1, n, n, ...). The last chunk may be shorter. Raises
     ValueError when nothing is left to generate.
     """
-    if not 0 <= prefix < frames:
-        raise ValueError(
-            f"Got {frames} latent frames in all with a prefix of {prefix}; at least one frame must be left to make. "
-            f"Ask for {prefix + 1} latent frames or more, or give a shorter prefix."
-        )
+    _check_length(frames, prefix)
     n = sampling.chunk
     sizes = [size for size in (prefix % n, *[n] * (prefix // n)) if size]
     given = len(sizes)
@@ -90,9 +86,18 @@ def plan_spans(frames: int, sampling: Sampling, prefix: int = 0) -> list[Span]:
 
 def whole_chunks(frames: int, sampling: Sampling, prefix: int = 0) -> int:
     """Latent frames rounded up so that the last chunk is a full one, as the model was trained."""
-    last = plan_spans(frames, sampling, prefix)[-1]
-    full = sampling.first_chunk if last.start == 0 and sampling.first_chunk else sampling.chunk
-    return frames + full - last.frames
+    _check_length(frames, prefix)
+    first = sampling.chunk if prefix else sampling.first_chunk or sampling.chunk
+    beyond = max(0, frames - prefix - first)
+    return prefix + first + -(-beyond // sampling.chunk) * sampling.chunk
+
+
+def _check_length(frames: int, prefix: int) -> None:
+    if not 0 <= prefix < frames:
+        raise ValueError(
+            f"Got {frames} latent frames in all with a prefix of {prefix}; at least one frame must be left to make. "
+            f"Ask for {prefix + 1} latent frames ({4 * prefix + 1} frames of video) or more, or give a shorter prefix."
+        )
 
 
 @dataclass(frozen=True)
