@@ -118,7 +118,8 @@ class Files:
         decoder = _autoencoder(kind, self.vae, self.about.config.channels).to(request.device, request.dtype)
         if self.tiny_decoder:
             _refuse_tiles(request.tile, "TAEHV")
-            return taehv.DecoderStream(decoder)
+            light = "lighttae" in self.vae.name.lower()  # nothing else tells it from taew2_1
+            return LightDecoderStream(decoder) if light else taehv.DecoderStream(decoder)
         return vae.DecoderStream(decoder, _tile(request.tile, decoder.margin))
 
     def text_encoder(self, request: Request) -> nn.Module:
@@ -138,6 +139,13 @@ class Files:
     def left_out(self, text: nn.Module, prompt: str) -> Iterator[tuple[list[str], str]]:
         """(words, why they will not count)."""
         yield text.truncated(prompt), "the text encoder has no room for these words and leaves them out"
+
+
+class LightDecoderStream(taehv.DecoderStream):
+    """lighttaew2_1: TAEHV's layers, trained on latents as the Wan VAE makes them instead of the model's."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(vae.from_model_space(latents))
 
 
 Source = BuiltIn | Files

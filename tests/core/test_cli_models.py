@@ -367,3 +367,19 @@ def test_info_tells_the_memory_of_a_size_and_window(files, capsys):
 )
 def test_info_refuses_other_files_in_one_line(odd_files, capsys, argv, remedy):
     assert remedy in refused(capsys, "info", *argv)
+
+
+def test_lighttae_reads_the_latents_of_the_wan_vae():
+    autoencoder = taehv.TAEHV.from_state_dict(taehv_state())
+    latents = torch.randn(1, 16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    light = models.LightDecoderStream(autoencoder).decode(latents)
+    assert torch.equal(light, taehv.DecoderStream(autoencoder).decode(vae.from_model_space(latents)))
+
+
+def test_the_file_name_tells_lighttae_from_taew(files):
+    kinds = {"lighttaew2_1.safetensors": models.LightDecoderStream, "taew.safetensors": taehv.DecoderStream}
+    for name, kind in kinds.items():
+        save_file(taehv_state(), files / name)
+        source = models.Files(files / "longlive.safetensors", files / "umt5.safetensors", files / name, True)
+        request = type("Request", (), {"device": torch.device("cpu"), "dtype": torch.float32, "tile": None})
+        assert type(source.decoder(request)) is kind
