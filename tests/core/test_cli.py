@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -282,11 +283,18 @@ def test_a_process_that_is_stopped_leaves_nothing(tmp_path, sign):
         "--out",
         f"{tmp_path}/clip.mp4",
     ]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+
+    def hear():  # a shell's background jobs ignore ^C, and so would what they start
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=hear) as process:
+        too_long = threading.Timer(120, process.kill)
+        too_long.start()
         while b"chunk" not in (said := process.stderr.read1()):
             assert said, "it ended by itself"
         process.send_signal(sign)
         rest = process.stderr.read()
+        too_long.cancel()
     assert process.returncode == STOPPED and b"stopped" in rest and b"Traceback" not in rest
     assert os.listdir(tmp_path) == []
 
