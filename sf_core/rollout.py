@@ -17,7 +17,7 @@ Source: arXiv 2506.08009, algorithm 2; numbers as in guandeh17/Self-Forcing, pip
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -173,27 +173,17 @@ def rollout(
     _check_guidance(guidance, negative, batch)
     spans = plan_spans(frames, sampling, 0 if prefix is None else prefix.shape[2])
 
-    def read(embeds: Tensor) -> Text:
-        both = embeds if guidance == 1 else torch.cat(padded_alike(embeds, negative))
-        return encode_text(wan, both.to(dtype))
-
     def generate() -> Iterator[Chunk]:
-        size = {"batch": batch if guidance == 1 else 2 * batch, "height": height, "width": width}
-        cache = RollingCache.for_rollout(
-            config, sampling, frames, **size, dtype=cache_dtype or dtype, device=device
-        )
-        following, embeds = script.embeds_at(0)
-        model = Denoiser(wan, read(embeds), dtype, guidance, stages)
+        prompted = Prompted(wan, script, negative, guidance, dtype, stages)
+        size = {"batch": batch * prompted.branches, "height": height, "width": width}
+        cache = RollingCache.for_rollout(config, sampling, frames, **size, dtype=cache_dtype or dtype, device=device)
         shape = (batch, config.channels, height, width)
         generated = [span for span in spans if not span.given]
         made = Made(cache.slots if script.rereads else 0)
         for span in spans:
-            now, embeds = script.embeds_at(span.start)
-            if now != following:
-                model = replace(model, text=read(embeds))
-                if now[0] != following[0]:
-                    switch(model, cache, script.cues[now[0]].transition, span.start, made, sampling, attention)
-                following = now
+            model, transition = prompted.at(span.start)
+            if transition:
+                switch(model, cache, transition, span.start, made, sampling, attention)
             attend = cache.chunk(span.start, span.frames, attention)
             if span.given:
                 x0 = prefix[:, :, span.start : span.start + span.frames].to(device, torch.float32)
@@ -206,6 +196,32 @@ def rollout(
                 model.commit(x0, 0.0 if span.given else sampling.context_noise, attend)
 
     return torch.inference_mode()(generate)()
+
+
+class Prompted:
+    """The model under the prompt that a chunk follows; the prompt is read once, and again only when it changes."""
+
+    def __init__(
+        self, wan: Wan, script: Script, negative: Tensor | None, guidance: float, dtype: torch.dtype, stages: Stages
+    ) -> None:
+        self.wan, self.script, self.negative, self.guidance = wan, script, negative, guidance
+        self.dtype, self.stages = dtype, stages
+        self.branches = 1 if guidance == 1 else 2
+        self.following: tuple[int, float] | None = None
+        self.model: Denoiser | None = None
+
+    def at(self, frame: int) -> tuple[Denoiser, str | None]:
+        """The model for a chunk from `frame` on, and the transition to make first where another prompt begins."""
+        now, embeds = self.script.embeds_at(frame)
+        before, self.following = self.following, now
+        if now != before:
+            self.model = Denoiser(self.wan, self._read(embeds), self.dtype, self.guidance, self.stages)
+        begins = before is not None and now[0] != before[0]
+        return self.model, self.script.cues[now[0]].transition if begins else None
+
+    def _read(self, embeds: Tensor) -> Text:
+        both = embeds if self.branches == 1 else torch.cat(padded_alike(embeds, self.negative))
+        return encode_text(self.wan, both.to(self.dtype))
 
 
 class Made:
