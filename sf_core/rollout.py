@@ -155,8 +155,7 @@ def rollout(
     height, width  latent size, even (8 latent pixels are 64 pixels)
     prefix         clean latents [B, C, P, H, W] in model space to start from; P < frames
     negative       embeddings [B, tokens, text_dim] to steer away from, where `guidance` (CFG) is not 1; that doubles
-    the
-                   work and the cache
+                   the work and the cache
     dtype          dtype to compute in; that of the prompt by default. Latents stay float32 between steps
     cache_dtype    dtype of the cache; `dtype` by default, torch.float8_e4m3fn for half the memory of bfloat16
     attention      the attention kernel; `stages` from `compile_stages` for compiled blocks
