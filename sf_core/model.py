@@ -160,6 +160,13 @@ class WanLayers:
 Wan = WanModel | WanLayers
 
 
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
+    """A small tensor from the CPU, on `device`. A plain copy to a GPU would wait for all work that is queued there."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 # --- Rotary position embedding ---------------------------------------------------------------------------------------
 
 
@@ -194,7 +201,7 @@ class Rope:
     @classmethod
     def at(cls, head_dim: int, frames: Frames[int], height: int, width: int, device: torch.device | str) -> Rope:
         angles = rope_angles(head_dim, frames, height, width).flatten(0, 2)  # [L, D/2]
-        return cls(torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device))
+        return cls(upload(torch.stack((angles.cos(), angles.sin()), dim=-1).float(), device))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates the interleaved pairs of [B, N, L, D]."""
@@ -372,12 +379,13 @@ def per_frame(x: Tensor, e: Tensor) -> Tensor:
 
 def time_frequencies(t: float | Tensor, freq_dim: int, like: Tensor) -> Tensor:
     """Sinusoids [B or 1, F or 1, freq_dim] of timesteps, cosines first, on the device and in the dtype of `like`."""
-    wide = torch.float32 if like.device.type == "mps" else torch.float64  # MPS has no float64
-    t = torch.as_tensor(t, dtype=wide, device=like.device).reshape(-1, 1) if isinstance(t, (int, float)) else t.to(wide)
+    if not isinstance(t, Tensor):
+        t = torch.tensor([[t]], dtype=torch.float64)
+    wide = torch.float32 if t.device.type == "mps" else torch.float64  # MPS has no float64
     half = freq_dim // 2
-    ladder = 10000.0 ** (-torch.arange(half, dtype=wide, device=like.device) / half)
-    angles = t.unsqueeze(-1) * ladder
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(like.dtype)
+    ladder = 10000.0 ** (-torch.arange(half, dtype=wide, device=t.device) / half)
+    angles = t.to(wide).unsqueeze(-1) * ladder
+    return upload(torch.cat((angles.cos(), angles.sin()), dim=-1).to(like.dtype), like.device)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .cache import ChunkAttention, RollingCache
 from .config import Sampling
-from .model import EAGER, Attention, Stages, Text, Wan, encode_text, sdpa, velocity
+from .model import EAGER, Attention, Stages, Text, Wan, encode_text, sdpa, upload, velocity
 from .noise import Noise
 from .schedule import add_noise, x0_from_velocity
 from .script import Cue, Script, padded_alike
@@ -185,7 +185,7 @@ def rollout(
                 switch(model, cache, transition, span.start, made, sampling, attention)
             attend = cache.chunk(span.start, span.frames, attention)
             if span.given:
-                x0 = prefix[:, :, span.start : span.start + span.frames].to(device, torch.float32)
+                x0 = upload(prefix[:, :, span.start : span.start + span.frames].float(), device)
             else:
                 report = _reporter(on_step, span, len(generated))
                 x0 = denoise(model, sampling, noise, span, attend, shape, span is generated[0], report)
@@ -271,7 +271,7 @@ def denoise(
     steps = sampling.steps_of(first)
 
     def draw(step: int) -> Tensor:
-        return noise(span.start, span.frames, step, shape).to(device, torch.float32)
+        return upload(noise(span.start, span.frames, step, shape).float(), device)
 
     x = draw(0)
     for i, (timestep, sigma) in enumerate(steps):

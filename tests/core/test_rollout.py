@@ -250,6 +250,23 @@ def test_global_randomness_is_left_alone():
     assert torch.equal(torch.randn(3), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn])
+def test_nothing_in_the_loop_waits_for_the_gpu(cache_dtype):
+    wan = small_model().cuda()
+    chunks = rollout(
+        wan, Sampling(window=6, sink=1, pinned=True), PROMPT.cuda(), SeededNoise(0), 15, HEIGHT, WIDTH,
+        cache_dtype=cache_dtype,
+    )  # fmt: skip
+    next(chunks)  # the first allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        latents = [chunk.latents for chunk in chunks]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cat(latents, 2).isfinite().all()
+
+
 def test_seeds_give_different_videos_and_the_same_seed_the_same():
     assert torch.equal(roll(6, seed=2**64 - 1), roll(6, seed=2**64 - 1))
     assert (roll(6, seed=0) - roll(6, seed=1)).abs().max() > 0.1
