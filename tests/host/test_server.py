@@ -12,12 +12,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "self-forcing-under-test"
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+LENGTHS = {"tiny_long_video": 481, "tiny_continuation": 93}  # frames; 81 where it is not named
 START, RUN = 600, 300  # seconds; both take a few, on a machine that has nothing else to do
 
 
@@ -188,8 +190,29 @@ def test_templates_help_and_translations_are_served(server):
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflow_runs_and_saves_a_video(server, workflow, name):
     frames = frames_of(server.run(workflow(name)))
-    assert len(frames) == 81
-    assert frames[0].shape == ((64, 64, 3) if name == "tiny_text_to_video" else (256, 256, 3))
+    assert len(frames) == LENGTHS.get(name, 81)
+    assert frames[0].shape == ((256, 256, 3) if name == "tiny_upscale" else (64, 64, 3))
+
+
+def test_video_from_an_image_begins_with_it_and_moves(server, workflow):
+    orange, navy = (255, 128, 13), (15, 20, 82)
+    frames = frames_of(server.run(workflow("tiny_image_to_video")))
+    assert abs(frames[0][26:38, 12:24] - np.array(orange)).max() < 32
+    assert abs(frames[0][:, 36:] - np.array(navy)).max() < 32
+    columns = [np.argwhere(frame[..., 0] > 128)[:, 1].mean() for frame in frames[:9]]
+    assert columns[0] + 12 < columns[8]
+
+
+def test_continuation_keeps_the_first_part_and_follows_the_second_prompt(server, workflow):
+    frames = frames_of(server.run(workflow("tiny_continuation")))
+    prompt = {"text": "a big yellow circle moves right on a navy background"}
+    alone = workflow("tiny_text_to_video", SelfForcingPrompt=prompt, SelfForcingLatent={"frames": 45})
+    first = frames_of(server.run(alone))
+    assert len(first) == 45
+    assert max(abs(a - b.astype(int)).mean() for a, b in zip(first, frames[:45], strict=True)) < 4  # x264's own
+    (y0, x0), (y1, x1) = (np.argwhere(frame[..., 0] > 128).mean(0) for frame in (frames[70], frames[78]))
+    assert y1 < y0 - 8
+    assert abs(x1 - x0) < 4
 
 
 def test_two_runs_with_one_seed_give_the_same_frames(server, workflow):
