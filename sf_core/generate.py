@@ -1,6 +1,6 @@
 """Makes a video from a prompt, chunk by chunk, and writes its frames as they come.
 
-    prompt -> embeddings -> rollout -> latent chunk -> streaming decoder -> frames -> file
+    prompts -> embeddings -> rollout -> latent chunk -> streaming decoder -> frames -> file
 
 Videos are made in whole chunks and cut to the frames asked for, so the first frames are the same for any length. The
 networks are the built-in ones, or a user's files (models.py). Each is loaded when it is its turn, and the text encoder,
@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ from .model import EAGER, Attention, sdpa
 from .model import Stages as Blocks
 from .models import BuiltIn, Files, Source
 from .noise import MAX_SEED, SeededNoise
-from .rollout import Progress, plan_spans, rollout, whole_chunks
+from .rollout import Progress, Span, plan_spans, rollout, whole_chunks
+from .script import Cue
+from .storyboard import Prompt, cues, parse, starts
 from .video import check_destination, check_folder, contact_sheet, save_video
 
 MAX_FRAMES = 1_000_000  # 17 hours
@@ -49,11 +52,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Request:
     """A video to make: `frames` pixel frames of `width` x `height` pixels, multiples of 16.
 
+    prompt, fps        a prompt, or several with their times, and the rate at which those are counted
     fp8, cache_dtype   float8 weights; the dtype of the cache, None for `dtype`
     tile               of the decoder, in latent pixels; None: the whole picture at once
     """
 
     prompt: str
+    fps: int
     seed: int
     frames: int
     width: int
@@ -77,9 +82,17 @@ class Request:
         """Latent frames to generate."""
         return whole_chunks(self.latent_frames, self.sampling)
 
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        return parse(self.prompt, self.fps)
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        return plan_spans(self.rollout_frames, self.sampling)
+
     @property
     def chunks(self) -> int:
-        return len(plan_spans(self.rollout_frames, self.sampling))
+        return len(self.spans)
 
 
 @dataclass
@@ -111,10 +124,10 @@ class Stages:
 
 @dataclass(frozen=True)
 class Networks:
-    """What a video is made with: the model, the prompt's embeddings [1, tokens, text_dim], and a decoder's stream."""
+    """What a video is made with: the model, the prompts' embeddings [1, tokens, text_dim], and a decoder's stream."""
 
     wan: torch.nn.Module
-    embeds: Tensor
+    cues: list[Cue]
     stream: object
 
 
@@ -125,7 +138,7 @@ def frames_of(
     chunks = rollout(
         networks.wan,
         request.sampling,
-        networks.embeds,
+        networks.cues,
         SeededNoise(request.seed),
         request.rollout_frames,
         height=request.height // 8,
@@ -149,7 +162,9 @@ def frames_of(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, given = parser.add_argument, argparse.SUPPRESS
-    add("prompt", help="what the video shows")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("prompt", nargs="?", help="what the video shows; or lines with times, see docs/command-line.md")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file with the prompt in it")
     add("--out", required=True, metavar="FILE", help=".mp4, .webm, .gif, or a folder/ of PNGs")
     add("--seed", type=whole(-1, MAX_SEED), default=0, help="0 by default; -1 draws one and prints it")
     add("--frames", type=whole(1, MAX_FRAMES), default=81, help="pixel frames (81)")
@@ -195,6 +210,7 @@ def run(args: argparse.Namespace) -> str:
         check_folder(preview)
     if source.note:
         _note(f"{source.name}: {source.note}")
+    _tell_starts(request)
     if args.seed < 0:
         _note(f"seed {request.seed}")
     if request.device.type == "cpu" and isinstance(source, BuiltIn):
@@ -210,6 +226,14 @@ def run(args: argparse.Namespace) -> str:
     stages.seconds["total"] = time.perf_counter() - started
     report = _report(request, args, preview, stages)
     return json.dumps(report, indent=2) if args.json else _sentence(report)
+
+
+def _tell_starts(request: Request) -> None:
+    """Says when prompts after the first take effect. Raises ValueError if their times do not fit the video."""
+    begins = starts([prompt.entrance for prompt in request.prompts], request.spans)
+    for prompt, begin in list(zip(request.prompts, begins))[1:]:
+        frame = 4 * begin - 3
+        _note(f"the prompt of {prompt.entrance.said} starts with frame {frame} ({frame / request.fps:.2f} s)")
 
 
 def _make(request: Request, source: Source, stages: Stages, args: argparse.Namespace) -> dict[int, Tensor]:
@@ -238,15 +262,17 @@ def _load(request: Request, source: Source, stages: Stages) -> Networks:
     """The networks, one after the other; the text encoder is freed once it has read the prompt."""
     with stages.measure("load"):
         stream, text = source.decoder(request), source.text_encoder(request)
-    for words, reason in source.left_out(text, request.prompt):
-        if words:
-            _note(f"{reason}: {' '.join(words[:8])}{' ...' if len(words) > 8 else ''}")
+    for prompt in request.prompts:
+        for words, reason in source.left_out(text, prompt.text):
+            if words:
+                _note(f"{reason}: {' '.join(words[:8])}{' ...' if len(words) > 8 else ''}")
     with stages.measure("prompt"):
-        embeds = text.encode([request.prompt]).to(request.device, request.dtype)
+        embeds = [text.encode([prompt.text]).to(request.device, request.dtype) for prompt in request.prompts]
     del text
     release(request.device)
+    entrances = [prompt.entrance for prompt in request.prompts]
     with stages.measure("load"):
-        return Networks(source.wan(request), embeds, stream)
+        return Networks(source.wan(request), cues(zip(entrances, embeds), request.spans), stream)
 
 
 def _check_memory(plan: Plan, device: torch.device) -> None:
@@ -311,7 +337,7 @@ def _report(request: Request, args: argparse.Namespace, preview: str | None, sta
         "latent_frames": request.rollout_frames,
         "width": request.width,
         "height": request.height,
-        "fps": args.fps,
+        "fps": request.fps,
         "sampling": dataclasses.asdict(request.sampling),
         "device": str(request.device),
         "dtype": str(request.dtype).removeprefix("torch."),
@@ -355,7 +381,8 @@ def _request(args: argparse.Namespace, source: Source) -> Request:
     changes = {name: value for name, value in vars(args).items() if name in ("steps", "chunk", "window", "sink")}
     dtype = DTYPES.get(args.dtype, torch.float32 if args.device.type == "cpu" else torch.bfloat16)
     return Request(
-        prompt=args.prompt,
+        prompt=args.prompt if args.prompt_file is None else _read_prompt(args.prompt_file),
+        fps=args.fps,
         seed=secrets.randbelow(2**32) if args.seed < 0 else args.seed,
         frames=args.frames,
         width=args.width or source.width,
@@ -369,6 +396,17 @@ def _request(args: argparse.Namespace, source: Source) -> Request:
         attention=attention_named(args.attention, args.device, dtype),
         blocks=compile_stages(args.compile),
     )
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"Got no file {path}; the prompt is read from it. Name one that exists.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Got {path}, which is not UTF-8 text (byte {error.start}). Save it as plain text in UTF-8."
+        ) from None
 
 
 def _preview(args: argparse.Namespace) -> str | None:

@@ -154,6 +154,46 @@ def test_a_very_long_prompt_is_cut_and_told(capsys, tmp_path):
     assert "has no room for" in error and len(error) < 1000
 
 
+STORY = "0: a red circle\n0.5s cut: a circle moves right"
+
+
+def test_a_second_prompt_takes_over_from_its_time_on(make):
+    frames, alone = make("--frames", "21", prompt=STORY)[1], make("--frames", "21", prompt="a red circle")[1]
+    assert torch.equal(frames[:9], alone[:9])
+    assert not torch.equal(frames[9:], alone[9:])
+
+
+def test_a_prompt_is_read_from_a_file(make, tmp_path, capsys):
+    (tmp_path / "story.txt").write_text("\ufeff" + STORY, encoding="utf-8")
+    options = ["--out", f"{tmp_path}/file/", "--frames", "21", "--prompt-file", f"{tmp_path}/story.txt"]
+    assert main(["generate", *options]) == 0
+    assert "the prompt of 0.5s starts with frame 9 (0.56 s)" in capsys.readouterr().err
+    assert torch.equal(read_video(f"{tmp_path}/file/"), make("--frames", "21", prompt=STORY)[1])
+
+
+@pytest.mark.parametrize(
+    "prompt, remedy",
+    [
+        ("0: a red circle\n4: a circle", "line 2, column 1 .* Write 4s for seconds"),
+        ("0: a red circle\n9s: a circle", "Start the prompt earlier, or make a longer video"),
+    ],
+)
+def test_a_schedule_that_cannot_be_followed_is_refused_before_anything_is_loaded(
+    tmp_path, capsys, monkeypatch, prompt, remedy
+):
+    monkeypatch.setattr(tiny, "load_text_encoder", None)
+    assert re.search(remedy, refused(capsys, "generate", prompt, "--out", f"{tmp_path}/clip.mp4"))
+
+
+@pytest.mark.parametrize("content, remedy", [(None, "Got no file .* Name one"), (b"\xff\xfe0", "plain text in UTF-8")])
+def test_a_prompt_file_that_is_no_text_is_refused(tmp_path, capsys, content, remedy):
+    file = tmp_path / "story.txt"
+    if content is not None:
+        file.write_bytes(content)
+    line = refused(capsys, "generate", "--prompt-file", str(file), "--out", f"{tmp_path}/clip.mp4")
+    assert re.search(remedy, line), line
+
+
 IMPOSSIBLE = [
     (["--bogus"], "--bogus"),
     (["--frames", "0"], "from 1 to 1000000"),
