@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import takewhile
 from weakref import WeakKeyDictionary
 
 import comfy.model_management as management
@@ -29,6 +30,7 @@ from ..sf_core.compile import compile_stages
 from ..sf_core.config import PRESETS, Sampling, WanConfig
 from ..sf_core.model import Attention, Stages, WanLayers
 from ..sf_core.rollout import Progress
+from ..sf_core.storyboard import Entrance
 from . import room
 
 Preview = tuple[str, Image.Image, int]  # format, picture, largest side
@@ -37,6 +39,7 @@ SMALL = 64 * 1024**2
 SECONDS_BETWEEN_PICTURES = 0.1  # as often as ComfyUI itself tells of progress
 PREVIEW_SIZE = 256  # pixels, at least where a picture can be enlarged by a whole factor
 FAMILY = "self_forcing_family"
+ENTRANCE = "self_forcing_entrance"  # key of a CONDITIONING entry: the storyboard.Entrance of a prompt after the first
 
 
 @dataclass(frozen=True)
@@ -213,11 +216,27 @@ def latents_of(latent: dict, wan: WanLayers, what: str = "latent") -> Tensor:
     return samples
 
 
-def prompt_of(conditioning: list, batch: int) -> Tensor:
-    """Embeddings [B, tokens, width] of the first entry, repeated to `batch`. Raises ValueError if there is none."""
+def entering(conditioning: list, entrance: Entrance) -> list:
+    """The first entry of a prompt's CONDITIONING as one that comes in later.
+
+    The entrance stands in the entry's dict. For stock samplers the entry starts when sampling is over, so that they
+    follow the first prompt alone.
+    """
+    embeds, values = conditioning[0]
+    return [embeds, {**values, ENTRANCE: entrance, "start_percent": 1.0}]
+
+
+def prompts_of(conditioning: list, batch: int) -> list[tuple[Entrance, Tensor]]:
+    """The first entry and those right after it that come in later, with embeddings [B, tokens, width] for `batch`.
+
+    Whatever else stock nodes have combined with it is left out. Raises ValueError if there is no entry.
+    """
     if not conditioning:
         raise ValueError("Got empty conditioning; the sampler needs a prompt. Connect Self Forcing Prompt.")
-    return comfy.utils.repeat_to_batch_size(conditioning[0][0], batch)
+    first, *others = conditioning
+    later = takewhile(lambda entry: ENTRANCE in entry[1], others)
+    prompts = [(Entrance(), first[0]), *((values[ENTRANCE], embeds) for embeds, values in later)]
+    return [(entrance, comfy.utils.repeat_to_batch_size(embeds, batch)) for entrance, embeds in prompts]
 
 
 # --- Progress --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from ..sf_core.families import FAMILIES
 from ..sf_core.fp8 import FLOAT8
 from ..sf_core.model import Attention, Stages, WanLayers
 from ..sf_core.noise import MAX_SEED, Noise, SeededNoise
-from ..sf_core.rollout import Progress, rollout, whole_chunks
+from ..sf_core.rollout import Progress, plan_spans, rollout, whole_chunks
+from ..sf_core.storyboard import cues
 from . import host
 from .room import Rollout
 
@@ -104,7 +105,11 @@ class SelfForcingSampler(io.ComfyNode):
                     "model",
                     tooltip="A causal Wan text-to-video model from any loader, with or without LoRAs.",
                 ),
-                io.Conditioning.Input("positive", tooltip="The prompt. The first entry is used."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The prompt, or those of Self Forcing Prompt with their times. Of other conditioning the "
+                    "first entry is used.",
+                ),
                 io.Latent.Input(
                     "latent",
                     tooltip="Size, length and batch of the video, prefix included; its content is not used.",
@@ -209,13 +214,15 @@ def sample(job: Job, positive: list, shape: torch.Size, prefix: Tensor | None) -
     model, wan, sampling = job.model, job.wan, job.sampling
     batch, _, frames, height, width = shape
     dtype = model.model.get_dtype_inference()
-    embeds = host.prompt_of(positive, batch)
+    prompts = host.prompts_of(positive, batch)
     if prefix is not None:
         prefix = model.model.process_latent_in(comfy.utils.repeat_to_batch_size(prefix, batch))
-    total = whole_chunks(frames, sampling, 0 if prefix is None else prefix.shape[2])
+    given = 0 if prefix is None else prefix.shape[2]
+    total = whole_chunks(frames, sampling, given)
+    prompts = [(entrance, embeds.to(model.load_device)) for entrance, embeds in prompts]
     with host.loaded(model, Rollout(wan.config, sampling, batch, total, height, width, dtype, job.cache_dtype)):
         chunks = rollout(
-            wan, sampling, embeds.to(model.load_device), job.noise, total, height, width,
+            wan, sampling, cues(prompts, plan_spans(total, sampling, given)), job.noise, total, height, width,
             prefix=prefix, dtype=dtype, cache_dtype=job.cache_dtype, attention=job.attention,
             stages=job.stages, on_step=job.progress,
         )  # fmt: skip

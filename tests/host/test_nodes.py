@@ -186,6 +186,84 @@ def test_hosts_attention_is_used(tiny, sample):
     assert calls
 
 
+# --- Prompts with times ----------------------------------------------------------------------------------------------
+
+STORY = "0: a red circle moves right on a white background\n0.5s{}: a blue square moves left"
+
+
+@pytest.fixture
+def story(call, tiny):
+    """story(" cut") is conditioning of two prompts; the second starts with the second chunk."""
+    return lambda transition="": call("Prompt", tiny.clip, STORY.format(transition))
+
+
+@pytest.mark.parametrize("transition", ["", " renew", " cut", " blend 0.5s"])
+def test_second_prompt_takes_over_from_its_time_on(sample, story, transition):
+    alone, switched = sample(), sample(positive=story(transition))
+    assert torch.equal(switched[:, :, :3], alone[:, :, :3])
+    assert not torch.allclose(switched[:, :, 3:], alone[:, :, 3:], atol=1e-2)
+
+
+def test_sampler_makes_of_a_schedule_what_the_core_makes(tiny, sample, story):
+    from any_folder_name.sf_core import tiny as core
+    from any_folder_name.sf_core.config import PRESETS
+    from any_folder_name.sf_core.noise import SeededNoise
+    from any_folder_name.sf_core.rollout import rollout
+    from any_folder_name.sf_core.script import Cue
+
+    (first, _), (second, _) = story(" cut")
+    prompts = [Cue(0, first), Cue(3, second, "cut")]
+    chunks = rollout(core.load_model(), PRESETS["tiny"], prompts, SeededNoise(0), 6, 8, 8)
+    expected = torch.cat([chunk.latents for chunk in chunks], dim=2)
+    assert torch.allclose(tiny.model.model.process_latent_in(sample(positive=story(" cut"))), expected, atol=2e-4)
+
+
+def test_times_are_counted_at_the_fps(call, tiny, sample, story):
+    half = call("Prompt", tiny.clip, STORY.format("").replace("0.5s", "1s"), 8.0)
+    assert torch.equal(sample(positive=half), sample(positive=story()))
+
+
+def test_stock_sampler_follows_the_first_prompt_alone(tiny, latent, story):
+    import nodes
+
+    def stock(positive):
+        return nodes.common_ksampler(tiny.model, 0, 2, 1.0, "euler", "simple", positive, tiny.prompt, latent)[0]
+
+    assert torch.equal(stock(story())["samples"], stock(tiny.prompt)["samples"])
+
+
+def test_stock_nodes_keep_the_schedule_and_others_conditioning_means_its_first_entry(sample, tiny, story):
+    import nodes
+
+    switched = sample(positive=story())
+    area = nodes.ConditioningSetAreaStrength().append(story(), 0.5)[0]
+    combined = nodes.ConditioningCombine().combine(story(), tiny.prompt)[0]
+    assert torch.equal(sample(positive=area), switched)
+    assert torch.equal(sample(positive=combined), switched)
+    before = nodes.ConditioningCombine().combine(tiny.prompt, story())[0]
+    assert torch.equal(sample(positive=before), sample())
+
+
+def test_schedule_goes_on_behind_a_prefix(call, sample, story):
+    prefix = {"samples": sample()[:, :, :3]}
+    assert torch.allclose(sample(positive=story(), prefix=prefix), sample(positive=story()), atol=1e-3)
+
+
+def test_batch_follows_a_schedule(call, sample, story):
+    batch = sample(positive=story(), latent=call("Latent", 64, 64, FRAMES, 0.0, 16.0, 2))
+    assert batch.shape[0] == 2 and not torch.equal(batch[0], batch[1])
+
+
+def test_malformed_schedule_is_refused_with_its_place(call, tiny):
+    with pytest.raises(ValueError, match="line 2, column 1 of the prompt; .*Write 4s"):
+        call("Prompt", tiny.clip, "0: a red circle\n4: a blue square")
+
+
+def test_prompt_after_the_end_is_refused(call, tiny, sample):
+    with pytest.raises(ValueError, match="at 4s .*make a longer video"):
+        sample(positive=call("Prompt", tiny.clip, "0: a red circle\n4s: a blue square"))
+
+
 # --- Progress and Cancel ---------------------------------------------------------------------------------------------
 
 
