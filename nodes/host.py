@@ -275,7 +275,7 @@ class SamplingProgress:
             say(self.node, f"First step with compiling: {time.monotonic() - self.began:.0f} s")
             self.began = None
         self.done += 1
-        self.bar.update_absolute(self.done, progress.chunks * progress.steps, self.picture(progress.x0))
+        self.bar.update_absolute(self.done, progress.total, self.picture(progress.x0))
 
     def picture(self, x0: Tensor) -> Preview | None:
         """None so soon after the last one that nobody would see it: the built-in model takes longer over it than over

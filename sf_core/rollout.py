@@ -52,15 +52,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Progress:
-    """One forward is done. `step` counts 1..steps within the chunk; the commit that follows is not counted.
+    """One step is done: number 1..steps of its chunk, of `total` in the whole rollout (commits are not counted).
 
-    `x0` is the newest guess [B, C, frames, H, W]; `chunks` counts generated chunks, prefix chunks have index < 0 steps.
+    `x0` is the newest guess [B, C, frames, H, W].
     """
 
     span: Span
-    chunks: int
     step: int
     steps: int
+    total: int
     x0: Tensor
 
 
@@ -178,6 +178,7 @@ def rollout(
         cache = RollingCache.for_rollout(config, sampling, frames, **size, dtype=cache_dtype or dtype, device=device)
         shape = (batch, config.channels, height, width)
         generated = [span for span in spans if not span.given]
+        total = sum(len(sampling.steps_of(span is generated[0])) for span in generated)
         made = Made(cache.slots if script.rereads else 0)
         for span in spans:
             model, transition = prompted.at(span.start)
@@ -187,7 +188,7 @@ def rollout(
             if span.given:
                 x0 = upload(prefix[:, :, span.start : span.start + span.frames].float(), device)
             else:
-                report = _reporter(on_step, span, len(generated))
+                report = _reporter(on_step, span, total)
                 x0 = denoise(model, sampling, noise, span, attend, shape, span is generated[0], report)
             yield Chunk(span, x0)
             made.add(x0)
@@ -283,11 +284,11 @@ def denoise(
 
 
 def _reporter(
-    on_step: Callable[[Progress], None] | None, span: Span, chunks: int
+    on_step: Callable[[Progress], None] | None, span: Span, total: int
 ) -> Callable[[int, int, Tensor], None]:
     def report(step: int, steps: int, x0: Tensor) -> None:
         if on_step is not None:
-            on_step(Progress(span, chunks, step, steps, x0))
+            on_step(Progress(span, step, steps, total, x0))
 
     return report
 

@@ -151,9 +151,9 @@ def test_the_first_chunk_may_take_other_steps():
     roll(
         6,
         Sampling(steps=(1000, 500), first_steps=(1000, 750, 500, 250)),
-        on_step=lambda progress: calls.append((progress.span.index, progress.step, progress.steps)),
+        on_step=lambda progress: calls.append((progress.span.index, progress.step, progress.steps, progress.total)),
     )
-    assert calls == [(0, 1, 4), (0, 2, 4), (0, 3, 4), (0, 4, 4), (1, 1, 2), (1, 2, 2)]
+    assert calls == [(0, 1, 4, 6), (0, 2, 4, 6), (0, 3, 4, 6), (0, 4, 4, 6), (1, 1, 2, 6), (1, 2, 2, 6)]
 
 
 def test_the_last_chunk_is_not_committed(monkeypatch):
