@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .config import Sampling, WanConfig
+from .fp8 import FLOAT8, quantised
 from .model import Attention, Rope, sdpa
 
 
@@ -58,7 +59,7 @@ class RollingCache:
         self.slots, self.sink = slots, sink
         self.tokens = config.tokens_per_frame(height, width)
         shape = (batch, config.heads, slots * self.tokens, config.head_dim)
-        ring = ScaledRing if dtype.itemsize == 1 else Ring
+        ring = ScaledRing if dtype is FLOAT8 else Ring
         self.keys, self.values = ([ring(shape, dtype, device) for _ in range(config.layers)] for _ in range(2))
         self.pinned = pinned and sink > 0
         self.restart(first)
@@ -157,7 +158,6 @@ class ScaledRing(Ring):
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__(shape, dtype, device)
         self.scales = torch.empty((*shape[:3], 1), device=device)
-        self.largest = torch.finfo(dtype).max
         self.dtype = torch.float32  # of what was written last, and is read back
 
     @property
@@ -166,9 +166,8 @@ class ScaledRing(Ring):
 
     def write(self, at: int, tokens: Tensor) -> None:
         self.dtype = tokens.dtype
-        scales = tokens.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / self.largest
-        self.scales[:, :, at : at + tokens.shape[2]] = scales
-        self.tokens[:, :, at : at + tokens.shape[2]] = (tokens / scales).to(self.tokens.dtype)
+        here = slice(at, at + tokens.shape[2])
+        self.tokens[:, :, here], self.scales[:, :, here] = quantised(tokens)
 
     def read(self, end: int) -> Tensor:
         return self.tokens[:, :, :end].to(self.dtype) * self.scales[:, :, :end].to(self.dtype)
