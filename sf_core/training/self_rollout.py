@@ -80,10 +80,11 @@ class Walk:
     gradient: int = 21
     context_sigma: float = 0.0
 
-    def course(self, total: int, training: bool, span: Span) -> Course:
+    def course(self, total: int, training: bool, span: Span, context: Tensor | None = None) -> Course:
         late = span.index >= self.extra
+        seen = None if context is None else context[:, :, span.start : span.start + span.frames]
         carries = training and late and span.start + span.frames > total - self.gradient
-        return Course(self.exits[span.index] + 1 if late else None, carries, self.context_sigma)
+        return Course(self.exits[span.index] + 1 if late else None, carries, self.context_sigma, seen)
 
 
 def roll_out(
@@ -94,11 +95,13 @@ def roll_out(
     size: tuple[int, int, int],
     walk: Walk,
     training: bool = True,
+    context: Tensor | None = None,
 ) -> Tensor:
-    """The last `frames` latent frames [B, C, frames, H, W] of a rollout that follows prompts [B, tokens, text_dim].
+    """A whole rollout [B, C, extra frames + frames, H, W] that follows prompts [B, tokens, text_dim].
 
     size      (frames, H, W) of what is judged
     training  without it nothing carries gradient
+    context   clips of that size that enter the cache in the place of what was made
     """
     frames, height, width = size
     total = frames + walk.extra * sampling.chunk
@@ -108,6 +111,6 @@ def roll_out(
             cache_dtype=network.precision,
             attention=attention_on(embeds.device),
             stages=network.stages,
-            course=lambda span: walk.course(total, training, span),
+            course=lambda span: walk.course(total, training, span, context),
         )  # fmt: skip
-        return torch.cat([chunk.latents for chunk in chunks], 2)[:, :, -frames:]
+        return torch.cat([chunk.latents for chunk in chunks], 2)
