@@ -14,6 +14,9 @@ Pinned sinks also keep their keys as first written, and are turned to positions 
 whenever the window moves, so that no distance exceeds what training has seen (LongLive's relative positions). A
 rotary embedding is a rotation: turning a key by the angle of n frames is the same as having placed it n frames later.
 
+Training that runs a forward again in its backward pass must find what was there the first time. Such a cache keeps
+every frame in a slot of its own (`keep`), and a window is what attention reads of them.
+
 A cache in float8 keeps a scale per token and head and is turned back, one layer at a time, when it is read: half the
 memory of bfloat16.
 
@@ -40,6 +43,7 @@ class RollingCache:
     pinned  whether sinks move along with the window
     dtype   of what is kept; torch.float8_e4m3fn keeps scales beside it
     first   number, and so position, of the first frame that will be written
+    window  frames attended to, where the slots keep more of them than that
     """
 
     def __init__(
@@ -54,7 +58,9 @@ class RollingCache:
         first: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        window: int | None = None,
     ) -> None:
+        self.window = window or slots
         self.config, self.height, self.width, self.device = config, height, width, device
         self.slots, self.sink = slots, sink
         self.tokens = config.tokens_per_frame(height, width)
@@ -65,10 +71,22 @@ class RollingCache:
         self.restart(first)
 
     @classmethod
-    def for_rollout(cls, config: WanConfig, sampling: Sampling, frames: int, **size) -> RollingCache:
-        """The cache that `frames` latent frames need under `sampling`; never larger than the video."""
-        slots = frames if sampling.window is None else min(sampling.window, frames)
-        return cls(config, slots=slots, sink=min(sampling.sink, slots), pinned=sampling.pinned, **size)
+    def for_rollout(
+        cls, config: WanConfig, sampling: Sampling, frames: int, keep: bool = False, **size
+    ) -> RollingCache:
+        """The cache that `frames` latent frames need under `sampling`; never larger than the video.
+
+        With `keep` nothing is overwritten, so that a chunk's forward can be run again after later chunks. Raises
+        ValueError for that with pinned sinks, whose keys move.
+        """
+        window = frames if sampling.window is None else min(sampling.window, frames)
+        if keep and sampling.pinned and sampling.sink:
+            raise ValueError(
+                "Got pinned sinks with gradient checkpointing; their keys move on before the backward pass reads them "
+                "again. Turn off one of the two."
+            )
+        slots, sink = frames if keep else window, min(sampling.sink, window)
+        return cls(config, slots=slots, sink=sink, pinned=sampling.pinned, window=window, **size)
 
     @property
     def nbytes(self) -> int:
@@ -117,6 +135,17 @@ class RollingCache:
         if end <= self.first + self.sink:
             return end - self.first
         return min(self.sink + end - self.ring_first, self.slots)
+
+    def before(self, start: int, frames: int) -> list[tuple[int, int]]:
+        """Stretches of slots [from, to) that frames start .. start + frames - 1 see besides their own."""
+        own = [(slot, slot + count) for slot, _, count in sorted(self.runs(start, frames))]
+        edges = [0, *(edge for run in own for edge in run), self.filled(start + frames)]
+        others = list(zip(edges[::2], edges[1::2]))
+        if self.window < self.slots:  # nothing is overwritten: slots are in the order of their frames
+            first, last = others[0][0], own[0][0]
+            newest = max(self.sink, own[-1][1] - (self.window - self.sink))
+            others = [(first, min(self.sink, last)), (newest, last)]
+        return [(low, high) for low, high in others if low < high]
 
     def rope(self, start: int, frames: int) -> Rope:
         return Rope.at(self.config.head_dim, range(start, start + frames), self.height, self.width, self.device)
@@ -178,7 +207,7 @@ class ChunkAttention:
 
     Without gradients it writes the chunk's keys and values into the cache and attends to all that is filled. With
     gradients it leaves the cache alone and attends to [cached frames, chunk], so that nothing flows into earlier
-    chunks.
+    chunks; so it does where the window is a part of what is kept.
     """
 
     def __init__(self, cache: RollingCache, start: int, frames: int, attention: Attention) -> None:
@@ -187,6 +216,8 @@ class ChunkAttention:
         self.rope = cache.rope(start, frames)
         self.runs = tuple(cache.runs(start, frames))
         self.length = cache.filled(start + frames) * cache.tokens
+        self.before = cache.before(start, frames)
+        self.whole = cache.window == cache.slots
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -194,6 +225,8 @@ class ChunkAttention:
             return self.attention(q, self._beside(keys, k), self._beside(values, v), None)
         self._write(keys, k)
         self._write(values, v)
+        if not self.whole:
+            return self.attention(q, self._beside(keys, k), self._beside(values, v), None)
         return self.attention(q, keys.read(self.length), values.read(self.length), None)
 
     def _write(self, ring: Ring, chunk: Tensor) -> None:
@@ -203,9 +236,6 @@ class ChunkAttention:
 
     def _beside(self, ring: Ring, chunk: Tensor) -> Tensor:
         """[frames of the window before the chunk, chunk] along the tokens, as a new tensor."""
-        tokens, filled, kept, at = self.cache.tokens, ring.read(self.length), [], 0
-        for slot, _, count in sorted(self.runs):
-            kept.append(filled[:, :, at * tokens : slot * tokens])
-            at = slot + count
-        kept.append(filled[:, :, at * tokens :])
+        tokens, filled = self.cache.tokens, ring.read(self.length)
+        kept = [filled[:, :, low * tokens : high * tokens] for low, high in self.before]
         return torch.cat((*kept, chunk), dim=2)

@@ -37,7 +37,8 @@ def compile_stages(mode: str = "default", backend: str | Callable = "inductor") 
     options = {"mode": inductor} if backend == "inductor" else {}
     guard = Guard()
     options |= {"backend": backend, "dynamic": False}
-    return Stages(*(guard.wrap(stage, torch.compile(stage, **options)) for stage in EAGER))
+    before, after = (guard.wrap(stage, torch.compile(stage, **options)) for stage in (EAGER.before, EAGER.after))
+    return Stages(before, after)
 
 
 class Guard:

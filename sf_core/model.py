@@ -7,7 +7,8 @@ ComfyUI has loaded, quantised or patched (wrap it in `WanLayers`). Two things ar
     attend(layer, q, k, v)    how tokens see other tokens: `Sequence` here (training, masks), the rolling cache in
                               cache.py. It also carries the positions (`attend.rope`) and the attention kernel.
     stages                    the parts of a block before and after self-attention, which torch.compile may replace:
-                              their shapes do not change while a cache fills.
+                              their shapes do not change while a cache fills. It also says how a part is entered, for
+                              training: through a module's hooks, or to be run again in the backward pass.
 
 The attention kernel is `attention(q, k, v, mask)`, [B, N, L, D] in and out: torch's by default, ComfyUI's in a graph.
 
@@ -85,6 +86,10 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim, **factory))
 
+    def forward(self, part: Callable, *args):
+        """`part` of the forward on this block, where hooks on modules have to see it (sharded training)."""
+        return part(self, *args)
+
 
 class Head(nn.Module):
     def __init__(self, config: WanConfig, linear: type[nn.Module], **factory) -> None:
@@ -120,6 +125,10 @@ class WanModel(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), linear(dim, 6 * dim, **factory))
         self.blocks = nn.ModuleList(Block(config, linear, **factory) for _ in range(config.layers))
         self.head = Head(config, linear, **factory)
+
+    def forward(self, part: Callable, *args):
+        """`encode_text` or `velocity` on this model, where hooks on modules have to see it (sharded training)."""
+        return part(self, *args)
 
     @torch.no_grad()
     def initialise(self) -> WanModel:
@@ -272,7 +281,7 @@ class Text:
     values: tuple[Tensor, ...]
 
 
-def encode_text(wan: Wan, embeds: Tensor) -> Text:
+def encode_text(wan: Wan, embeds: Tensor, stages: Stages | None = None) -> Text:
     """Text embedding and all cross-attention keys and values of prompt embeddings [B, <= text_len, text_dim].
 
     Shorter prompts are padded with zeros to text_len and not masked, as the model was trained. Raises ValueError for
@@ -290,11 +299,15 @@ def encode_text(wan: Wan, embeds: Tensor) -> Text:
         )
     padded = F.pad(embeds, (0, 0, 0, config.text_len - embeds.shape[1]))
     context = wan.text_embedding(padded)  # [B, text_len, dim]
-    attns = [block.cross_attn for block in wan.blocks]
-    return Text(
-        tuple(_heads(attn.norm_k(attn.k(context)), config.heads) for attn in attns),
-        tuple(_heads(attn.v(context), config.heads) for attn in attns),
-    )
+    enter = (stages or EAGER).enter
+    keys, values = zip(*(enter(read_prompt, block, context, config) for block in wan.blocks))
+    return Text(keys, values)
+
+
+def read_prompt(block: nn.Module, context: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:
+    """A block's keys and values [B, N, text_len, D] of an embedded prompt [B, text_len, dim]."""
+    attn = block.cross_attn
+    return _heads(attn.norm_k(attn.k(context)), config.heads), _heads(attn.v(context), config.heads)
 
 
 def before_attention(block: nn.Module, x: Tensor, e6: Tensor, rope: Rope, config: WanConfig) -> tuple[Tensor, ...]:
@@ -326,11 +339,23 @@ def after_attention(
     return add_gated(x, block.ffn(modulated_norm(x, shift2, scale2, config.eps)), gate2)
 
 
+def enter(part: Callable, module: nn.Module, *args):
+    """Runs a part of the forward on its module, as it is."""
+    return part(module, *args)
+
+
 class Stages(NamedTuple):
-    """The two parts of a block around self-attention."""
+    """The two parts of a block around self-attention, and how parts are entered.
+
+    enter   called as enter(part, module, *args) for `encode_text` and `velocity` of a model, `read_prompt` and
+            `through_block` of a block
+    again   whether `enter` runs blocks again in the backward pass; a cache must then keep what they saw
+    """
 
     before: Callable[..., tuple[Tensor, ...]] = before_attention
     after: Callable[..., Tensor] = after_attention
+    enter: Callable = enter
+    again: bool = False
 
 
 EAGER = Stages()
@@ -351,14 +376,19 @@ def velocity(wan: Wan, x: Tensor, t: float | Tensor, text: Text, attend: Attend,
     # Contiguous, or the transposed layout would go through all blocks and cost each norm a copy.
     x = wan.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()  # [B, L, dim]
     for layer, block in enumerate(wan.blocks):
-        q, k, v = stages.before(block, x, e6, attend.rope, config)
-        seen = attend(layer, q, k, v)
-        x = stages.after(block, x, seen, e6, text.keys[layer], text.values[layer], attend.attention, config)
+        x = stages.enter(through_block, block, x, e6, layer, text, attend, stages, config)
     shift, scale = (wan.head.modulation.to(x) + e.unsqueeze(2)).unbind(2)  # [B or 1, F or 1, dim]
     x = wan.head.head(modulated_norm(x, shift, scale, config.eps))  # [B, L, 4C]
-    return rearrange(
-        x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=frames, h=height // 2, w=width // 2, p=2, q=2
-    )
+    return rearrange(x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=frames, h=height // 2, w=width // 2, p=2, q=2)
+
+
+def through_block(
+    block: nn.Module, x: Tensor, e6: Tensor, layer: int, text: Text, attend: Attend, stages: Stages, config: WanConfig
+) -> Tensor:
+    """Tokens [B, L, dim] through one block."""
+    q, k, v = stages.before(block, x, e6, attend.rope, config)
+    seen = attend(layer, q, k, v)
+    return stages.after(block, x, seen, e6, text.keys[layer], text.values[layer], attend.attention, config)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

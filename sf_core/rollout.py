@@ -11,6 +11,9 @@
 
 A generator: the caller decides how far it goes. Stop asking and everything is freed; raise in `on_step` and it ends
 there.
+
+Training rolls out by the same loop. A `Course` per chunk says how many steps are taken, which of them carries gradient,
+and how noisy the context is; gradients never pass from one chunk to another.
 Source: arXiv 2506.08009, algorithm 2; numbers as in guandeh17/Self-Forcing, pipeline/causal_inference.py.
 """
 
@@ -67,6 +70,25 @@ class Progress:
     steps: int
     total: int
     x0: Tensor
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a chunk is gone through.
+
+    steps          steps of its list that are taken; None: all
+    gradient       whether the last of them carries gradient
+    context_sigma  noise level 0..1 of the latents that enter the cache
+    """
+
+    steps: int | None = None
+    gradient: bool = False
+    context_sigma: float = 0.0
+
+
+def every_step(span: Span) -> Course:
+    """The course of a rollout that is not trained."""
+    return Course()
 
 
 def plan_spans(frames: int, sampling: Sampling, prefix: int = 0, whole_prefix: bool = False) -> list[Span]:
@@ -137,6 +159,7 @@ class Denoiser:
             v = torch.lerp(negative, positive, self.guidance)
         return x0_from_velocity(x, v, sigma)
 
+    @torch.no_grad()
     def commit(self, x0: Tensor, timestep: float, attend: ChunkAttention) -> None:
         """Overwrites the keys and values of frames with those of their clean latents."""
         self._velocity(x0, timestep, attend)
@@ -144,7 +167,7 @@ class Denoiser:
     def _velocity(self, x: Tensor, timestep: float, attend: ChunkAttention) -> Tensor:
         x = x.to(self.dtype)
         both = x if self.guidance == 1 else torch.cat((x, x))
-        return velocity(self.wan, both, timestep, self.text, attend, self.stages)
+        return self.stages.enter(velocity, self.wan, both, timestep, self.text, attend, self.stages)
 
 
 def rollout(
@@ -167,6 +190,7 @@ def rollout(
     attention: Attention = sdpa,
     stages: Stages = EAGER,
     on_step: Callable[[Progress], None] | None = None,
+    course: Callable[[Span], Course] | None = None,
 ) -> Iterator[Chunk]:
     """Generates `frames` latent frames and yields them chunk by chunk, those of the prefix first.
 
@@ -186,6 +210,7 @@ def rollout(
     cache_dtype    dtype of the cache; `dtype` by default, torch.float8_e4m3fn for half the memory of bfloat16
     attention      the attention kernel; `stages` from `compile_stages` for compiled blocks
     on_step        called after every forward of a step; what it raises ends the rollout
+    course         for training: how each chunk is gone through. With it, and only then, latents may carry gradient
 
     Raises ValueError for sizes that do not fit, at the call and not at the first chunk.
     """
@@ -206,7 +231,8 @@ def rollout(
     def generate() -> Iterator[Chunk]:
         prompted = Prompted(wan, script, negative, guidance, dtype, stages)
         size = {"batch": batch * prompted.branches, "height": height, "width": width}
-        cache = RollingCache.for_rollout(config, sampling, frames, **size, dtype=cache_dtype or dtype, device=device)
+        size |= {"dtype": cache_dtype or dtype, "device": device, "keep": stages.again}
+        cache = RollingCache.for_rollout(config, sampling, frames, **size)
         shape = (batch, config.channels, height, width)
         generated = [span for span in spans if not span.given]
         total = sum(len(sampling.steps_of(span is generated[0], level)) for span in generated)
@@ -222,18 +248,24 @@ def rollout(
             if reencode and span.end > cache.first + cache.slots:
                 refresh(model, cache, span.start, made, sampling, attention, reencode)
             attend = cache.chunk(span.start, span.frames, attention)
+            going = (course or every_step)(span)
+            draw = _drawing(noise, span, shape, device)
             if span.given:
                 x0 = _piece(prefix, span, device)
             else:
-                steps = sampling.steps_of(span is generated[0], level)
-                start = None if source is None else _piece(source, span, device)
-                x0 = denoise(model, steps, noise, span, attend, shape, start, _reporter(on_step, span, total))
+                steps, report = sampling.steps_of(span is generated[0], level), _reporter(on_step, span, total)
+                begun = None if source is None else _piece(source, span, device)
+                x0 = denoise(model, steps, draw, attend, going, report, begun)
             yield Chunk(span, x0)
             made.add(x0)
             if not span.is_last:
-                model.commit(x0, 0.0 if span.given else sampling.context_noise, attend)
+                context = x0.detach()
+                if going.context_sigma and not span.given:
+                    step = len(sampling.steps_of(span is generated[0]))  # a number that no step has
+                    context = add_noise(context, draw(step), going.context_sigma)
+                model.commit(context, 0.0 if span.given else sampling.context_noise, attend)
 
-    return torch.inference_mode()(generate)()
+    return generate() if course else torch.inference_mode()(generate)()
 
 
 class Prompted:
@@ -259,7 +291,7 @@ class Prompted:
 
     def _read(self, embeds: Tensor) -> Text:
         both = embeds if self.branches == 1 else torch.cat(padded_alike(embeds, self.negative))
-        return encode_text(self.wan, both.to(self.dtype))
+        return self.stages.enter(encode_text, self.wan, both.to(self.dtype), self.stages)
 
 
 class Made:
@@ -328,27 +360,34 @@ def refresh(
 
 def denoise(
     model: Denoiser,
-    steps: Sequence[Step],
-    noise: Noise,
-    span: Span,
+    steps: tuple[Step, ...],
+    draw: Callable[[int], Tensor],
     attend: ChunkAttention,
-    shape: tuple[int, int, int, int],
-    source: Tensor | None,
+    course: Course,
     report: Callable[[int, int, Tensor], None],
+    source: Tensor | None = None,
 ) -> Tensor:
     """Clean latents [B, C, frames, H, W] of one chunk, from noise or a noised `source`, through the few-step list."""
-    device = attend.rope.turns.device
-
-    def draw(step: int) -> Tensor:
-        return upload(noise(span.start, span.frames, step, shape).float(), device)
-
+    steps = steps[: course.steps]
     x = draw(0) if source is None else add_noise(source, draw(0), steps[0].sigma)
     for i, (timestep, sigma) in enumerate(steps):
-        x0 = model.x0(x, timestep, sigma, attend)
+        with torch.set_grad_enabled(course.gradient and i + 1 == len(steps)):
+            x0 = model.x0(x, timestep, sigma, attend)
         report(i + 1, len(steps), x0)
         if i + 1 < len(steps):
             x = add_noise(x0, draw(i + 1), steps[i + 1].sigma)
     return x0
+
+
+def _drawing(
+    noise: Noise, span: Span, shape: tuple[int, int, int, int], device: torch.device
+) -> Callable[[int], Tensor]:
+    """Noise [B, C, frames, H, W] of a chunk's steps, on the device."""
+
+    def draw(step: int) -> Tensor:
+        return upload(noise(span.start, span.frames, step, shape).float(), device)
+
+    return draw
 
 
 def _reporter(on_step: Callable[[Progress], None] | None, span: Span, total: int) -> Callable[[int, int, Tensor], None]:

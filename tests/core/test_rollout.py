@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sf_core.cache import RollingCache
 from sf_core.config import PRESETS, WAN_1_3B, Sampling, WanConfig
 from sf_core.model import (
+    EAGER,
     Sequence,
     WanLayers,
     WanModel,
@@ -20,7 +21,7 @@ from sf_core.model import (
     velocity,
 )
 from sf_core.noise import SeededNoise
-from sf_core.rollout import plan_spans, rollout, whole_chunks
+from sf_core.rollout import Course, plan_spans, rollout, whole_chunks
 from sf_core.script import Cue
 
 SMALL = WanConfig(dim=24, heads=2, layers=2, ffn_dim=32, channels=4, freq_dim=16, text_dim=8, text_len=6)
@@ -123,6 +124,27 @@ def test_the_first_frames_do_not_depend_on_the_length(frames, more, sink, pinned
     whole_chunks = frames - frames % sampling.chunk
     short, long = roll(frames, sampling), roll(frames + more, sampling)
     equal(short[:, :, :whole_chunks], long[:, :, :whole_chunks])
+
+
+@settings(max_examples=25)
+@given(
+    frames=st.integers(1, 12),
+    chunk=st.integers(1, 3),
+    sink=st.integers(0, 3),
+    spare=st.integers(0, 4),
+    again=st.booleans(),
+)
+def test_a_cache_that_keeps_everything_shows_the_same_window(frames, chunk, sink, spare, again):
+    sampling = Sampling(chunk=chunk, sink=sink, window=sink + chunk + spare)
+    stages = EAGER._replace(again=again)
+    expected = roll(frames, sampling)
+    for gradient in (False, True):  # inside the cache, and beside it
+        equal(roll(frames, sampling, stages=stages, course=lambda span: Course(gradient=gradient)), expected)  # noqa: B023
+
+
+def test_a_cache_that_keeps_everything_cannot_move_sinks():
+    with pytest.raises(ValueError, match="pinned sinks with gradient checkpointing.*Turn off one"):
+        roll(6, Sampling(sink=1, window=6, pinned=True), stages=EAGER._replace(again=True))
 
 
 def test_a_prefix_continues_as_if_it_had_been_generated():
