@@ -63,6 +63,7 @@ def memory_needed(
     frames: int = LONGEST_TRAINED,
     dtype: torch.dtype = torch.bfloat16,
     cache_dtype: torch.dtype | None = None,
+    rereads: bool = False,
 ) -> Memory:
     """Memory for one video of `height` x `width` pixels and `frames` latent frames, with `weights` bytes of weights.
 
@@ -72,7 +73,8 @@ def memory_needed(
     cache        2 layers min(window, frames) S dim b; in float8 b is 1, and each token and head has a float32 scale;
                  sinks whose positions move along keep their first keys too: layers sink S dim b
     text         2 layers text_len dim b: keys and values of the prompt
-    activations  chunk S (2 ffn_dim + 20 dim) b, and 3 min(window, frames) S dim b where a float8 cache is turned back
+    activations  chunk S (2 ffn_dim + 20 dim) b, and 3 min(window, frames) S dim b where a float8 cache is turned back;
+                 with `rereads` the whole window takes the chunk's place, as a prompt switch by recache reads it
 
     The cache is exact. Activations are an estimate: the feed-forward with both its halves alive and what a block holds
     besides, fitted to measured peaks (10 % above them for 1 to 3 layers in float32 and bfloat16).
@@ -80,7 +82,7 @@ def memory_needed(
     height, width = height // 8, width // 8
     size = {"batch": 1, "height": height, "width": width, "device": "meta", "dtype": cache_dtype or dtype}
     cache = RollingCache.for_rollout(config, sampling, frames, **size)
-    tokens = sampling.chunk * cache.tokens
+    tokens = (cache.slots if rereads else sampling.chunk) * cache.tokens
     kept = config.layers * cache.sink * cache.tokens * config.dim * dtype.itemsize if cache.pinned else 0
     turned_back = 3 * cache.slots * cache.tokens * config.dim if size["dtype"] in FLOAT8 else 0
     return Memory(

@@ -105,9 +105,14 @@ class Sampling:
                 f"must hold both. Use a window of at least {self.sink + largest}, or a smaller sink or chunk."
             )
 
-    def steps_of(self, first: bool) -> tuple[Step, ...]:
-        """The (timestep, sigma) list of a chunk; `first` for the first one that is generated."""
+    def steps_of(self, first: bool, strength: float = 1.0) -> tuple[Step, ...]:
+        """The (timestep, sigma) list of a chunk; `first` for the first one that is generated.
+
+        With a `strength` below 1 the list begins at that level, before the shift, and goes on with the lower steps.
+        """
         steps = self.first_steps if first and self.first_steps else self.steps
+        if strength < 1:
+            steps = (1000 * strength, *(step for step in steps if step < 1000 * strength))
         return few_steps(steps, self.shift, self.warp)
 
 

@@ -39,7 +39,7 @@ from .model import Stages as Blocks
 from .models import BuiltIn, Files, Source
 from .noise import MAX_SEED, SeededNoise
 from .rollout import Progress, Span, plan_spans, rollout, whole_chunks
-from .script import Cue
+from .script import REREADING, Cue
 from .storyboard import Prompt, cues, parse, starts
 from .video import check_destination, check_folder, contact_sheet, save_video
 
@@ -85,6 +85,11 @@ class Request:
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
         return parse(self.prompt, self.fps)
+
+    @property
+    def rereads(self) -> bool:
+        """Whether a prompt makes the model read its window again."""
+        return any(prompt.entrance.transition in REREADING for prompt in self.prompts[1:])
 
     @cached_property
     def spans(self) -> list[Span]:

@@ -62,6 +62,7 @@ class Plan:
 
     weights   bytes of the model's weights as they are, float8 or not; `fp8` makes them float8
     tile      of the decoder, in latent pixels; None: the whole picture at once
+    rereads   whether the window is read again in one forward, as some prompt switches do
     """
 
     config: WanConfig
@@ -75,6 +76,7 @@ class Plan:
     fp8: bool = False
     cache_dtype: torch.dtype | None = None
     tile: int | None = None
+    rereads: bool = False
 
     @property
     def weights_fp8(self) -> int:
@@ -86,7 +88,7 @@ class Plan:
         """What the rollout takes."""
         weights = self.weights_fp8 if self.fp8 else self.weights
         video = (self.height, self.width, self.frames)
-        return memory_needed(self.config, self.sampling, weights, *video, self.dtype, self.cache_dtype)
+        return memory_needed(self.config, self.sampling, weights, *video, self.dtype, self.cache_dtype, self.rereads)
 
     @property
     def decoding(self) -> tuple[int, int]:

@@ -43,6 +43,7 @@ class Request(Protocol):
     fp8: bool
     cache_dtype: torch.dtype | None
     tile: int | None
+    rereads: bool
 
 
 class BuiltIn:
@@ -164,6 +165,7 @@ def plan(request: Request, config: WanConfig, weights: int, decoder: Decoder) ->
         fp8=request.fp8,
         cache_dtype=request.cache_dtype,
         tile=request.tile,
+        rereads=request.rereads,
     )
 
 

@@ -2,7 +2,7 @@
 
     for chunk in chunks:
         at a new prompt: renew what was remembered
-        x = noise
+        x = noise                       (over a source clip, for video to video)
         for each step of the list:
             x0 = denoise x, seeing the window
             x = x0 with fresh noise, less of it
@@ -31,18 +31,23 @@ from .config import Sampling
 from .model import EAGER, Attention, Stages, Text, Wan, encode_text, sdpa, upload, velocity
 from .noise import Noise
 from .schedule import Step, add_noise, x0_from_velocity
-from .script import Cue, Script, padded_alike
+from .script import REREADING, Cue, Script, padded_alike
 
 
 @dataclass(frozen=True)
 class Span:
-    """Frames start .. start + frames - 1, generated or `given` by a prefix."""
+    """Frames start .. start + frames - 1, generated or `given` by a prefix; only what is `read` enters the cache."""
 
     index: int
     start: int
     frames: int
     given: bool
     is_last: bool
+    read: bool = True
+
+    @property
+    def end(self) -> int:
+        return self.start + self.frames
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,11 @@ def every_step(span: Span) -> Course:
     return Course()
 
 
-def plan_spans(frames: int, sampling: Sampling, prefix: int = 0) -> list[Span]:
+def plan_spans(frames: int, sampling: Sampling, prefix: int = 0, whole_prefix: bool = False) -> list[Span]:
     """Cuts `frames` latent frames, of which the first `prefix` are given, into the chunks of a rollout.
 
-    A prefix is fed in chunks too, the odd one first (one image: 1, n, n, ...). The last chunk may be shorter. Raises
+    A prefix is fed in chunks too, the odd one first (one image: 1, n, n, ...). Where it is longer than the window only
+    what the first new chunk will see is read, or all of it with `whole_prefix`. The last chunk may be shorter. Raises
     ValueError when nothing is left to generate.
     """
     _check_length(frames, prefix)
@@ -103,9 +109,19 @@ def plan_spans(frames: int, sampling: Sampling, prefix: int = 0) -> list[Span]:
         first = sampling.first_chunk if not sizes and sampling.first_chunk else n
         sizes.append(min(first, left))
         left -= sizes[-1]
-    starts = accumulate(sizes, initial=0)
+    seen = 0 if whole_prefix else _first_seen(prefix, sampling)
     last = len(sizes) - 1
-    return [Span(i, start, size, i < given, i == last) for i, (start, size) in enumerate(zip(starts, sizes))]
+    return [
+        Span(i, start, size, i < given, i == last, start + size > seen or start < sampling.sink)
+        for i, (start, size) in enumerate(zip(accumulate(sizes, initial=0), sizes))
+    ]
+
+
+def _first_seen(prefix: int, sampling: Sampling) -> int:
+    """The oldest frame of a prefix, sinks aside, that the first new chunk sees; 0 where the window holds the prefix."""
+    if sampling.window is None or prefix <= sampling.window:
+        return 0
+    return prefix - (sampling.window - sampling.sink - sampling.chunk)
 
 
 def whole_chunks(frames: int, sampling: Sampling, prefix: int = 0) -> int:
@@ -165,8 +181,12 @@ def rollout(
     height: int,
     width: int,
     prefix: Tensor | None = None,
+    whole_prefix: bool = False,
+    source: Tensor | None = None,
+    strength: float = 1.0,
     negative: Tensor | None = None,
     guidance: float = 1.0,
+    reencode: Reencode | None = None,
     dtype: torch.dtype | None = None,
     cache_dtype: torch.dtype | None = None,
     attention: Attention = sdpa,
@@ -180,8 +200,14 @@ def rollout(
     noise          `SeededNoise(seed)`, or recorded noise
     height, width  latent size, even (8 latent pixels are 64 pixels)
     prefix         clean latents [B, C, P, H, W] in model space to start from; P < frames
+    whole_prefix   read all of a prefix that is longer than the window, and not only what the first new chunk sees. The
+                   keys of a generated video's end then are what they were, so that going on from it is as if it had
+                   never stopped
+    source         latents [B, C, frames, H, W] in model space of a video to make another of
+    strength       how much of the source gives way to noise before it is denoised, in (0, 1]; 1: all of it
     negative       embeddings [B, tokens, text_dim] to steer away from, where `guidance` (CFG) is not 1; that doubles
                    the work and the cache
+    reencode       see `Reencode`: renews the memory of long videos
     dtype          dtype to compute in; that of the prompt by default. Latents stay float32 between steps
     cache_dtype    dtype of the cache; `dtype` by default, torch.float8_e4m3fn for half the memory of bfloat16
     attention      the attention kernel; `stages` from `compile_stages` for compiled blocks
@@ -196,8 +222,13 @@ def rollout(
     _check_size(height, width)
     if prefix is not None:
         _check_prefix(prefix, (batch, config.channels, height, width))
+    if source is not None:
+        _check_source(source, (batch, config.channels, frames, height, width))
+    if not 0 < strength <= 1:
+        raise ValueError(f"Got strength {strength:g}; it is above 0 and at most 1, which replaces all of the source.")
     _check_guidance(guidance, negative, batch)
-    spans = plan_spans(frames, sampling, 0 if prefix is None else prefix.shape[2])
+    spans = plan_spans(frames, sampling, 0 if prefix is None else prefix.shape[2], whole_prefix)
+    level = 1.0 if source is None else strength
 
     def generate() -> Iterator[Chunk]:
         prompted = Prompted(wan, script, negative, guidance, dtype, stages)
@@ -206,20 +237,27 @@ def rollout(
         cache = RollingCache.for_rollout(config, sampling, frames, **size)
         shape = (batch, config.channels, height, width)
         generated = [span for span in spans if not span.given]
-        total = sum(len(sampling.steps_of(span is generated[0])) for span in generated)
-        made = Made(cache.slots if script.rereads else 0)
+        total = sum(len(sampling.steps_of(span is generated[0], level)) for span in generated)
+        made = Made(cache.slots if script.rereads or reencode else 0)
         for span in spans:
             model, transition = prompted.at(span.start)
+            if not span.read:
+                yield Chunk(span, _piece(prefix, span, device))
+                cache.cut(span.end)
+                continue
             if transition:
                 switch(model, cache, transition, span.start, made, sampling, attention)
+            if reencode and span.end > cache.first + cache.slots:
+                refresh(model, cache, span.start, made, sampling, attention, reencode)
             attend = cache.chunk(span.start, span.frames, attention)
             going = (course or every_step)(span)
             draw = _drawing(noise, span, shape, device)
             if span.given:
-                x0 = upload(prefix[:, :, span.start : span.start + span.frames].float(), device)
+                x0 = _piece(prefix, span, device)
             else:
-                report = _reporter(on_step, span, total)
-                x0 = denoise(model, sampling.steps_of(span is generated[0]), draw, attend, going, report)
+                steps, report = sampling.steps_of(span is generated[0], level), _reporter(on_step, span, total)
+                begun = None if source is None else _piece(source, span, device)
+                x0 = denoise(model, steps, draw, attend, going, report, begun)
             yield Chunk(span, x0)
             made.add(x0)
             if not span.is_last:
@@ -259,7 +297,7 @@ class Prompted:
 
 
 class Made:
-    """The newest finished latents [B, C, <= most, H, W], for a prompt that has to read them again."""
+    """The newest finished latents [B, C, <= most, H, W], for whatever has to read them again."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -269,6 +307,11 @@ class Made:
         if self.most:
             joined = x0 if self.latents is None else torch.cat((self.latents, x0), dim=2)
             self.latents = joined[:, :, -self.most :]
+
+
+def _piece(latents: Tensor, span: Span, device: torch.device) -> Tensor:
+    """The frames of a chunk out of latents [B, C, F, H, W] of the whole video."""
+    return upload(latents[:, :, span.start : span.end].float(), device)
 
 
 def switch(
@@ -283,12 +326,38 @@ def switch(
     """Brings the cache in line with a prompt that starts at `frame`; see script.py."""
     if transition == "cut":
         cache.cut(frame)
-    if transition not in ("recache", "renew"):
+    if transition not in REREADING:
         return
     start = frame - made.latents.shape[2]
     if transition == "renew":
         cache.restart(start)
     model.commit(made.latents, sampling.context_noise, cache.chunk(start, frame - start, attention))
+
+
+Reencode = Callable[[Tensor], Tensor]
+"""First-frame re-encode: latents [B, C, F, H, W] -> the latent [B, C, 1, H, W] of a still of their last picture.
+
+A model trained on short clips has always seen a still, one frame and not four, at the beginning of its window. With
+this, whenever the window is full, its newest half is read again as a clip of its own that begins with a still, as the
+long-video script of CausVid (tianweiy/CausVid) does.
+"""
+
+
+def refresh(
+    model: Denoiser,
+    cache: RollingCache,
+    frame: int,
+    made: Made,
+    sampling: Sampling,
+    attention: Attention,
+    reencode: Reencode,
+) -> None:
+    """Makes a clip of its own of the newest frames before `frame`: about half of the window, in whole chunks."""
+    kept = sampling.chunk * max(1, (cache.slots - sampling.chunk) // (2 * sampling.chunk))
+    newest = made.latents[:, :, -kept:]
+    clip = torch.cat((reencode(made.latents[:, :, : made.latents.shape[2] - kept + 1]), newest[:, :, 1:]), dim=2)
+    cache.restart(frame - kept)
+    model.commit(clip, sampling.context_noise, cache.chunk(frame - kept, kept, attention))
 
 
 def denoise(
@@ -298,10 +367,11 @@ def denoise(
     attend: ChunkAttention,
     course: Course,
     report: Callable[[int, int, Tensor], None],
+    source: Tensor | None = None,
 ) -> Tensor:
-    """Clean latents [B, C, frames, H, W] of one chunk, from noise, through the few-step list."""
+    """Clean latents [B, C, frames, H, W] of one chunk, from noise or a noised `source`, through the few-step list."""
     steps = steps[: course.steps]
-    x = draw(0)
+    x = draw(0) if source is None else add_noise(source, draw(0), steps[0].sigma)
     for i, (timestep, sigma) in enumerate(steps):
         with torch.set_grad_enabled(course.gradient and i + 1 == len(steps)):
             x0 = model.x0(x, timestep, sigma, attend)
@@ -335,6 +405,14 @@ def _check_size(height: int, width: int) -> None:
         raise ValueError(
             f"Got latents of {height} x {width}; both must be even and at least 2. "
             "Use a height and width in pixels that are multiples of 16."
+        )
+
+
+def _check_source(source: Tensor, shape: tuple[int, ...]) -> None:
+    if source.shape != shape:
+        raise ValueError(
+            f"Got a source of shape {list(source.shape)}; this rollout needs {list(shape)}. Encode the clip at the "
+            "video's size, length and batch."
         )
 
 

@@ -9,6 +9,7 @@ numbers, so no device is ever asked for an index. Source: guandeh17/Self-Forcing
 from __future__ import annotations
 
 import math
+import struct
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -41,11 +42,19 @@ def sigma_at(timestep: float, shift: float) -> float:
 
 
 def few_steps(steps: tuple[float, ...], shift: float, warp: bool = True) -> tuple[Step, ...]:
-    """(timestep, sigma) of each entry of a few-step list; without `warp` the timesteps are taken as they stand."""
+    """(timestep, sigma) of each entry of a few-step list; without `warp` the timesteps are taken as they stand.
+
+    Warped sigmas are float32 numbers, so that a list that has been a tensor on the way is the same list.
+    """
     if warp:
-        sigmas = (shift_sigma(step / 1000, shift) for step in steps)
-        return tuple(Step(1000 * sigma, sigma) for sigma in sigmas)
+        return tuple(step_at(shift_sigma(step / 1000, shift)) for step in steps)
     return tuple(Step(step, sigma_at(step, shift)) for step in steps)
+
+
+def step_at(sigma: float) -> Step:
+    """The step at a noise level (0..1), rounded to float32."""
+    (sigma,) = struct.unpack("f", struct.pack("f", sigma))
+    return Step(1000 * sigma, sigma)
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 TRANSITIONS = ("recache", "renew", "cut", "blend")
+REREADING = ("recache", "renew")  # those that read the window again
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Script:
     @property
     def rereads(self) -> bool:
         """Whether finished frames are needed again at a switch."""
-        return any(cue.transition in ("recache", "renew") for cue in self.cues[1:])
+        return any(cue.transition in REREADING for cue in self.cues[1:])
 
     def number_at(self, frame: int) -> int:
         """Index of the cue that a chunk starting at `frame` follows."""

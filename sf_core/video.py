@@ -2,7 +2,7 @@
 
 Frames are handed in piece by piece and go straight to the encoder, so memory does not grow with the video. Everything
 is written beside its destination under another name and moved there when it is whole: an error or ^C leaves what was
-there before.
+there before, or, where that is asked for, ends the video at what had been made.
 
 T frames, H W size in pixels.
 """
@@ -27,11 +27,20 @@ FRAME_NAME = re.compile(r"frame_\d{5,}\.png")
 NAMES = "Use a name that ends in .mp4, .webm or .gif, or in / for a folder of PNGs."
 
 
-def save_video(path: str | Path, frames: Tensor | Iterable[Tensor], fps: float = 16) -> int:
+def save_video(
+    path: str | Path,
+    frames: Tensor | Iterable[Tensor],
+    fps: float = 16,
+    keep: bool = False,
+    metadata: dict[str, str] | None = None,
+) -> int:
     """Writes frames [T, H, W, 3] in 0..1, or an iterable of such pieces; returns how many frames were written.
 
     The format goes by the name: .mp4 (H.264), .webm (VP9), .gif (whose clock has 100 ticks a second), or a folder of
     PNGs when it ends in / or has no suffix. An existing video is replaced.
+
+    keep      where `frames` raises, the frames before that become a whole video before the exception goes on
+    metadata  entries of the container, for .mp4 and .webm
 
     Raises ValueError for a name, size or rate that cannot be written, OSError when the place cannot be written to.
     """
@@ -40,11 +49,14 @@ def save_video(path: str | Path, frames: Tensor | Iterable[Tensor], fps: float =
         raise ValueError(f"Got {fps} frames per second; a video needs 1 to 1000. The models make 16.")
     write, target = WRITERS[_kind(path)], Path(path).resolve()
     partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    images = _Images(frames, keep)
     try:
-        count = write(partial, _images(frames), fps)
+        count = write(partial, images, fps, metadata or {})
         _move(partial, target)
     finally:
         _remove(partial)
+        if images.stopped is not None:
+            raise images.stopped
     return count
 
 
@@ -127,9 +139,34 @@ def _images(frames: Tensor | Iterable[Tensor]) -> Iterator[np.ndarray]:
         yield from (piece.clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy()
 
 
-def _write_av(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
+class _Images:
+    """Each frame as uint8 [H, W, 3]. With `keep` an exception ends them and is `stopped` afterwards."""
+
+    def __init__(self, frames: Tensor | Iterable[Tensor], keep: bool) -> None:
+        self.images, self.keep = _images(frames), keep
+        self.stopped: BaseException | None = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        try:
+            return next(self.images)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            if not self.keep:
+                raise
+            self.stopped = error
+            raise StopIteration from None
+
+
+def _write_av(path: Path, images: Iterator[np.ndarray], fps: float, metadata: dict[str, str]) -> int:
     count = 0
-    with imageio.imopen(path, "w", plugin="pyav") as file:
+    # Without this flag mp4 drops entries that it has no name of its own for.
+    options = {"options": {"movflags": "use_metadata_tags"}} if path.suffix == ".mp4" else {}
+    with imageio.imopen(path, "w", plugin="pyav", **options) as file:
+        file.container_metadata.update(metadata)
         file.init_video_stream(CODECS[path.suffix.lower()], fps=fps, pixel_format="yuv420p")
         for image in images:
             _check_even(image)
@@ -139,7 +176,7 @@ def _write_av(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
     return count
 
 
-def _write_gif(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
+def _write_gif(path: Path, images: Iterator[np.ndarray], fps: float, metadata: dict[str, str]) -> int:
     count = 0
 
     def picture(image: np.ndarray) -> Image.Image:
@@ -154,7 +191,7 @@ def _write_gif(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
     return count
 
 
-def _write_folder(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
+def _write_folder(path: Path, images: Iterator[np.ndarray], fps: float, metadata: dict[str, str]) -> int:
     count = 0
     path.mkdir()
     for image in images:
@@ -165,7 +202,7 @@ def _write_folder(path: Path, images: Iterator[np.ndarray], fps: float) -> int:
 
 
 CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9"}
-WRITERS: dict[str, Callable[[Path, Iterator[np.ndarray], float], int]] = {
+WRITERS: dict[str, Callable[[Path, Iterator[np.ndarray], float, dict[str, str]], int]] = {
     ".mp4": _write_av,
     ".webm": _write_av,
     ".gif": _write_gif,

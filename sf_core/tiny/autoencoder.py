@@ -102,6 +102,13 @@ class TinyAutoencoder(nn.Module):
         """A whole clip: latents [B, C, F, H, W] -> frames [B, 4F-3, 8H, 8W, 3] in 0..1, float32."""
         return DecoderStream(self).decode(latents)
 
+    def still(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] of a clip's end -> the latent [B, C, 1, H, W] of a still of its last frame.
+
+        The rollout's first-frame re-encode. The last few latents decide the frame.
+        """
+        return self.encode(self.decode(latents[:, :, -4:])[:, -1:]).to(latents)
+
 
 def to_blocks(frames: Tensor) -> Tensor:
     """[B, 4F, 8H, 8W, 3] -> [B, F, H, W, block]."""

@@ -23,7 +23,7 @@ from ..config import PRESETS, Sampling
 from ..fp8 import FLOAT8, quantise
 from ..model import Sequence, WanModel, encode_text, velocity
 from ..noise import SeededNoise
-from ..rollout import rollout
+from ..rollout import Reencode, rollout
 from ..schedule import add_noise
 from ..taehv import DecoderStream
 from ..video import contact_sheet
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sink", type=whole(0, 1000), default=given, help="first latent frames that never leave the window (0)")
     add("--pinned", action="store_true", default=given, help="sinks move along with the window")
     add("--context-noise", type=float, default=given, help="timestep told when a chunk enters the cache (0)")
+    add("--reencode", action="store_true", help="turn the first frame of a full window into a still")
     add("--sheet", type=Path, metavar="PNG", help="write a contact sheet: a row for each of the first videos")
     add("--json", action="store_true", help="print JSON instead of tables")
 
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> str:
         wan = tiny.load_model(path=path)
         near = quantise(copy.deepcopy(wan)) if args.fp8 else wan
         off = velocity_error(wan, near, text.encode(prompts[:BATCH]), vae.encode(render(clips[:BATCH], 9)))
-        videos = generate(near, text, vae, prompts, args.windows, args.seed, sampling, cache_dtype)
+        reencode = vae.still if args.reencode else None
+        videos = generate(near, text, vae, prompts, args.windows, args.seed, sampling, cache_dtype, reencode)
         first = next(videos)
         scores = score(chain([first], videos), clips, args.windows)
         named = {"model": str(path or "built in"), "prompts": args.prompts, "velocity_error": off}
@@ -103,6 +105,7 @@ def generate(
     seed: int = 0,
     sampling: Sampling = PRESETS["tiny"],
     cache_dtype: torch.dtype | None = None,
+    reencode: Reencode | None = None,
 ) -> Iterator[Tensor]:
     """Videos of the prompts, [<= BATCH, windows * WINDOW, 64, 64, 3] at a time, each batch with its own noise."""
     latent = SIZE // SPACE
@@ -111,7 +114,8 @@ def generate(
         embeds = text.encode(prompts[first : first + BATCH])
         stream = DecoderStream(vae)
         noise = SeededNoise(seed + first)
-        chunks = rollout(wan, sampling, embeds, noise, frames, latent, latent, cache_dtype=cache_dtype)
+        options = {"cache_dtype": cache_dtype, "reencode": reencode}
+        chunks = rollout(wan, sampling, embeds, noise, frames, latent, latent, **options)
         video = torch.cat([stream.decode(chunk.latents) for chunk in chunks], 1)
         yield video[:, : windows * WINDOW]
 

@@ -1,5 +1,7 @@
 """Laws of the rollout and its cache that hold for any size, chunking, window and sink."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from sf_core.model import (
 )
 from sf_core.noise import SeededNoise
 from sf_core.rollout import Course, plan_spans, rollout, whole_chunks
+from sf_core.script import Cue
 
 SMALL = WanConfig(dim=24, heads=2, layers=2, ffn_dim=32, channels=4, freq_dim=16, text_dim=8, text_len=6)
 HEIGHT, WIDTH = 4, 6
@@ -149,6 +152,84 @@ def test_a_prefix_continues_as_if_it_had_been_generated():
     equal(roll(12, prefix=whole[:, :, :6]), whole)
 
 
+@settings(max_examples=15)
+@given(chunk=st.sampled_from((1, 2, 4)), window=st.integers(0, 14), sink=st.integers(0, 2), pinned=st.booleans())
+def test_a_video_continued_from_its_whole_history_is_the_video_made_at_once(chunk, window, sink, pinned):
+    sampling = Sampling(chunk=chunk, window=sink + chunk + window, sink=sink, pinned=pinned)
+    whole = roll(40, sampling)
+    first = roll(20, sampling)
+    assert torch.equal(first, whole[:, :, :20])
+    # Equal but for the last bits: where the ring begins anew a slot differs, and with it the order of a sum.
+    equal(roll(40, sampling, prefix=first, whole_prefix=True), whole)
+
+
+def test_a_long_prefix_is_read_as_far_as_the_first_new_chunk_sees():
+    sampling = Sampling(window=9, sink=1)
+    read = [span.start for span in plan_spans(24, sampling, prefix=18) if span.read and span.given]
+    assert read == [0, 12, 15]  # the sink's chunk, and the 5 frames beside sink and new chunk
+    assert all(span.read for span in plan_spans(24, sampling, prefix=9))
+    assert all(span.read for span in plan_spans(24, sampling, prefix=18, whole_prefix=True))
+
+
+def test_what_of_a_prefix_is_not_read_does_not_matter_but_comes_out():
+    sampling, prefix = Sampling(window=9, sink=1), roll(18)
+    other = prefix.clone()
+    other[:, :, 3:12] = 7
+    ours, theirs = (roll(24, sampling, prefix=given) for given in (prefix, other))
+    assert torch.equal(ours[:, :, :18], prefix) and torch.equal(theirs[:, :, :18], other)
+    assert torch.equal(ours[:, :, 18:], theirs[:, :, 18:])
+    near = roll(24, sampling, prefix=prefix, whole_prefix=True)
+    assert 0 < (near - ours)[:, :, 18:].norm() < 0.5 * near[:, :, 18:].norm()
+
+
+def test_a_new_prompt_right_after_a_long_prefix_reads_only_what_is_in_the_cache():
+    sampling, prefix = Sampling(window=9, sink=1), roll(18)
+    other = torch.randn(1, 4, SMALL.text_dim, generator=torch.Generator().manual_seed(2))
+    switched = roll(27, sampling, prompt=[Cue(0, PROMPT), Cue(21, other)], prefix=prefix)
+    assert torch.equal(switched[:, :, :21], roll(21, sampling, prefix=prefix))
+    assert switched.isfinite().all()
+
+
+def test_strength_decides_how_much_of_a_source_stays():
+    source = roll(7, seed=3)
+    distances = [(roll(7, source=source, strength=s) - source).norm() for s in (0.05, 0.3, 0.6, 0.9)]
+    assert distances == sorted(distances)
+    assert torch.equal(roll(7, source=source, strength=1.0), roll(7))
+
+
+def test_a_strength_between_steps_begins_at_its_own_level():
+    listed = [round(step.timestep, 1) for step in Sampling(shift=1).steps_of(False, 0.6)]
+    assert listed == [600, 500, 250]
+    steps = []
+    roll(3, source=roll(3), strength=0.6, on_step=lambda progress: steps.append((progress.step, progress.total)))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_source_is_followed_chunk_by_chunk():
+    source = roll(9, seed=3)
+    other = source.clone()
+    other[:, :, 6:] = 0
+    ours, theirs = (roll(9, source=clip, strength=0.5) for clip in (source, other))
+    assert torch.equal(ours[:, :, :6], theirs[:, :, :6])
+    assert (ours - theirs)[:, :, 6:].abs().amax() > 0.1
+
+
+def test_first_frame_reencode_begins_a_full_window_with_a_still():
+    asked = []
+
+    def still(latents):
+        asked.append(latents)
+        return torch.zeros_like(latents[:, :, -1:])
+
+    sampling = Sampling(window=9)
+    plain, renewed = roll(18, sampling), roll(18, sampling, reencode=still)
+    assert torch.equal(renewed[:, :, :9], plain[:, :, :9])
+    assert [latents.shape[2] for latents in asked] == [7, 7]  # of 9 frames, 3 go on; at frames 9 and 15
+    assert torch.equal(asked[0][:, :, -1], plain[:, :, 6])
+    assert (renewed - plain)[:, :, 9:12].abs().amax() > 1e-3
+    assert torch.equal(roll(9, sampling, reencode=still), plain[:, :, :9])
+
+
 def test_a_video_of_a_batch_is_the_same_alone():
     both = roll(6, prompt=PROMPT.expand(2, -1, -1))
     equal(both[:1], roll(6))
@@ -198,6 +279,30 @@ def test_a_float8_cache_takes_half_the_memory_and_moves_the_video_little():
     assert eighth.nbytes / half.nbytes == pytest.approx(0.5, abs=0.02)  # the scales: 4 bytes for 128 numbers
     plain, eighth = roll(12), roll(12, cache_dtype=torch.float8_e4m3fn)
     assert (plain - eighth).norm() / plain.norm() < 0.02
+
+
+@torch.no_grad()
+def test_the_hundred_thousandth_chunk_costs_what_the_tenth_costs():
+    x = torch.randn(1, SMALL.channels, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
+    text, seen = encode_text(WAN, PROMPT), []
+
+    def spy(q, k, v, mask):
+        seen.append(k.shape[2])
+        return sdpa(q, k, v)
+
+    def cost(number):
+        cache = RollingCache(SMALL, 1, HEIGHT, WIDTH, slots=9, sink=1, pinned=True, first=3 * (number - 10))
+        seen.clear()
+        for chunk in range(number - 10, number):
+            velocity(WAN, x, 500, text, cache.chunk(3 * chunk, 3, spy))
+        started = time.perf_counter()
+        for _ in range(20):
+            velocity(WAN, x, 500, text, cache.chunk(3 * (number - 1), 3, spy))
+        return cache.nbytes, list(seen), time.perf_counter() - started
+
+    tenth, far = (min((cost(number) for _ in range(5)), key=lambda costs: costs[2]) for number in (10, 100_000))
+    assert far[:2] == tenth[:2]
+    assert far[2] < 1.5 * tenth[2]
 
 
 def test_far_positions_change_next_to_nothing():
@@ -317,6 +422,8 @@ def test_whole_chunks(frames, first_chunk, prefix, whole):
         ({"frames": 0}, "at least one frame must be left"),
         ({"frames": 6, "prefix": torch.zeros(1, 4, 6, HEIGHT, WIDTH)}, "Ask for 7 latent frames"),
         ({"frames": 6, "prefix": torch.zeros(1, 3, 2, HEIGHT, WIDTH)}, r"prefix of shape \[1, 3, 2, 4, 6\]"),
+        ({"frames": 6, "source": torch.zeros(1, 4, 5, HEIGHT, WIDTH)}, r"source of shape \[1, 4, 5, 4, 6\]"),
+        ({"frames": 6, "strength": 0}, "strength 0"),
         ({"frames": 6, "size": (3, 6)}, "latents of 3 x 6.*multiples of 16"),
         ({"frames": 6, "prompt": torch.zeros(1, 5, 9)}, "width 9; this model needs 8"),
         ({"frames": 6, "prompt": torch.zeros(1, 7, 8)}, "prompt of 7 tokens; this model reads 6"),

@@ -81,6 +81,36 @@ def test_a_failure_leaves_nothing(tmp_path, name, stop):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_what_was_made_before_a_failure_can_be_kept(tmp_path, name, stop):
+    def pieces():
+        yield moving_square(5)
+        raise stop
+
+    with pytest.raises(stop):
+        save_video(f"{tmp_path}/{name}", pieces(), keep=True)
+    assert len(read_video(tmp_path / name)) == 5
+    assert os.listdir(tmp_path) == [name.strip("/")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_failure_before_the_first_frame_leaves_nothing_to_keep(tmp_path, name):
+    def pieces():
+        raise RuntimeError("the real reason")
+        yield
+
+    with pytest.raises(RuntimeError, match="the real reason"):
+        save_video(f"{tmp_path}/{name}", pieces(), keep=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_metadata_is_kept_in_the_container(tmp_path):
+    save_video(tmp_path / "clip.mp4", moving_square(3), metadata={"prompt": '{"1": "a red circle"}'})
+    with av.open(str(tmp_path / "clip.mp4")) as file:
+        assert file.metadata["prompt"] == '{"1": "a red circle"}'
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_failure_keeps_the_earlier_video(tmp_path, name):
     save_video(f"{tmp_path}/{name}", moving_square())
     before = read_video(tmp_path / name)
