@@ -309,7 +309,10 @@ def read_config(source: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
         path = SHIPPED / f"{source}.yaml"
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
-        raise FileNotFoundError(f"Got no file {source}; shipped configurations are {names}. Name one, or a YAML file.")
+        raise FileNotFoundError(
+            f"Got no file {source}; shipped configurations are {names}. Name one, or a YAML file, or see python -m "
+            "sf_core train --help."
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         for change in changes:

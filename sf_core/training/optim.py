@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import OptimizerConfig
-from .parallel import local, spread_like, tree, whole
+from .parallel import local, put_back, spread_like, tree, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -134,6 +134,7 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after step `step` (from 0)."""
+        put_back(self.module)
         self.steps += step >= self.start
         weight = 1 - min(self.decay, self.steps / (self.steps + 10)) if step >= self.start else 1.0
         pairs = [(local(self.values[name]), local(p.detach())) for name, p in self._trained()]
@@ -143,6 +144,7 @@ class Average:
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
         """The module has the averaged weights meanwhile."""
+        put_back(self.module)
         live = {name: p.detach().clone() for name, p in self._trained()}
         self._put(self.values)
         try:
@@ -161,5 +163,6 @@ class Average:
 
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:
+        put_back(self.module)
         for name, p in self._trained():
             local(p).copy_(local(values[name]))

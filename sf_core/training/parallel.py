@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -103,6 +103,12 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], precision: torch.dtype
     for block in blocks:
         fully_shard(block, mp_policy=policy)
     return fully_shard(module, mp_policy=policy)
+
+
+def put_back(module: nn.Module) -> None:
+    """Spreads weights again that the last forward left gathered, before they are read or changed one by one."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
