@@ -6,7 +6,9 @@ Computed from shapes. With b bytes a number in the run's precision, S tokens a f
     frozen network    P times the bytes of model.frozen
     cache             2 layers frames S dim b a sample, of whole rollouts where blocks run again
     activations       what a backward pass keeps of the largest graph: of each block its input alone with `recompute`,
-                      else about (2 ffn_dim + 20 dim) b a token; and one block in full
+                      else about (2 ffn_dim + 20 dim) b a token, and in a rollout the keys and values that each
+                      chunk saw, 2 dim b a token; and one block in full
+    text              UMT5's encoder in bfloat16, in the wan world
 
 Sharding divides weights and their company by the number of processes; the blocks in use, two at a time, are whole.
 Weights and cache are exact. Activations are an estimate, of the kind in checkpoint.py.
@@ -30,6 +32,7 @@ from .worlds import DTYPES, NEW, latent_size, there
 
 GIB = 2**30
 WAN_14B = WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
+UMT5_BYTES = 2 * (256384 * 4096 + 24 * (4 * 4096**2 + 3 * 4096 * 10240))  # umt5-xxl's encoder in bfloat16
 NAMED = {"wan-1.3b": WanConfig(), "wan-14b": WAN_14B}
 
 
@@ -43,10 +46,11 @@ class Needed:
     gathered: int
     cache: int
     activations: int
+    text: int
 
     @property
     def total(self) -> int:
-        return self.student + self.critic + self.teacher + self.gathered + self.cache + self.activations
+        return sum(vars(self).values())
 
     def __str__(self) -> str:
         parts = [f"{name} {value / GIB:.1f}" for name, value in vars(self).items() if value]
@@ -69,7 +73,11 @@ def needed(config: TrainConfig, processes: int = 1) -> Needed:
         teacher=parameters(teacher) * DTYPES[config.model.frozen].itemsize // shares if teacher else 0,
         gathered=sum(gathered(network, config) for network in networks) if config.shard else 0,
         cache=cache_bytes(config, student, processes) if self_forced else 0,
-        activations=max(graph_bytes(config, network, processes) for network in networks if network is not teacher),
+        activations=max(
+            graph_bytes(config, student, processes, generates=True),
+            graph_bytes(config, critic, processes, generates=False) if critic else 0,
+        ),
+        text=UMT5_BYTES if config.model.world == "wan" else 0,
     )
 
 
@@ -134,11 +142,14 @@ def cache_bytes(config: TrainConfig, student: WanConfig, processes: int) -> int:
     return samples(config, processes) * kept * student.cache_bytes_per_frame(*size, bytes_each)
 
 
-def graph_bytes(config: TrainConfig, network: WanConfig, processes: int) -> int:
-    """What a backward pass through a clip keeps."""
-    frames = config.rollout.frames if config.method in SELF_FORCING else config.flow.frames
+def graph_bytes(config: TrainConfig, network: WanConfig, processes: int, generates: bool) -> int:
+    """What a backward pass through a clip keeps; a student that generates keeps what its chunks saw, too."""
+    self_forced = config.method in SELF_FORCING
+    frames = config.rollout.frames if self_forced else config.flow.frames
     copies = 2 if config.method in ("teacher-forcing", "ode", "consistency") else 1
     tokens = samples(config, processes) * copies * frames * network.tokens_per_frame(*latent_size(config.model))
-    block = tokens * (2 * network.ffn_dim + 20 * network.dim)
+    chunks = -(-frames // config.sampling.chunk)
+    seen = 2 * network.dim * (chunks + 1) / 2 if generates and self_forced else 0  # keys and values, all chunks before
+    block = int(tokens * (2 * network.ffn_dim + 20 * network.dim + seen))
     kept = network.layers * tokens * network.dim + block if config.recompute else network.layers * block
     return kept * DTYPES[config.precision].itemsize

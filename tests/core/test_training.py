@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sf_core.checkpoint import describe, load_model
 from sf_core.cli import main
@@ -359,3 +360,26 @@ def test_the_plot_needs_losses(tmp_path):
 def test_the_plan_is_printed_without_training(runs, capsys):
     assert main(["train", str(written("dmd", runs / "planned")), "--plan", "--processes", "2"]) == 0
     assert "GiB a device: student" in capsys.readouterr().out and not (runs / "planned").exists()
+
+
+def test_a_lora_run_trains_adapters_alone_and_exports_both_files(runs):
+    out = trained("dmd", runs / "lora", lora={"rank": 2, "alpha": 4.0})
+    adapters, start = load_file(out / "lora.safetensors"), load_checkpoint(runs / "causal")["student"]
+    assert len(adapters) == 3 * 10 * 2  # two layers with ten linear layers each: down, up, alpha
+    whole, name = load_checkpoint(out)["student"], "blocks.0.self_attn.q"
+    down, up = (adapters[f"diffusion_model.{name}.lora_{part}.weight"] for part in "AB")
+    assert adapters[f"diffusion_model.{name}.alpha"] == 4 and up.abs().sum() > 0
+    torch.testing.assert_close(whole[f"{name}.weight"], start[f"{name}.weight"] + 2 * up @ down)
+    assert torch.equal(whole["head.head.weight"], start["head.head.weight"])
+    assert set(load_model(out / MODEL)[0].state_dict()) == set(start)
+
+
+def test_a_shipped_student_is_adapted(tmp_path):
+    """The built-in model, its words and all, as one would start."""
+    data, size = {"prompts": str(tmp_path / "p.txt")}, {"frames": 3}
+    (tmp_path / "p.txt").write_text("a red circle moves right")
+    model = {"world": "tiny", "student": "built-in", "teacher": "built-in"}
+    sampling = {"shift": 3, "window": 9}
+    options = {"steps": 1, "batch": 1, "critic": {"updates": 1}, "lora": {"rank": 2}}
+    out = trained("dmd", tmp_path / "run", model=model, data=data, sampling=sampling, rollout=size, **options)
+    assert (out / "lora.safetensors").is_file() and len(losses(out)) == 1

@@ -39,12 +39,7 @@ def alike(one, other):
     for a, b in zip(losses(one), losses(other), strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
-            assert b[name] == pytest.approx(value, rel=tolerance(name)), name
-
-
-def tolerance(name):
-    """Slopes of logits are differences of nearly equal numbers, over a hundredth; gradients sum what losses average."""
-    return 1e-3 if name in ("r1", "r2") else 1e-4 if "gradient" in name else 1e-5
+            assert b[name] == pytest.approx(value, rel=1e-4 if "gradient" in name else 1e-5), name
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -58,10 +53,13 @@ def test_two_processes_give_the_losses_of_one(runs, shard):
 
 
 def test_sharded_blocks_may_run_again(runs):
-    """The discriminator reads the critic's tokens through the hooks, too."""
-    out = runs / "gan"
-    torchrun(written("gan", out, shard=True, recompute=True, steps=2), 2)
-    alike(out, trained("gan", runs / "gan-alone", steps=2))
+    """The discriminator reads the critic's tokens through the hooks, too.
+
+    Without the slopes of logits: differences of nearly equal numbers, over a hundredth, amplify rounding.
+    """
+    out, changes = runs / "gan", {"steps": 2, "loss": {"gan": {"r1": 0, "r2": 0}}}
+    torchrun(written("gan", out, shard=True, recompute=True, **changes), 2)
+    alike(out, trained("gan", runs / "gan-alone", **changes))
 
 
 def test_a_checkpoint_loads_in_any_number_of_processes(runs):

@@ -100,15 +100,24 @@ def sample(call, latent, prompt):
 @pytest.fixture
 def exact(prompt):
     """What the core makes of the same weights in float32, in raw VAE space."""
+    return rolled_out(core_model(), prompt)
+
+
+def core_model(state=None):
     from any_folder_name.sf_core.config import WanConfig
-    from any_folder_name.sf_core.families import FAMILIES
     from any_folder_name.sf_core.model import WanModel
+
+    wan = WanModel(WanConfig(dim=128, ffn_dim=256, heads=1, layers=2))
+    wan.load_state_dict(state or wan_weights())
+    return wan
+
+
+def rolled_out(wan, prompt) -> torch.Tensor:
+    from any_folder_name.sf_core.families import FAMILIES
     from any_folder_name.sf_core.noise import SeededNoise
     from any_folder_name.sf_core.rollout import rollout
     from any_folder_name.sf_core.vae import from_model_space
 
-    wan = WanModel(WanConfig(dim=128, ffn_dim=256, heads=1, layers=2))
-    wan.load_state_dict(wan_weights())
     sampling = FAMILIES["self-forcing"].sampling
     chunks = rollout(wan, sampling, prompt[0][0], SeededNoise(0), 3, 4, 4)
     return from_model_space(torch.cat([chunk.latents for chunk in chunks], 2))
@@ -142,6 +151,24 @@ def some_lora(folder, model):
     lora = {f"{key}.lora_A.weight": torch.randn(4, 128), f"{key}.lora_B.weight": torch.randn(256, 4)}
     save_file(lora, folder / "loras" / "some.safetensors")
     return nodes.LoraLoaderModelOnly().load_lora_model_only(model, "some.safetensors", 1.0)[0]
+
+
+def test_lora_of_our_training_changes_the_video_as_in_the_core(call, folder, sample, prompt, exact):
+    import nodes
+    from any_folder_name.sf_core.training.config import LoraConfig
+    from any_folder_name.sf_core.training.lora import adapter_file, add_adapters, merged
+
+    settings = LoraConfig(rank=4, alpha=8.0)
+    adapted = add_adapters(core_model(), settings, seed=0)
+    for name, weight in adapted.named_parameters():
+        if name.endswith(".up"):
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
+    save_file(adapter_file(adapted.state_dict(), settings), folder / "loras" / "trained.safetensors")
+    model = call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", "auto")
+    patched = nodes.LoraLoaderModelOnly().load_lora_model_only(model, "trained.safetensors", 1.0)[0]
+    wanted = rolled_out(core_model(merged(adapted.state_dict(), settings)), prompt)
+    assert relative_error(sample(patched), wanted) < 0.01
+    assert relative_error(wanted, exact) > 0.1
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp8"])
