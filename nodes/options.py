@@ -131,8 +131,8 @@ def cfg() -> io.Input:
 def denoise() -> io.Input:
     return io.Float.Input(
         "denoise", default=1.0, min=0.01, max=1.0, step=0.01, optional=True,
-        tooltip="Video to video: how much of the latent's content gives way. 1: all of it, an ordinary new video. 0.6 "
-        "to 0.8 keep its layout and motion. Below 1 the latent comes from VAE Encode.",
+        tooltip="Video to video: how much of the latent's content gives way. 1: all of it, an ordinary new video. 0.4 "
+        "to 0.7 keep its layout and motion. Below 1 the latent comes from VAE Encode.",
     )  # fmt: skip
 
 

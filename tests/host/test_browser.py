@@ -1,4 +1,4 @@
-"""The pack in ComfyUI's own frontend: workflows open whole, and the live screen plays. Needs playwright and Chromium."""
+"""The pack in ComfyUI's own frontend: workflows open whole, the live screen plays. Needs playwright and Chromium."""
 
 import shutil
 
