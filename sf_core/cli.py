@@ -1,4 +1,4 @@
-"""The command line: python -m sf_core generate | info | bench | train tiny | evaluate.
+"""The command line: python -m sf_core generate | info | bench | train | evaluate.
 
 A command is a module with `add_arguments(parser)` and `run(args)`; what run returns is printed. It is imported when it
 is asked for, so a typing error is told at once. Every error is one line with its remedy, and exit status 2.
@@ -27,6 +27,7 @@ COMMANDS = {
     "info": Command(".info", "list built-in model, presets and devices, or say what a model file is"),
     "bench": Command(".bench", "time rollout and decoders on this machine"),
     "train tiny": Command(".tiny.train", "train the built-in model"),
+    "train": Command(".training.command", "train a model by a configuration: Self Forcing and its baselines"),
     "evaluate": Command(".tiny.evaluate", "score a checkpoint of the built-in model"),
 }
 

@@ -79,11 +79,13 @@ class Course:
     steps          steps of its list that are taken; None: all
     gradient       whether the last of them carries gradient
     context_sigma  noise level 0..1 of the latents that enter the cache
+    context        latents [B, C, frames, H, W] that enter it in the place of what was made (teacher forcing)
     """
 
     steps: int | None = None
     gradient: bool = False
     context_sigma: float = 0.0
+    context: Tensor | None = None
 
 
 def every_step(span: Span) -> Course:
@@ -259,7 +261,7 @@ def rollout(
             yield Chunk(span, x0)
             made.add(x0)
             if not span.is_last:
-                context = x0.detach()
+                context = x0.detach() if going.context is None else going.context
                 if going.context_sigma and not span.given:
                     step = len(sampling.steps_of(span is generated[0]))  # a number that no step has
                     context = add_noise(context, draw(step), going.context_sigma)

@@ -6,6 +6,8 @@ shape       overlap of what the shape covers with each shape drawn at the same p
 motion      speed, spread and growth of that cover, compared with what each motion does
 residual    mean distance of the pixels to the nearer of the prompted colour and the prompted backdrop: 0 is a perfect
             picture, and its growth over a long video is drift
+sharpness   mean steepness of the edges: sum of squared over sum of plain differences of neighbouring pixels. Blur
+            lowers it; what it is on drawn clips is what to compare with
 """
 
 import math
@@ -130,3 +132,11 @@ def residual(frames: Tensor, clips: Clips) -> Tensor:
     behind = data.backdrops()[clips.background][:, None]
     distance = torch.minimum((frames - ink).square().mean(-1), (frames - behind).square().mean(-1)).sqrt()
     return distance.flatten(1).mean(1)
+
+
+def sharpness(frames: Tensor) -> Tensor:
+    """Mean steepness (0..1 a pixel) of the edges in frames [B, T, H, W, 3]: [B]."""
+    right = frames[:, :, :-1, 1:] - frames[:, :, :-1, :-1]
+    down = frames[:, :, 1:, :-1] - frames[:, :, :-1, :-1]
+    steep = (right.square() + down.square()).mean(-1)  # [B, T, H-1, W-1], squared
+    return steep.flatten(1).sum(1) / steep.sqrt().flatten(1).sum(1).clamp(min=1e-9)

@@ -35,6 +35,7 @@ from .text import TinyTextEncoder
 WINDOW = 36  # pixel frames
 BATCH = 16
 COLUMNS = (*detect.ATTRIBUTES, "all")
+MEASURES = ("residual", "sharpness")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +134,7 @@ def velocity_error(wan: WanModel, near: WanModel, embeds: Tensor, clean: Tensor)
 
 
 def score(videos: Iterator[Tensor], clips: Clips, windows: int = 1) -> list[dict[str, float]]:
-    """Share of prompts followed, per attribute, and mean residual, for each window."""
+    """Share of prompts followed, per attribute, mean residual and mean sharpness, for each window."""
     sums = [{} for _ in range(windows)]
     first = 0
     for video in videos:
@@ -142,7 +143,8 @@ def score(videos: Iterator[Tensor], clips: Clips, windows: int = 1) -> list[dict
         for number, total in enumerate(sums):
             piece = video[:, number * WINDOW : (number + 1) * WINDOW]
             found = detect.matches(detect.read(piece), asked)
-            for name, value in {**found, "residual": detect.residual(piece, asked)}.items():
+            measured = {"residual": detect.residual(piece, asked), "sharpness": detect.sharpness(piece)}
+            for name, value in {**found, **measured}.items():
                 total[name] = total.get(name, 0.0) + float(value.float().sum())
     return [{name: value / first for name, value in total.items()} for total in sums]
 
@@ -164,11 +166,17 @@ def score_truth(n: int, seed: int, vae: TinyAutoencoder) -> dict[str, dict[str, 
 def table(result: dict) -> str:
     lines = [
         f"{result['model']}: {result['prompts']} prompts",
-        "window  " + "".join(f"{c:>12}" for c in (*COLUMNS, "residual")),
+        "window  " + "".join(f"{c:>12}" for c in (*COLUMNS, *MEASURES)),
     ]
     for number, scores in enumerate(result["windows"], 1):
         shares = "".join(f"{scores[c]:12.3f}" for c in COLUMNS)
-        lines.append(f"{number:6}  {shares}{scores['residual']:12.4f}")
+        lines.append(f"{number:6}  {shares}" + "".join(f"{scores[c]:12.4f}" for c in MEASURES))
+    first, last = result["windows"][0], result["windows"][-1]
+    if last is not first:
+        kept = last["all"] / first["all"] if first["all"] else 0.0
+        growth = {c: last[c] - first[c] for c in MEASURES}
+        changes = ", ".join(f"{name} {value:+.4f}" for name, value in growth.items())
+        lines.append(f"last window against the first: {kept:.3f} of all correct, {changes}")
     return "\n".join(lines)
 
 

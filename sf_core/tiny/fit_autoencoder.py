@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder. Principal components first, then the decoder on 32 x 32 crops around the shape.
+"""What the autoencoder is trained on: principal components first, then the decoder on 32 x 32 crops around the shape.
 
 Crops, because most of a clip is flat colour that the linear part already gets right; the picture is a torus, so a
 crop may lie anywhere; a quarter lies far from the shape, and the last fifth of the steps sees whole pictures. Purely
@@ -8,46 +8,10 @@ learnt convolutional encoders stayed at 19-23 dB.
 import torch
 from torch import Tensor
 
-from .autoencoder import SPACE, TinyAutoencoder, fit_linear, psnr, to_blocks
+from .autoencoder import SPACE, TinyAutoencoder, psnr, to_blocks
 from .data import SIZE, Clips, draw, render, trajectory
-from .loop import Run, steps
-from .optim import Average, Optimizer
 
 CROP, FRAMES = 32, 17
-
-
-def fit_autoencoder(run: Run, total: int, batch: int) -> None:
-    """Trains for `total` steps and writes autoencoder.pt."""
-    generator = run.generator("autoencoder")
-    torch.manual_seed(run.seed)
-    vae = TinyAutoencoder()
-    fit_linear(vae, sample_blocks(generator))
-    vae.requires_grad_(False)
-    vae.decoder[0].net.requires_grad_(True)
-    optimizer = Optimizer([vae.decoder[0].net], lr=1e-3, muon_lr=3e-3, decay_from=0.3)
-    average = Average(vae, 0.99)
-    first = 0
-    if run.path("autoencoder").exists():
-        saved = run.load("autoencoder")
-        vae.load_state_dict(saved["live"])
-        average.values, average.steps, first = saved["model"], saved["step"], saved["step"]
-        optimizer.load_state_dict(saved["optimizer"])
-        run.resume(generator, saved)
-
-    def save(done: int) -> None:
-        state = {"model": average.values, "live": vae.state_dict(), "optimizer": optimizer.state_dict()}
-        run.save("autoencoder", {**state, "generator": generator.get_state(), "step": done})
-
-    losses = {}
-    for step in steps(run, "autoencoder", first, total, losses, save):
-        whole = step > 0.8 * total
-        clips = draw(batch // 4 if whole else batch, generator, "all")
-        frames = render(clips, FRAMES) if whole else crops(clips, generator)
-        loss, quality = decoder_loss(vae, frames)
-        loss.backward()
-        optimizer.step(step / total)
-        average.update(vae)
-        losses.update(loss=1000 * loss, dB=quality)
 
 
 def decoder_loss(vae: TinyAutoencoder, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +33,11 @@ def crops(clips: Clips, generator: torch.Generator) -> Tensor:
     window = torch.arange(CROP)
     rows, columns = ((corner[:, i, None] + window) % SIZE for i in (0, 1))
     return torch.stack([f[:, r[:, None], c] for f, r, c in zip(frames, rows, columns, strict=True)])
+
+
+def whole_pictures(clips: Clips) -> Tensor:
+    """Frames [B, FRAMES, SIZE, SIZE, 3]."""
+    return render(clips, FRAMES)
 
 
 def sample_blocks(generator: torch.Generator, clips: int = 256) -> Tensor:

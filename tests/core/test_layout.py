@@ -16,7 +16,7 @@ HOST_MODULES = {
     "folder_paths", "latent_preview", "main", "node_helpers", "nodes", "server", "utils",
 }  # fmt: skip
 HOST_OWNED = {"torch", "torchvision", "torchaudio", "xformers", "triton", "sageattention", "flash-attn"}
-DISTRIBUTION = {"PIL": "pillow"}
+DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
 def python_files(folder: str) -> list[Path]:
@@ -49,6 +49,13 @@ def project_field(name: str) -> str:
     return re.search(rf'^{name} = "(.+)"$', text, re.MULTILINE).group(1)
 
 
+def project_extra(name: str) -> set[str]:
+    """Packages of an optional extra."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(rf"^{name} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL).group(1)
+    return requirement_names("\n".join(re.findall(r'"(.+?)"', block)))
+
+
 @pytest.mark.parametrize("path", python_files("sf_core"), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_engine_knows_nothing_of_comfyui(path):
     assert not outside(path) & HOST_MODULES
@@ -71,7 +78,12 @@ def test_requirements_cover_what_the_pack_imports():
     allowed = required | HOST_OWNED | HOST_MODULES | set(sys.stdlib_module_names)
     for path in [ROOT / "__init__.py", *python_files("sf_core"), *python_files("nodes")]:
         needed = {DISTRIBUTION.get(name, name).lower() for name in outside(path)}
-        assert needed <= allowed, f"{path.relative_to(ROOT)} imports {needed - allowed}"
+        extra = project_extra("train") if "training" in path.parts else set()
+        assert needed <= allowed | extra, f"{path.relative_to(ROOT)} imports {needed - allowed - extra}"
+
+
+def test_the_extra_for_training_is_in_the_developers_requirements():
+    assert project_extra("train") <= requirement_names((ROOT / "requirements-dev.txt").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])

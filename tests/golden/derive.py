@@ -6,6 +6,7 @@ A rollout's first frames do not depend on its length, so rollouts are kept up to
 they are there to show. With SELF_FORCING_GOLDENS=DIRECTORY the tests read the full set instead.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -28,6 +29,13 @@ WINDOWS = {"local6_sink1": 12, "local7_sink0": 12, "local9_sink3": 15, "frame_lo
 LONGLIVE = {"infinity_local9_sink3": 18, "switch_early": 9, "switch_globalsink": 15, "switch_noglobalsink": 15}
 VAE = ("decode.z", "decode2", "encode", "mean", "pixels", "std")
 VAE_FRAMES = 4  # of the long decode, every fourth frame is kept
+TRAINED = ("dmd_exit1", "critic")  # the rollouts that are kept, with their draws
+EVERY = 29  # of gradients, every 29th entry is kept; a prime, so that it meets all rows and columns
+FACTS = (
+    "dmd_exit0", "dmd_exit1", "dmd_exit3", "dmd_exit1_detachedkv", "dmd_pure", "sid_pure", "critic_loss",
+    "gan_critic(non-rel, r1=r2=1)", "gan_critic(relativistic, r1=r2=1)",
+)  # fmt: skip
+NUMBERS = ("loss", "grad_norm", "D", "r1", "r2")
 
 
 def batch_first(tensors: dict, prefixes: tuple[str, ...]) -> dict:
@@ -68,6 +76,31 @@ def vae_cases(tensors: dict) -> dict:
     return kept | {"decode.pixels_clamped": tensors["decode.pixels_clamped"][:, ::VAE_FRAMES].clone()}
 
 
+def training_cases(tensors: dict) -> dict:
+    """Draws of two rollouts, the clip that scores are tested on, and some entries of each gradient.
+
+    Not kept: the context noise of a rollout's last chunk, which nothing reads, and the recorded clips.
+    """
+    kept = {name: tensors[name] for name in ("cond", "uncond", "dmd_pure.x", "dmd_pure.noise")}
+    kept |= {name: tensor for name, tensor in tensors.items() if name.endswith(("timestep", "_logit"))}
+    for case in TRAINED:
+        draws = [name for name in tensors if name.startswith(f"{case}.draw") and "randn" in name]
+        draws.sort(key=lambda name: int(name.split(".")[1].removeprefix("draw")))
+        kept |= {name: tensors[name] for name in (*draws[:-2], draws[-1])}
+    for case in ("dmd_pure", "sid_pure"):
+        kept[f"{case}.grad_x.kept"] = tensors[f"{case}.grad_x"].flatten()[::EVERY].clone()
+    prefix = "dmd_exit1_detachedkv.grad.model."
+    for name in (name for name in tensors if name.startswith(prefix)):
+        kept[f"dmd_exit1_detachedkv.kept.{name.removeprefix(prefix)}"] = tensors[name].flatten()[::EVERY].clone()
+    return kept
+
+
+def training_facts(source: Path, tensors: dict) -> dict:
+    recorded = json.loads((source / "manifest.json").read_text())["g7_training"]["meta"]["results"]
+    facts = {case: {k: v for k, v in recorded[case].items() if k in NUMBERS} for case in FACTS}
+    return facts | {"every": EVERY, "critic": {"exit": int(tensors["critic.draw2.randint"][0])}}
+
+
 def main(source: Path) -> None:
     def read(name: str) -> dict:
         return load_file(source / f"{name}.safetensors")
@@ -78,6 +111,10 @@ def main(source: Path) -> None:
     save_file(vae_cases(read("g4_vae")), HERE / "g4_vae.safetensors")
     save_file(read("g6_scheduler"), HERE / "g6_scheduler.safetensors")
     save_file(rollout_cases(read("g8_longlive"), LONGLIVE), HERE / "g8_longlive.safetensors")
+    training = read("g7_training")
+    save_file(training_cases(training), HERE / "g7_training.safetensors")
+    facts = json.dumps(training_facts(source, training), indent=1)
+    (HERE / "g7_training.json").write_text(facts + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""The tiny world's autoencoder as a task: principal components first, then the decoder on crops around the shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tiny.autoencoder import TinyAutoencoder, fit_linear
+from ..tiny.data import draw
+from ..tiny.fit_autoencoder import crops, decoder_loss, sample_blocks, whole_pictures
+from .config import TrainConfig
+from .draws import Draws
+from .optim import Average, Optimizer
+from .task import Task, Update
+
+WHOLE_FROM = 0.8  # of the run; whole pictures from there on
+
+
+class FitAutoencoder(Task):
+    """Trains the decoder; the encoder is computed."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        vae = TinyAutoencoder()
+        fit_linear(vae, sample_blocks(torch.Generator().manual_seed(config.seed)))
+        vae.requires_grad_(False)
+        vae.decoder[0].net.requires_grad_(True)
+        self.vae = vae.to(device)
+        self.modules = {"student": self.vae}
+        self.averages = {"student": Average(self.vae, config.average.decay, config.average.start)}
+        self.updates = [Update(Optimizer([self.vae], config.optimizer), self.loss)]
+
+    def loss(self, draws: Draws, progress: float) -> dict[str, Tensor]:
+        generator = draws.of_samples("clips")[0]
+        if progress > WHOLE_FROM:
+            frames = whole_pictures(draw(-(-len(draws.samples) // 4), generator, "all"))
+        else:
+            frames = crops(draw(len(draws.samples), generator, "all"), generator)
+        loss, quality = decoder_loss(self.vae, frames)
+        return {"loss": 1000 * loss, "dB": quality}

@@ -1,0 +1,95 @@
+"""Trains a model by a configuration: Self Forcing or one of its baselines.
+
+python -m sf_core train tiny-dmd                                a configuration that is shipped
+python -m sf_core train my.yaml --set optimizer.lr=1e-5         a file, one value changed
+torchrun --nproc-per-node 8 -m sf_core train my.yaml            on eight GPUs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+import torch
+
+from .autoencoder import FitAutoencoder
+from .config import SELF_FORCING, TrainConfig, read_config
+from .data import open_data
+from .few_step import Consistency, Ode
+from .flow import Flow
+from .forcing import Adversarial, SelfForcing
+from .memory import check_memory, needed
+from .parallel import Group, local_device
+from .store import MODEL, load_checkpoint, save_model
+from .task import Task
+from .trainer import Trainer, use_threads
+from .worlds import open_world
+
+TASKS = {"sid": SelfForcing, "dmd": SelfForcing, "gan": Adversarial, "ode": Ode, "consistency": Consistency}
+ADAPTERS, TEXT = "lora.safetensors", "text_encoder.safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("config", help="a YAML file, or the name of a shipped configuration")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="change a value of it")
+    add("--plan", action="store_true", help="say what memory the run takes, and end")
+    add("--processes", type=int, metavar="N", help="with --plan: how many processes would share it (those there are)")
+
+
+def run(args: argparse.Namespace) -> str:
+    config = read_config(args.config, args.changes)
+    if args.plan:
+        return str(needed(config, args.processes or 1))
+    device = local_device(config.device)
+    group = Group.join(device)
+    try:
+        train(config, group, device)
+    finally:
+        group.leave()
+    return f"{config.out}: {config.steps} steps of {config.method}"
+
+
+def train(config: TrainConfig, group: Group, device: torch.device) -> None:
+    """The whole run: from the configuration, or from the checkpoint of its folder, to the exported model."""
+    use_threads(device)
+    check_memory(config, group.size, device)
+    task = make_task(config, group, device)
+    Trainer(config, task, group).run()
+    if group.first:
+        export(config)
+    group.wait()
+
+
+def make_task(config: TrainConfig, group: Group, device: torch.device) -> Task:
+    if config.method == "autoencoder":
+        return FitAutoencoder(config, device)
+    world = open_world(config.model, device)
+    data = open_data(config, world, group)
+    return TASKS.get(config.method, Flow)(config, world, data, group, device)
+
+
+def export(config: TrainConfig) -> None:
+    """Writes what a run made: model.safetensors in bfloat16, the text encoder of the tiny world, LoRA adapters."""
+    saved = load_checkpoint(config.out)
+    origin = {"method": config.method, "step": str(saved["step"]), "seed": str(config.seed)}
+    if "wan" not in saved:
+        return save_model(config.out / MODEL, saved["student"], origin, torch.bfloat16)
+    save_model(config.out / MODEL, saved["student"], {**origin, **describe(config, saved["wan"])}, torch.bfloat16)
+    if saved["text"]:
+        words = {"words": json.dumps(saved["words"])}
+        save_model(config.out / TEXT, saved["text"], {**origin, **words}, torch.bfloat16)
+    if "adapters" in saved:
+        save_model(config.out / ADAPTERS, saved["adapters"], origin, torch.float32)
+
+
+def describe(config: TrainConfig, wan: dict) -> dict[str, str]:
+    """Metadata by which the nodes and the command line know the model and how it is sampled."""
+    causal = config.method in (*SELF_FORCING, "teacher-forcing", "diffusion-forcing", "ode", "consistency")
+    facts = {"causal_ar": causal, "num_heads": wan["heads"]}
+    return {
+        "config": json.dumps({"transformer": facts}),
+        "wan": json.dumps(wan),
+        "sampling": json.dumps(asdict(config.sampling)),
+    }

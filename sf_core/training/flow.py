@@ -1,0 +1,164 @@
+"""The diffusion losses: a bidirectional teacher, and the two classical ways to make it causal.
+
+Every token belongs to a chunk and is clean or noisy; one rule says who sees whom, for a dense mask on the CPU and for
+flex attention on a GPU:
+
+    a token sees clean tokens of earlier chunks, and tokens of its own chunk and kind
+
+Teacher forcing puts a clean copy of the clip beside the noisy one, so a noisy chunk sees what the cache holds when the
+model generates perfectly. Diffusion forcing has no clean copy: its tokens all count as of one kind, noisy or not, and
+a chunk sees earlier chunks at noise levels of their own (arXiv 2407.01392). All predict noise - x0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from ..config import Sampling, WanConfig
+from ..model import Sequence, sdpa
+from ..rollout import plan_spans
+from ..schedule import add_noise, shift_sigma
+from .config import TrainConfig
+from .data import Batch, Source
+from .draws import Draws
+from .networks import Network, attention_on
+from .parallel import Group
+from .task import Update, WanTask
+from .worlds import World
+
+Sees = Callable[[Tensor, Tensor], Tensor]
+
+
+def chunk_rule(chunk: Tensor, noisy: Tensor) -> Sees:
+    """Whether token q may look at token k, from the chunk and kind (bool: noisy) of every token, [L] each."""
+
+    def sees(q: Tensor, k: Tensor) -> Tensor:
+        before, own = chunk[k] < chunk[q], chunk[k] == chunk[q]
+        return (before & ~noisy[k]) | (own & (noisy[q] == noisy[k]))
+
+    return sees
+
+
+def chunks_of(frames: int, sampling: Sampling) -> Tensor:
+    """The chunk of every latent frame, [F]."""
+    return torch.tensor([span.index for span in plan_spans(frames, sampling) for _ in range(span.frames)])
+
+
+def forced_attention(
+    config: WanConfig, chunks: Tensor, size: tuple[int, int], beside: bool, device: torch.device
+) -> Sequence:
+    """Attention over a clip in chunks; `beside`: over [clean frames, noisy frames], both at positions 0, 1, ..."""
+    frames, copies = len(chunks), 2 if beside else 1
+    tokens = config.tokens_per_frame(*size)
+    chunk = chunks.repeat(copies).repeat_interleave(tokens).to(device)
+    noisy = torch.arange(copies, device=device).repeat_interleave(frames * tokens) > 0
+    mask, attention = masked(chunk_rule(chunk, noisy), len(chunk), device)
+    return Sequence(config, [*range(frames)] * copies, *size, device, mask=mask, attention=attention)
+
+
+def masked(sees: Sees, length: int, device: torch.device):
+    """The mask of a rule over `length` tokens, and the kernel that takes it."""
+    if device.type == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rule = lambda batch, head, q, k: sees(q, k)  # noqa: E731
+        return create_block_mask(rule, None, None, length, length, device=device), flex
+    tokens = torch.arange(length, device=device)
+    return sees(tokens[:, None], tokens[None, :]), attention_on(device)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
+    """Torch's flex attention, compiled on GPUs, [B, N, L, D]; without a mask the fused kernel is as fast."""
+    return sdpa(q, k, v) if mask is None else compiled_flex(q.device.type)(q, k, v, block_mask=mask)
+
+
+@cache
+def compiled_flex(device: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+def noised(clips: Tensor, sigma: Tensor, draws: Draws, purpose: str) -> tuple[Tensor, Tensor]:
+    """Clips [B, C, F, H, W] at levels [B, F], and the noise."""
+    noise = draws.normal(f"{purpose} noise", *clips.shape[1:]).to(clips)
+    return add_noise(clips, noise, sigma[:, None, :, None, None]), noise
+
+
+def beside_clean(
+    network: Network, context: Tensor, t: Tensor, noisy: Tensor, sigma: Tensor, embeds: Tensor, attend: Sequence
+) -> Tensor:
+    """Velocity of noisy frames [B, C, F, H, W] at levels [B, F] that see `context` frames at timesteps t [B, F]."""
+    both, times = torch.cat((context, noisy), 2), torch.cat((t, 1000 * sigma), 1)
+    return network.velocity(both, times, embeds, attend)[:, :, noisy.shape[2] :]
+
+
+class Flow(WanTask):
+    """Teacher, teacher forcing or diffusion forcing."""
+
+    def __init__(self, config: TrainConfig, world: World, data: Source, group: Group, device: torch.device) -> None:
+        super().__init__(config, world, group, device)
+        self.data, self.flow = data, config.flow
+        self.updates = [Update(self.optimizer, self.loss)]
+        self.attend = cache(partial(self._attend, beside=config.method == "teacher-forcing"))
+
+    def _attend(self, frames: int, beside: bool) -> Sequence:
+        chunks = chunks_of(frames, self.config.sampling)
+        if self.config.method == "bidirectional":
+            chunks = torch.zeros_like(chunks)
+            attention = attention_on(self.device)
+            return Sequence(self.student.config, range(frames), *self.size, self.device, attention=attention)
+        return forced_attention(self.student.config, chunks, self.size, beside, self.device)
+
+    def loss(self, draws: Draws, progress: float) -> dict[str, Tensor]:
+        frames = self.flow.frames
+        if progress < self.flow.short:
+            frames = self.config.sampling.chunk
+            draws = more_samples(draws, self.flow.frames // frames)
+        batch = self.data.batch(draws, "flow", frames)
+        clips, embeds = batch.clips.to(self.device), self.world.embeds(batch.captions)
+        sigma = self.levels(draws, frames).to(clips)  # [B, F]
+        noisy, noise = noised(clips, sigma, draws, "flow")
+        guess = self.guess(clips, noisy, sigma, embeds, draws)
+        error = (guess - (noise - clips)).square().mean((1, 3, 4))  # [B, F]
+        return {"loss": counted_mean(error, self.counts(batch, frames).to(error))}
+
+    def levels(self, draws: Draws, frames: int) -> Tensor:
+        """Noise levels [B, F]: one a clip for a teacher, else one a chunk."""
+        chunks = chunks_of(frames, self.config.sampling)
+        chunks = torch.zeros_like(chunks) if self.config.method == "bidirectional" else chunks
+        return shift_sigma(draws.uniform("flow level", int(chunks[-1]) + 1), self.flow.shift)[:, chunks]
+
+    def guess(self, clips: Tensor, noisy: Tensor, sigma: Tensor, embeds: Tensor, draws: Draws) -> Tensor:
+        attend = self.attend(clips.shape[2])
+        if self.config.method != "teacher-forcing":
+            return self.student.velocity(noisy, 1000 * sigma, embeds, attend)
+        context, level = clips, torch.zeros_like(sigma)
+        if self.flow.context_sigma:
+            chunks = chunks_of(clips.shape[2], self.config.sampling)
+            drawn = draws.uniform("context level", int(chunks[-1]) + 1)[:, chunks]
+            level = (self.flow.context_sigma * drawn).to(sigma)
+            context, _ = noised(clips, level, draws, "context")
+        return beside_clean(self.student, context, 1000 * level, noisy, sigma, embeds, attend)
+
+    def counts(self, batch: Batch, frames: int) -> Tensor:
+        """bool [B, F]: a causal model's first chunk always begins with a still; that of a late clip does not count."""
+        if self.config.method == "bidirectional":
+            return torch.ones(len(batch.late), frames, dtype=torch.bool)
+        first = chunks_of(frames, self.config.sampling) == 0
+        return ~(batch.late[:, None] & first)
+
+
+def counted_mean(error: Tensor, counts: Tensor) -> Tensor:
+    """Mean of each sample over what counts, then over samples, so that a batch may be cut anyhow."""
+    return ((error * counts).sum(1) / counts.sum(1).clamp(min=1)).mean()
+
+
+def more_samples(draws: Draws, times: int) -> Draws:
+    """`times` samples in the place of each."""
+    return replace(draws, samples=tuple(times * sample + i for sample in draws.samples for i in range(times)))

@@ -1,0 +1,162 @@
+"""Self Forcing: the student rolls out whole clips, and a loss on them is its teacher (arXiv 2506.08009, algorithm 1).
+
+A step is one update of the student and `critic.updates` of the critic, whose clips are rolled out anew or are the
+student's own. With `loss.context: teacher-forced` chunks attend to clean clips of the data instead of the student's
+output: the baseline that shows what rolling out one's own brings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .data import Source
+from .discriminator import Discriminator
+from .draws import Draws
+from .losses import (
+    Level,
+    Prompts,
+    Scores,
+    critic_flow,
+    discriminator_gan,
+    distribution_matching,
+    generator_gan,
+    logit_slope,
+    score_identity,
+)
+from .optim import Optimizer
+from .parallel import Group
+from .self_rollout import roll_out
+from .task import Update, WanTask
+from .worlds import World, load_network
+
+
+@dataclass(frozen=True)
+class Made:
+    """Generated clips [B, C, F, H, W] and what they followed."""
+
+    clips: Tensor
+    prompts: Prompts
+
+
+class SelfForcing(WanTask):
+    """DMD and SiD."""
+
+    def __init__(self, config: TrainConfig, world: World, data: Source, group: Group, device: torch.device) -> None:
+        super().__init__(config, world, group, device)
+        self.data = data
+        self.sampling = config.rollout.sampling(config.sampling)
+        self.critic = self.new_critic()
+        self.modules["critic"] = self.critic.wan
+        self.scores = self.judges()
+        judges = self.trained_judges()
+        self.critic_optimizer = Optimizer(judges, config.critic.optimizer)
+        learning = [Update(self.critic_optimizer, partial(self.critic_step, i)) for i in range(config.critic.updates)]
+        self.updates = [Update(self.optimizer, self.generator_step), *learning]
+        self.made: dict[tuple[int, ...], Made] = {}
+
+    def new_critic(self):
+        model = self.config.model
+        wan = load_network(model.critic or model.teacher or model.student, torch.float32)
+        return self.network(wan.requires_grad_(True))
+
+    def judges(self) -> Scores:
+        return Scores(self.teacher(self.config.model.teacher), self.critic, self.config.loss.guidance)
+
+    def trained_judges(self) -> list[torch.nn.Module]:
+        return [self.critic.wan]
+
+    def generator_step(self, draws: Draws, progress: float) -> dict[str, Tensor]:
+        made = self.roll(draws, "generator", training=True)
+        self.made[draws.samples] = Made(made.clips.detach(), made.prompts)
+        return {"generator": self.judged(made, draws)}
+
+    def judged(self, made: Made, draws: Draws) -> Tensor:
+        level = self.config.loss.levels.draw(made.clips, draws, "generator")
+        if self.config.method == "sid":
+            return score_identity(made.clips, self.scores, made.prompts, level, self.config.loss.sid_alpha)
+        return distribution_matching(made.clips, self.scores, made.prompts, level)
+
+    def critic_step(self, number: int, draws: Draws, progress: float) -> dict[str, Tensor]:
+        purpose = f"critic {number}"
+        fresh = self.config.critic.fresh
+        made = self.roll(draws, purpose, training=False) if fresh else self.made[draws.samples]
+        level = self.config.loss.levels.draw(made.clips, draws, purpose)
+        return self.critic_losses(made, level, draws, purpose)
+
+    def critic_losses(self, made: Made, level: Level, draws: Draws, purpose: str) -> dict[str, Tensor]:
+        return {"critic": critic_flow(self.critic, made.clips, made.prompts.embeds, level)}
+
+    def roll(self, draws: Draws, purpose: str, training: bool) -> Made:
+        """Clips of the student, the last frames of rollouts; the first frame of a late one becomes a still.
+
+        The judges know clips that begin with a still only.
+        """
+        frames, walk = self.config.rollout.frames, self.config.rollout.draw(self.sampling, draws, purpose)
+        context = None
+        if self.config.loss.context == "own":
+            captions = self.data.captions(draws, purpose)
+        else:
+            batch = self.data.batch(draws, purpose, frames)
+            captions, context = batch.captions, batch.clips.to(self.device)
+        embeds = self.world.embeds(captions).detach()
+        size, noise = (frames, *self.size), draws.noise(purpose)
+        whole = roll_out(self.student, self.sampling, embeds, noise, size, walk, training, context)
+        clips = whole[:, :, -frames:]
+        if walk.extra:
+            still = self.world.still(whole[:, :, : 1 - frames or None].detach())
+            clips = torch.cat((still, clips[:, :, 1:]), 2)
+        return Made(clips, Prompts(embeds, self.null(len(embeds)).detach().expand_as(embeds)))
+
+
+class Adversarial(SelfForcing):
+    """GAN: the critic's features tell generated clips from the data's."""
+
+    def judges(self) -> None:
+        self.gan = self.config.loss.gan
+        torch.manual_seed(self.config.seed)  # of the discriminator's weights
+        discriminator = Discriminator(self.critic.config, self.gan.layers)
+        self.discriminator = self.modules["discriminator"] = self.placed(discriminator)
+
+    def trained_judges(self) -> list[torch.nn.Module]:
+        return [self.critic.wan, self.discriminator]
+
+    def logits(self, noisy: Tensor, level: Level, embeds: Tensor) -> Tensor:
+        """[B] for noisy clips."""
+        features = self.discriminator.layers_of(self.critic, noisy, level.timestep[:, None], embeds)
+        return self.discriminator(features)
+
+    def judged(self, made: Made, draws: Draws) -> Tensor:
+        level = self.config.loss.levels.draw(made.clips, draws, "generator")
+        fake = self.logits(level.apply(made.clips), level, made.prompts.embeds)
+        real = None
+        if self.gan.relativistic:
+            clips, embeds = self.real(draws, "generator")
+            real = self.logits(level.apply(clips), level, embeds)
+        return self.gan.generator_weight * generator_gan(fake, real)
+
+    def critic_losses(self, made: Made, level: Level, draws: Draws, purpose: str) -> dict[str, Tensor]:
+        gan, (clips, embeds) = self.gan, self.real(draws, purpose)
+        sides = ((level.apply(clips), embeds), (level.apply(made.clips), made.prompts.embeds))
+        real, fake = (self.logits(noisy, level, text) for noisy, text in sides)
+        parts = {"discriminator": discriminator_gan(fake, real, gan.relativistic)}
+        total = gan.critic_weight * parts["discriminator"]
+        for name, weight, logit, (noisy, text) in (("r1", gan.r1, real, sides[0]), ("r2", gan.r2, fake, sides[1])):
+            if weight:
+                nudge = draws.normal(f"{purpose} {name}", *noisy.shape[1:]).to(noisy)
+                nudged = self.logits(noisy + gan.nudge * nudge, level, text)
+                parts[name] = logit_slope(logit, nudged, gan.nudge)
+                total = total + 0.5 * weight * parts[name]
+        if gan.score_weight:
+            parts["score"] = critic_flow(self.critic, made.clips, made.prompts.embeds, level)
+            total = total + gan.score_weight * parts["score"]
+        return {"critic": total, **parts}
+
+    def real(self, draws: Draws, purpose: str) -> tuple[Tensor, Tensor]:
+        """Clips of the data and their prompts' embeddings."""
+        batch = self.data.batch(draws, f"{purpose} real", self.config.rollout.frames)
+        return batch.clips.to(self.device), self.world.embeds(batch.captions).detach()

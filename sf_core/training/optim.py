@@ -1,0 +1,168 @@
+"""Muon for matrices, AdamW for the rest, a learning rate that ends at zero, and a moving average of weights.
+
+Muon (Keller Jordan, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest orthogonal matrix,
+found by five Newton-Schulz steps. torch.optim.Muon takes 2-D parameters one at a time; on a CPU, with many small
+matrices and convolutions, doing all of one shape in one batched product is much faster.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .config import OptimizerConfig
+from .parallel import local, put_back, spread_like, tree, whole
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
+    """[n, rows, columns] -> matrices of the same size with singular values near 1, bfloat16."""
+    a, b, c = NEWTON_SCHULZ
+    x = m.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum .95 (Nesterov), decoupled weight decay; updates are scaled to the size of AdamW's (0.2 sqrt(side))."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            same_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    same_shape[p.flatten(1).shape].append(p)
+            for shape, params in same_shape.items():
+                self._update(params, 0.2 * max(shape) ** 0.5, group)
+
+    def _update(self, params: list[Tensor], size: float, group: dict) -> None:
+        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
+        updates = orthogonalise(torch.stack([m.flatten(1) for m in ahead])).to(params[0].dtype)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(
+            params, [u.view_as(p) for u, p in zip(updates, params, strict=True)], alpha=-group["lr"] * size
+        )
+
+
+class Optimizer:
+    """The optimizers of some modules, stepped together: AdamW, and Muon for matrices where `muon_lr` is given.
+
+    By the `progress` (0..1) given to `step` rates warm up over the first `warmup` of the run and fall linearly to zero
+    from `decay_from` on.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], config: OptimizerConfig):
+        self.config = config
+        self.params = [p for m in modules for p in m.parameters() if p.requires_grad]
+        matrices = [p for p in self.params if p.ndim >= 2 and p.shape[0] > 1 and config.muon_lr]
+        chosen = set(map(id, matrices))
+        others = [p for p in self.params if id(p) not in chosen]
+        decay, betas = config.weight_decay, config.betas
+        self.parts, self.rates = [], []
+        if matrices:
+            self.parts.append(Muon(matrices, config.muon_lr, weight_decay=decay))
+            self.rates.append(config.muon_lr)
+        if others:
+            self.parts.append(torch.optim.AdamW(others, config.lr, betas=betas, weight_decay=decay, foreach=True))
+            self.rates.append(config.lr)
+
+    def step(self, progress: float) -> Tensor:
+        """Takes a step and forgets the gradients; returns their norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.config.clip, foreach=True)
+        factor = rate_at(progress, self.config.warmup, self.config.decay_from)
+        for part, rate in zip(self.parts, self.rates, strict=True):
+            part.param_groups[0]["lr"] = rate * factor
+            part.step()
+        self.forget()
+        return whole(norm)
+
+    def forget(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self) -> list[dict]:
+        return [tree(part.state_dict(), whole) for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            params = [p for group in part.param_groups for p in group["params"]]
+            spread = {
+                i: {key: spread_like(value, params[i]) for key, value in entry.items()}
+                for i, entry in state["state"].items()
+            }
+            part.load_state_dict({**state, "state": spread})
+
+
+def rate_at(progress: float, warmup: float, decay_from: float) -> float:
+    """Share 0..1 of the rate at some progress 0..1 of a run."""
+    rising = (progress + 1e-4) / warmup if warmup else 1.0
+    falling = (1 - progress) / (1 - decay_from) if decay_from < 1 else 1.0
+    return min(1.0, rising, falling)
+
+
+class Average:
+    """Exponential moving average of a module's trained parameters.
+
+    The first updates count fully (the decay grows towards `decay`); before step `start` it is the weights themselves.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, start: int = 0):
+        self.module, self.decay, self.start = module, decay, start
+        self.values = {name: p.detach().clone() for name, p in self._trained()}
+        self.steps = 0
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after step `step` (from 0)."""
+        put_back(self.module)
+        self.steps += step >= self.start
+        weight = 1 - min(self.decay, self.steps / (self.steps + 10)) if step >= self.start else 1.0
+        pairs = [(local(self.values[name]), local(p.detach())) for name, p in self._trained()]
+        torch._foreach_lerp_([mine for mine, _ in pairs], [new for _, new in pairs], weight)
+
+    @contextmanager
+    @torch.no_grad()
+    def in_place(self) -> Iterator[None]:
+        """The module has the averaged weights meanwhile."""
+        put_back(self.module)
+        live = {name: p.detach().clone() for name, p in self._trained()}
+        self._put(self.values)
+        try:
+            yield
+        finally:
+            self._put(live)
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "values": tree(self.values, whole)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]
+        for name, p in self._trained():
+            local(self.values[name]).copy_(local(spread_like(state["values"][name], p)))
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        put_back(self.module)
+        for name, p in self._trained():
+            local(p).copy_(local(values[name]))

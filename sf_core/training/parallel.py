@@ -1,0 +1,151 @@
+"""One process or many: torchrun, sharded weights, and tensors that go from one to the other.
+
+Without `shard` every process has whole weights and gradients are averaged; with it FSDP2 spreads weights, gradients
+and optimizer states, and gathers one block at a time. Checkpoints always hold whole tensors, so that they load in any
+number of processes, sharded or not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run, as one of them sees it."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> Group:
+        """This process among those that torchrun started, or alone."""
+        if not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    @staticmethod
+    def leave() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over the processes."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def average_gradients(self, params: Iterable[Tensor]) -> None:
+        """The mean gradient, in every process; sharded gradients are that already."""
+        grads = [p.grad for p in params if p.grad is not None and not isinstance(p.grad, DTensor)]
+        if self.size == 1 or not grads:
+            return
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def share(self, batch: int, micro: int | None) -> list[tuple[int, ...]]:
+        """The numbers of this process's samples, one tuple for each pass.
+
+        Raises ValueError where the batch does not divide evenly.
+        """
+        mine, rest = divmod(batch, self.size)
+        micro = min(micro or mine, mine)
+        if rest or not mine or mine % micro:
+            raise ValueError(
+                f"Got a batch of {batch} for {self.size} processes in passes of {micro}; every pass takes as many "
+                f"samples. Use a batch that is a multiple of {self.size * (micro or 1)}."
+            )
+        first = self.rank * mine
+        return [tuple(range(at, at + micro)) for at in range(first, first + mine, micro)]
+
+
+def local_device(name: str) -> torch.device:
+    """The device of this process: of several GPUs, the one that torchrun gave it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return device
+
+
+def shard(module: nn.Module, blocks: Iterable[nn.Module], precision: torch.dtype) -> nn.Module:
+    """Spreads a module's weights over the processes, block by block; gradients are summed in float32."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if precision == torch.float32 else precision,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for block in blocks:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(module, mp_policy=policy)
+
+
+def put_back(module: nn.Module) -> None:
+    """Spreads weights again that the last forward left gathered, before they are read or changed one by one."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in full; every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(value: Any, like: Tensor) -> Any:
+    """A whole tensor, spread as `like` is; anything else as it is."""
+    if isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
+    return value
+
+
+def tree(content: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same dictionaries and lists with every tensor changed, on the CPU."""
+    if isinstance(content, Tensor):
+        return change(content.detach()).cpu()
+    if isinstance(content, dict):
+        return {key: tree(value, change) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(tree(value, change) for value in content)
+    return content
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's whole weights on the CPU; every process has to ask for them."""
+    return tree(dict(module.state_dict()), whole)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Puts whole weights into a module, sharded or not."""
+    for name, own in module.state_dict().items():
+        local(own).copy_(local(spread_like(state[name], own)))

@@ -1,0 +1,125 @@
+"""What a trainer takes steps of.
+
+A task has networks, their moving averages and, in order, the updates of one step. An update is an optimizer and a loss;
+losses are given draws (which samples, which random numbers) and how far the run is, 0..1, and say what to minimise
+first, then whatever else is worth telling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..model import WanModel
+from ..rollout import rollout
+from .config import TrainConfig
+from .draws import Draws
+from .lora import adapter_file, add_adapters, merged
+from .networks import Network, attention_on, stages_for
+from .optim import Average, Optimizer
+from .parallel import Group, shard, state_of
+from .worlds import DTYPES, World, check_alike, latent_size, load_network, load_student
+
+Loss = Callable[[Draws, float], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step of one optimizer."""
+
+    optimizer: Optimizer
+    loss: Loss
+
+
+class Task:
+    """Networks under their names, averages of some of them, and the updates of a step."""
+
+    modules: dict[str, nn.Module]
+    averages: dict[str, Average]
+    updates: list[Update]
+
+    def averaged(self) -> dict[str, dict[str, Tensor]]:
+        """Whole weights of every averaged module, on the CPU; every process has to ask for them."""
+        states = {}
+        for name, average in self.averages.items():
+            values = average.state_dict()["values"]
+            states[name] = {**state_of(average.module), **values}
+        return states
+
+    def facts(self) -> dict:
+        """What else a checkpoint says of itself."""
+        return {}
+
+    def results(self, averaged: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """What later runs start from: plain averaged weights under "student", and "text" where it belongs to it."""
+        return averaged
+
+    def sample(self, prompts: list[str], frames: int) -> Tensor:
+        """Videos [n, T, H, W, 3] of prompts; every process has to ask for them."""
+        raise ValueError("Got sample videos of a run that makes none. Leave out log.sample_every.")
+
+
+class WanTask(Task):
+    """A task that trains a student Wan."""
+
+    def __init__(self, config: TrainConfig, world: World, group: Group, device: torch.device) -> None:
+        self.config, self.world, self.group, self.device = config, world, group, device
+        self.precision = DTYPES[config.precision]
+        torch.manual_seed(config.seed)  # of new weights
+        wan = load_student(config.model.student, world)
+        if config.lora:
+            add_adapters(wan, config.lora, config.seed)
+        self.student = self.network(wan)
+        self.modules = {"student": self.student.wan}
+        if any(p.requires_grad for p in world.text.parameters()):
+            self.modules["text"] = self.placed(world.text)
+        keep = config.average
+        self.averages = {name: Average(module, keep.decay, keep.start) for name, module in self.modules.items()}
+        self.optimizer = Optimizer(self.modules.values(), config.optimizer)
+        self.size = latent_size(config.model)
+
+    def network(self, wan: WanModel) -> Network:
+        """A network on its device, spread over the processes where the run is sharded."""
+        stages = stages_for(self.config.shard, self.config.recompute)
+        return Network(self.placed(wan, wan.blocks), self.precision, stages)
+
+    def placed(self, module: nn.Module, blocks=()) -> nn.Module:
+        module = module.to(self.device)
+        return shard(module, blocks, self.precision) if self.config.shard else module
+
+    def teacher(self, name: str) -> Network:
+        """A frozen network that reads the same prompts and latents as the student."""
+        wan = load_network(name, DTYPES[self.config.model.frozen])
+        check_alike(self.student.config, wan.config, "model.teacher")
+        return self.network(wan)
+
+    def null(self, count: int) -> Tensor:
+        """What guidance steers away from."""
+        return self.world.embeds([self.config.data.negative] * count)
+
+    def facts(self) -> dict:
+        words = {"words": self.world.text.words} if self.config.model.world == "tiny" else {}
+        return {"wan": asdict(self.student.config), **words}
+
+    def results(self, averaged: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        text = averaged.get("text") or (state_of(self.world.text) if self.config.model.world == "tiny" else {})
+        student, lora = averaged["student"], self.config.lora
+        if lora:
+            return {"student": merged(student, lora), "adapters": adapter_file(student, lora), "text": text}
+        return {"student": student, "text": text}
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], frames: int) -> Tensor:
+        """Videos [n, T, H, W, 3] of the averaged student, as production makes them."""
+        network, embeds = self.student, self.world.embeds(prompts)
+        draws = Draws(self.config.seed, 0, tuple(range(len(prompts))))
+        with self.averages["student"].in_place(), network.arithmetic(self.device):
+            chunks = rollout(
+                network.wan, self.config.sampling, embeds, draws.noise("sample"), frames, *self.size,
+                cache_dtype=network.precision, attention=attention_on(self.device), stages=network.stages,
+            )  # fmt: skip
+            latents = torch.cat([chunk.latents for chunk in chunks], 2)
+        return self.world.decode(latents)

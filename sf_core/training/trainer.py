@@ -1,0 +1,143 @@
+"""Takes the steps of a task, tells about them, and keeps what they made.
+
+    for step in range(done, steps):
+        for update in the task's updates:
+            for the samples of each pass: backward(loss / passes)
+            step the optimizer
+        update the averages
+
+A checkpoint holds weights, averages and optimizer states; randomness belongs to the step (draws.py). So a run that was
+killed continues with the losses it would have had, to the bit on a CPU, whatever number of processes continues it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .draws import Draws
+from .parallel import Group, fill, state_of
+from .report import Report
+from .store import CHECKPOINT, load_checkpoint, save_checkpoint
+from .task import Task, Update
+
+
+class TrainingStopped(ValueError):
+    """A run that cannot go on; its last checkpoint is good."""
+
+
+class Trainer:
+    """A task's run; `run` continues it from the folder's checkpoint where there is one."""
+
+    def __init__(self, config: TrainConfig, task: Task, group: Group) -> None:
+        self.config, self.task, self.group = config, task, group
+        self.passes = group.share(config.batch, config.micro_batch)
+        self.done, self.seconds, self.began = 0, 0.0, time.perf_counter()
+        if (config.out / CHECKPOINT).is_file():
+            self.restore(load_checkpoint(config.out))
+
+    def run(self) -> None:
+        """Trains to the end. Raises TrainingStopped when a loss is no longer a number."""
+        config = self.config
+        if self.done >= config.steps:
+            return
+        with Report(config, self.task, self.group, self.done) as report:
+            for step in range(self.done, config.steps):
+                report.step(step + 1, self.step(step))
+                self.done = step + 1
+                if self.done % config.log.save_every == 0 or self.done == config.steps:
+                    self.save()
+                    report.saved()
+                if config.log.sample_every and self.done % config.log.sample_every == 0:
+                    report.sample(self.done)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One step; returns its losses and gradient norms, means over all processes."""
+        told: dict[str, float] = {}
+        for update in self.task.updates:
+            told |= self.update(update, step)
+        for average in self.task.averages.values():
+            average.update(step)
+        return told
+
+    def update(self, update: Update, step: int) -> dict[str, float]:
+        update.optimizer.forget()  # another update's loss may have gone through these weights
+        progress, sums = step / self.config.steps, {}
+        for samples in self.passes:
+            losses = update.loss(Draws(self.config.seed, step, samples), progress)
+            (next(iter(losses.values())) / len(self.passes)).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float() / len(self.passes)
+        told = {name: self.group.mean(value).item() for name, value in sums.items()}
+        self.check(told, step)
+        self.group.average_gradients(update.optimizer.params)
+        norm = update.optimizer.step(progress).item()
+        return {**told, f"{next(iter(told))} gradient": norm}
+
+    def check(self, told: dict[str, float], step: int) -> None:
+        """Stops before weights are spoilt."""
+        for name, value in told.items():
+            if not math.isfinite(value):
+                kept = step // self.config.log.save_every * self.config.log.save_every
+                where = f"{self.config.out / CHECKPOINT} holds step {kept}" if kept else "nothing was saved yet"
+                raise TrainingStopped(
+                    f"Got the {name} loss {value} at step {step + 1}; it must be a number. Training has stopped and "
+                    f"{where}, which is good. Lower the learning rates or use precision: float32, and run it again."
+                )
+
+    def save(self) -> None:
+        """Writes the checkpoint; all processes take part, the first writes."""
+        task = self.task
+        averaged = task.averaged()
+        content = {
+            "step": self.done,
+            "seconds": self.seconds + time.perf_counter() - self.began,
+            "config": json.dumps(asdict(self.config), default=str),
+            "modules": {name: state_of(module) for name, module in task.modules.items()},
+            "averages": {name: average.state_dict() for name, average in task.averages.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers()],
+            **task.facts(),
+            **task.results(averaged),
+        }
+        if self.group.first:
+            save_checkpoint(self.config.out, content)
+        self.group.wait()
+
+    def restore(self, saved: dict) -> None:
+        """Raises ValueError for the checkpoint of another kind of run."""
+        for name, module in self.task.modules.items():
+            _check_alike(name, module.state_dict(), saved["modules"].get(name, {}), self.config)
+            fill(module, saved["modules"][name])
+        for name, average in self.task.averages.items():
+            average.load_state_dict(saved["averages"][name])
+        for optimizer, state in zip(self.optimizers(), saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.done, self.seconds = saved["step"], saved["seconds"]
+
+    def optimizers(self) -> list:
+        """Each once, in the order of the updates."""
+        return list({id(update.optimizer): update.optimizer for update in self.task.updates}.values())
+
+
+def _check_alike(name: str, own: dict[str, Tensor], saved: dict[str, Tensor], config: TrainConfig) -> None:
+    shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (own, saved)]
+    if shapes[0] == shapes[1]:
+        return
+    differing = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
+    raise ValueError(
+        f"Got {config.out / CHECKPOINT}, whose {name} is of another architecture ({differing[0]}: "
+        f"{shapes[1].get(differing[0], 'missing')} instead of {shapes[0].get(differing[0], 'none')}). Continue with "
+        "the configuration it was made with, or choose another `out`."
+    )
+
+
+def use_threads(device: torch.device) -> None:
+    """One thread on a CPU: on networks this small a second one makes training slower; use a second process."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)

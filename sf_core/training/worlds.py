@@ -1,0 +1,204 @@
+"""What networks are trained in: which words and pixels there are, and which weights one starts from.
+
+    world.embeds(["a red circle"])    prompts -> [B, tokens, text_dim]; "" is no prompt
+    world.encode(frames)              [B, T, H, W, 3] in 0..1 -> latents [B, C, F, H, W] in model space
+    world.decode(latents)             and back
+    world.still(latents)              the last frame as a clip of its own: [B, C, 1, H, W]
+
+`TinyWorld` is the built-in model's, whose text encoder may be trained along; `WanWorld` reads a user's files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import tiny, vae
+from ..checkpoint import load_model
+from ..config import WAN_1_3B, WanConfig
+from ..families import DEFAULT
+from ..model import WanModel
+from ..taehv import DecoderStream
+from ..tensorfiles import map_tensors, read_header
+from ..text import load_text_encoder
+from ..tiny.autoencoder import CHANNELS, SPACE, TIME, TinyAutoencoder
+from ..tiny.data import vocabulary
+from ..tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
+from .config import ModelConfig
+from .parallel import fill
+from .store import CHECKPOINT, load_checkpoint
+
+NEW = WanConfig(dim=160, ffn_dim=640, heads=5, layers=6, channels=CHANNELS, text_dim=TEXT_DIM, text_len=TEXT_LEN)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class World(Protocol):
+    config: ModelConfig
+    text: nn.Module
+
+    def embeds(self, prompts: list[str]) -> Tensor: ...
+
+    def encode(self, frames: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def still(self, latents: Tensor) -> Tensor: ...
+
+    def new_student(self) -> WanModel: ...
+
+
+class TinyWorld:
+    """The built-in model's world. The text encoder is the student's: a new one for a new student."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.text = tiny_text(config.student).requires_grad_(config.student == "new").to(device)
+        self.vae = tiny_autoencoder(config.vae).requires_grad_(False)
+
+    def embeds(self, prompts: list[str]) -> Tensor:
+        rows = torch.full((len(prompts), TEXT_LEN), -1)
+        named = [i for i, prompt in enumerate(prompts) if prompt]
+        if named:
+            rows[named] = self.text.batch([prompts[i] for i in named])
+        return self.text(rows.to(self.device))
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        return self.vae.encode(frames)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return DecoderStream(self.vae).decode(latents.cpu())
+
+    @torch.no_grad()
+    def still(self, latents: Tensor) -> Tensor:
+        """As far as the linear part of the autoencoder sees it."""
+        linear = self.vae.decoder[0].linear
+        blocks = linear(latents[:, :, -1:].cpu().movedim(1, -1))  # [B, 1, H, W, block]
+        last = blocks.unflatten(-1, (TIME, -1))[..., -1, :]
+        return self.vae.encoder(last.repeat(1, 1, 1, 1, TIME)).movedim(-1, 1).to(latents)
+
+    def new_student(self) -> WanModel:
+        shape = {name: getattr(self.config, name) for name in ("dim", "layers", "heads", "ffn_dim")}
+        return WanModel(replace(NEW, **{k: v for k, v in shape.items() if v})).initialise()
+
+
+class WanWorld:
+    """Wan 2.1's: UMT5 and the Wan VAE. The text encoder stays on the CPU unless there is a GPU."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        missing = [name for name in ("text_encoder", "vae") if getattr(config, name) is None]
+        if missing:
+            raise ValueError(
+                f"Got no model.{' and no model.'.join(missing)}; the wan world needs UMT5 and the Wan 2.1 VAE. Name "
+                "the files."
+            )
+        self.config, self.device = config, device
+        self.text = load_text_encoder(config.text_encoder, config.tokenizer, device)
+        file = read_header(config.vae)
+        self.vae = vae.WanVAE.from_state_dict(map_tensors(file, file.tensors)).to(device).requires_grad_(False)
+        self.kept: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def embeds(self, prompts: list[str]) -> Tensor:
+        if "" in prompts and "" not in self.kept:
+            self.kept[""] = self.text.encode([""])
+        rows = [self.kept[prompt] if prompt == "" else self.text.encode([prompt]) for prompt in prompts]
+        return torch.cat(rows).float().to(self.device)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        stream = vae.EncoderStream(self.vae)
+        return torch.cat((stream.encode(frames), stream.flush()), 2)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return vae.DecoderStream(self.vae).decode(latents)
+
+    @torch.no_grad()
+    def still(self, latents: Tensor) -> Tensor:
+        return self.encode(self.decode(latents)[:, -1:]).to(latents)
+
+    def new_student(self) -> WanModel:
+        return WanModel(WAN_1_3B).initialise()
+
+
+def open_world(config: ModelConfig, device: torch.device) -> TinyWorld | WanWorld:
+    """Raises ValueError for a size that the world does not have."""
+    if config.width % 16 or config.height % 16:
+        raise ValueError(f"Got {config.width} x {config.height} pixels; use multiples of 16.")
+    return TinyWorld(config, device) if config.world == "tiny" else WanWorld(config, device)
+
+
+def latent_size(config: ModelConfig) -> tuple[int, int]:
+    """(H, W) of latents."""
+    return config.height // SPACE, config.width // SPACE
+
+
+def load_student(source: str, world: World) -> WanModel:
+    """A model to train, float32: "new", "built-in", a file, or the averaged weights of a run's folder."""
+    if source == "new":
+        return world.new_student()
+    return load_network(source, torch.float32).requires_grad_(True)
+
+
+def load_network(source: str, dtype: torch.dtype) -> WanModel:
+    """A model as it is, frozen. Raises FileNotFoundError and ValueError for what cannot be one."""
+    path = Path(source)
+    if source == "built-in":
+        return tiny.load_model(dtype=dtype)
+    if (path / CHECKPOINT).is_file():
+        saved = load_checkpoint(path)
+        wan = WanModel(WanConfig(**saved["wan"]), dtype=dtype)
+        fill(wan, saved["student"])
+        return wan.requires_grad_(False).eval()
+    # The family is given so that a bidirectional teacher passes; nothing is sampled by it.
+    return load_model(there(path), dtype=dtype, family=DEFAULT)[0]
+
+
+def there(path: Path) -> Path:
+    """Raises FileNotFoundError where a model should be and nothing is."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f'Got no {path}; a model is a file, the folder of a run that has saved a checkpoint, "built-in" or "new". '
+            "Check the path, or train that run first."
+        )
+    return path
+
+
+def check_alike(student: WanConfig, other: WanConfig, name: str) -> None:
+    """Raises ValueError unless two networks read the same prompts and latents."""
+    for what in ("channels", "text_dim", "text_len"):
+        mine, theirs = getattr(student, what), getattr(other, what)
+        if mine != theirs:
+            raise ValueError(
+                f"Got a {name} with {what} {theirs}; the student has {mine}. Both must read the same prompts and "
+                "latents: use models of one kind."
+            )
+
+
+def tiny_text(student: str) -> TinyTextEncoder:
+    """The text encoder that belongs to a student of the tiny world."""
+    path = Path(student)
+    if student == "new":
+        return TinyTextEncoder(vocabulary())
+    if (path / CHECKPOINT).is_file():
+        saved = load_checkpoint(path)
+        text = TinyTextEncoder(saved["words"])
+        fill(text, saved["text"])
+        return text
+    beside = path.parent / "text_encoder.safetensors"
+    return tiny.load_text_encoder(beside if beside.is_file() else None)
+
+
+def tiny_autoencoder(source: Path | None) -> TinyAutoencoder:
+    """The shipped autoencoder, or that of a file or of a run's folder."""
+    if source is None or source.is_file():
+        return tiny.load_autoencoder(source)
+    autoencoder = TinyAutoencoder()
+    fill(autoencoder, load_checkpoint(source)["student"])
+    return autoencoder

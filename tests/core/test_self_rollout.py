@@ -1,0 +1,155 @@
+"""Self-rollout: the inference loop with gradient through the exit step, and nowhere else."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sf_core.config import Sampling, WanConfig
+from sf_core.model import EAGER, Rope, WanModel, encode_text, sdpa, velocity
+from sf_core.noise import SeededNoise
+from sf_core.rollout import rollout
+from sf_core.schedule import add_noise
+from sf_core.training.draws import Draws
+from sf_core.training.networks import Network, stages_for
+from sf_core.training.self_rollout import SelfRollout, Walk, roll_out
+
+CONFIG = WanConfig(dim=24, heads=2, layers=2, ffn_dim=32, channels=4, freq_dim=16, text_dim=8, text_len=6)
+HEIGHT, WIDTH, CHUNK, BATCH = 4, 6, 2, 2
+PROMPT = torch.randn(BATCH, 5, CONFIG.text_dim, generator=torch.Generator().manual_seed(1))
+
+
+def new_model():
+    torch.manual_seed(0)
+    wan = WanModel(CONFIG)
+    torch.nn.init.normal_(wan.head.head.weight, std=0.2)
+    return wan
+
+
+def roll(wan, sampling, walk, frames=6, noise=SeededNoise(0), recompute=False, training=True):
+    network = Network(wan, stages=stages_for(False, recompute))
+    return roll_out(network, sampling, PROMPT, noise, (frames, HEIGHT, WIDTH), walk, training)
+
+
+def gradients(wan, clip):
+    wan.zero_grad()
+    clip.square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in wan.parameters() if p.grad is not None])
+
+
+class Listed:
+    """Self-attention over lists of the frames seen so far: the rollout as one would first write it."""
+
+    def __init__(self, start: int, before: list[list[tuple[Tensor, Tensor]]]):
+        self.rope = Rope.at(CONFIG.head_dim, range(start, start + CHUNK), HEIGHT, WIDTH, "cpu")
+        self.attention, self.before, self.own = sdpa, before, []
+
+    def __call__(self, layer, q, k, v):
+        self.own.append((k.detach(), v.detach()))
+        keys, values = zip(*(chunk[layer] for chunk in self.before), (k, v))
+        return sdpa(q, torch.cat(keys, 2), torch.cat(values, 2))
+
+
+def written_out(wan, sampling, exits, chunks):
+    steps, noise, shape = sampling.steps_of(False), SeededNoise(0), (BATCH, CONFIG.channels, HEIGHT, WIDTH)
+    before, made = [], []
+    for chunk in range(chunks):
+        start, window = chunk * CHUNK, before[-2:] if sampling.window else before
+        x = noise(start, CHUNK, 0, shape)
+        for i in range(exits[chunk] + 1):
+            x0 = x - steps[i].sigma * velocity(
+                wan, x, steps[i].timestep, encode_text(wan, PROMPT), Listed(start, window)
+            )
+            if i < exits[chunk]:
+                x = add_noise(x0.detach(), noise(start, CHUNK, i + 1, shape), steps[i + 1].sigma)
+        clean = Listed(start, window)
+        velocity(wan, x0.detach(), 0.0, encode_text(wan, PROMPT), clean)
+        before.append(clean.own)
+        made.append(x0)
+    return torch.cat(made, 2)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("exits", [(1, 1, 1, 1), (0, 2, 3, 1)])
+def test_the_gradient_is_that_of_a_rollout_written_out(exits, window, recompute):
+    sampling, wan = Sampling(chunk=CHUNK, window=window), new_model()
+    expected = written_out(wan, sampling, exits, 4)
+    made = roll(wan, sampling, Walk(exits, gradient=8), frames=8, recompute=recompute)
+    torch.testing.assert_close(made, expected, rtol=0, atol=2e-5)
+    wanted = gradients(wan, expected)
+    assert (gradients(wan, made) - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_nothing_flows_into_earlier_chunks():
+    drawn = {}
+
+    def noise(start, frames, step, shape):
+        drawn[start, step] = SeededNoise(0)(start, frames, step, shape).requires_grad_(True)
+        return drawn[start, step]
+
+    made = roll(new_model(), Sampling(chunk=CHUNK), Walk((0, 0, 0), gradient=6), noise=noise)
+    made[:, :, -CHUNK:].square().sum().backward()
+    assert drawn[4, 0].grad.abs().sum() > 0
+    assert drawn[0, 0].grad.abs().sum() == 0 and drawn[2, 0].grad.abs().sum() == 0
+
+
+def test_only_the_last_frames_carry_gradient():
+    wan = new_model()
+    made = roll(wan, Sampling(chunk=CHUNK), Walk((1, 1, 1, 1), gradient=3), frames=8)
+    early, late = (
+        torch.autograd.grad(part.square().sum(), wan.head.head.weight, retain_graph=True)[0]
+        for part in (made[:, :, :4], made[:, :, 4:6])
+    )
+    assert early.abs().sum() == 0 and late.abs().sum() > 0
+
+
+def test_extra_chunks_take_every_step():
+    sampling, wan = Sampling(chunk=CHUNK), new_model()
+    made = roll(wan, sampling, Walk((3, 3, 3, 3, 3), extra=2, gradient=6), training=False)
+    chunks = rollout(wan, sampling, PROMPT, SeededNoise(0), 10, HEIGHT, WIDTH)
+    torch.testing.assert_close(made, torch.cat([chunk.latents for chunk in chunks], 2), rtol=0, atol=2e-5)
+
+
+def test_context_noise_changes_later_chunks_only():
+    sampling, wan = Sampling(chunk=CHUNK), new_model()
+    clean, noisy = (roll(wan, sampling, Walk((1, 1, 1), context_sigma=sigma), training=False) for sigma in (0, 0.3))
+    assert torch.equal(clean[:, :, :CHUNK], noisy[:, :, :CHUNK])
+    assert (clean[:, :, CHUNK:] - noisy[:, :, CHUNK:]).abs().max() > 1e-4
+
+
+def test_a_restricted_window_hides_the_first_chunk_from_the_last():
+    plan = SelfRollout(frames=6, window=4)
+    assert plan.sampling(Sampling(chunk=CHUNK)) == Sampling(chunk=CHUNK, window=4)
+    sampling, seen = plan.sampling(Sampling(chunk=CHUNK)), []
+
+    def attention(q, k, v, mask):
+        seen.append(k.shape[2] // CONFIG.tokens_per_frame(HEIGHT, WIDTH))
+        return sdpa(q, k, v)
+
+    list(rollout(new_model(), sampling, PROMPT, SeededNoise(0), 6, HEIGHT, WIDTH, attention=attention))
+    assert max(n for n in seen if n != CONFIG.text_len) == 4
+
+
+def test_exit_steps_are_shared_or_one_per_chunk():
+    sampling = Sampling(chunk=CHUNK)
+    shared = [SelfRollout(frames=8).draw(sampling, Draws(0, step, (0,)), "") for step in range(40)]
+    single = [SelfRollout(frames=8, exits="per-chunk").draw(sampling, Draws(0, step, (0,)), "") for step in range(40)]
+    assert all(len(set(walk.exits)) == 1 and len(walk.exits) == 4 for walk in shared)
+    assert {walk.exits[0] for walk in shared} == {0, 1, 2, 3}
+    assert sum(len(set(walk.exits)) > 1 for walk in single) > 30
+
+
+def test_every_sample_draws_alone_and_every_step_anew():
+    together, alone = Draws(7, 3, (0, 1, 2)), Draws(7, 3, (1,))
+    assert torch.equal(together.normal("x", 2, 3)[1:2], alone.normal("x", 2, 3))
+    shape = (3, 4, HEIGHT, WIDTH)
+    assert torch.equal(together.noise("n")(0, 2, 1, shape)[1:2], alone.noise("n")(0, 2, 1, shape))
+    assert not torch.equal(together.normal("x", 4), Draws(7, 4, (0, 1, 2)).normal("x", 4))
+    assert not torch.equal(together.normal("x", 4), together.normal("y", 4))
+    assert together.shared("exit", 1000) == alone.shared("exit", 1000)
+
+
+def test_an_unknown_kind_of_exit_is_refused():
+    with pytest.raises(ValueError, match="Got exits 'random'; there is shared and per-chunk"):
+        SelfRollout(exits="random")
+    assert stages_for(False, False).enter is EAGER.enter

@@ -1,0 +1,361 @@
+"""The trainer: every method runs, continues to the bit where it was killed, and says what is wrong."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sf_core.checkpoint import describe, load_model
+from sf_core.cli import main
+from sf_core.config import WanConfig
+from sf_core.noise import SeededNoise
+from sf_core.rollout import rollout
+from sf_core.training import report
+from sf_core.training.command import make_task
+from sf_core.training.config import METHODS, SHIPPED, read_config
+from sf_core.training.data import fitted
+from sf_core.training.optim import Average, rate_at
+from sf_core.training.parallel import Group
+from sf_core.training.store import LOSSES, MODEL, load_checkpoint
+from sf_core.training.trainer import Trainer, TrainingStopped
+from sf_core.training.worlds import check_alike
+from sf_core.video import save_video
+from tests.core.runs import config, losses, trained, written
+
+CPU = torch.device("cpu")
+STARTED = [method for method in METHODS if method not in ("bidirectional", "teacher-forcing", "autoencoder")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a teacher and a causal model that others start from."""
+    folder = tmp_path_factory.mktemp("runs")
+    trained("bidirectional", folder / "teacher")
+    trained("teacher-forcing", folder / "causal")
+    return folder
+
+
+@pytest.mark.parametrize("method", STARTED)
+def test_every_method_runs_and_its_model_loads(runs, method):
+    out = trained(method, runs / method)
+    assert [line["step"] for line in losses(out)] == [1, 2, 3]
+    assert all(math.isfinite(value) for line in losses(out) for value in line.values())
+    wan, checkpoint = load_model(out / MODEL)
+    assert checkpoint.sampling == config(method, out).sampling and checkpoint.config.dim == 24
+    before = load_checkpoint(runs / "causal")["student"]
+    assert any(not torch.equal(value, before[name].bfloat16()) for name, value in wan.state_dict().items())
+
+
+def test_a_student_learns(runs):
+    out = trained("bidirectional", runs / "learns", steps=60, batch=8, optimizer={"lr": 3e-3, "clip": 1.0})
+    told = losses(out, "loss")
+    assert sum(told[-10:]) < 0.9 * sum(told[:10])
+
+
+def test_a_finished_run_is_not_run_again(runs):
+    before = (runs / "teacher" / LOSSES).read_text()
+    trained("bidirectional", runs / "teacher")
+    assert (runs / "teacher" / LOSSES).read_text() == before
+
+
+def test_accumulated_passes_are_one_batch(runs):
+    whole = trained("dmd", runs / "whole")
+    parts = trained("dmd", runs / "parts", micro_batch=1)
+    for name in ("generator", "critic"):
+        assert losses(parts, name) == pytest.approx(losses(whole, name), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dmd", "teacher-forcing"])
+def test_recomputing_blocks_changes_nothing(runs, method):
+    student = {"model": {"world": "tiny", "student": str(runs / "causal"), "teacher": str(runs / "teacher")}}
+    plain, again = (
+        trained(method, runs / f"{method}-{recompute}", recompute=recompute, **student) for recompute in (False, True)
+    )
+    for one, other in zip(losses(plain), losses(again)):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_the_critic_may_learn_from_the_generators_own_clips(runs):
+    changes = {"critic": {"updates": 2, "fresh": False, "optimizer": {"lr": 1e-3}}}
+    assert losses(trained("dmd", runs / "own", **changes), "critic") != losses(runs / "dmd", "critic")
+
+
+def test_teacher_forced_context_is_another_run_from_the_same_start(runs):
+    forced = trained("dmd", runs / "forced", loss={"context": "teacher-forced"})
+    assert losses(forced, "generator")[0] != pytest.approx(losses(runs / "dmd", "generator")[0], rel=1e-6)
+
+
+def test_bfloat16_stays_near_float32(runs):
+    assert losses(trained("dmd", runs / "bf16", precision="bfloat16"), "critic")[0] == pytest.approx(
+        losses(runs / "dmd", "critic")[0], rel=0.05
+    )
+
+
+# --- Killed and continued --------------------------------------------------------------------------------------------
+
+
+def start(path, *changes):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sf_core", "train", str(path), *(f"--set={change}" for change in changes)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_killed_run_continues_to_the_bit(runs):
+    whole = trained("dmd", runs / "uncut", steps=12, log={"save_every": 4})
+    out = runs / "killed"
+    process = start(written("dmd", out, steps=12, log={"save_every": 4}))
+    wait_for(lambda: (out / LOSSES).is_file() and len(losses(out)) >= 6, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = load_checkpoint(out)["step"]
+    assert 4 <= done < 12 and done % 4 == 0
+    trained("dmd", out, steps=12, log={"save_every": 4})
+    assert losses(out) == losses(whole)
+    ours, theirs = (load_checkpoint(folder)["student"] for folder in (out, whole))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before(runs, monkeypatch):
+    out = runs / "saving"
+    trained("bidirectional", out, steps=2)
+    kept = (out / "checkpoint.pt").read_bytes()
+
+    def cut_short(content, path):
+        path.write_bytes(kept[:1000])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        trained("bidirectional", out, steps=4)
+    monkeypatch.undo()
+    assert (out / "checkpoint.pt").read_bytes() == kept
+    trained("bidirectional", out, steps=4)
+    assert load_checkpoint(out)["step"] == 4
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(runs, monkeypatch):
+    out = runs / "nan"
+    settings = config("bidirectional", out, steps=9, log={"save_every": 2})
+    task = make_task(settings, Group(), CPU)
+    trainer, loss = Trainer(settings, task, Group()), task.loss
+    spoilt = lambda draws, progress: {"loss": loss(draws, progress)["loss"] * (math.nan if draws.step == 5 else 1)}  # noqa: E731
+    task.updates[0] = replace(task.updates[0], loss=spoilt)
+    with pytest.raises(TrainingStopped, match="Got the loss loss nan at step 6;.*holds step 4, which is good"):
+        trainer.run()
+    saved = load_checkpoint(out)
+    assert saved["step"] == 4 and all(torch.isfinite(value).all() for value in saved["student"].values())
+
+
+# --- What is told ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_plot_and_samples_are_written(runs):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("matplotlib")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = {"every": 1, "sample_every": 2, "samples": ["a red circle moves right"], "sample_frames": 2}
+    out = trained("dmd", runs / "told", log={**told, "tensorboard": True, "plot": True})
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("generator")] == pytest.approx(losses(out, "generator"))
+    assert events.Images("0: a red circle moves right")[0].encoded_image_string.startswith(b"GIF")
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "samples" / "000002-0.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("key", "package"), [("tensorboard", "torch.utils.tensorboard"), ("plot", "matplotlib")])
+def test_a_missing_package_is_named_before_the_first_step(runs, monkeypatch, key, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"Got log.{key} without.*pip install"):
+        trained("bidirectional", runs / f"without-{key}", log={key: True})
+
+
+def test_the_average_follows_and_can_be_put_in_place():
+    layer = torch.nn.Linear(2, 2)
+    first = layer.weight.detach().clone()
+    average = Average(layer, 0.5, start=1)
+    with torch.no_grad():
+        layer.weight += 1
+    average.update(0)
+    assert torch.equal(average.values["weight"], layer.weight)  # before its start it is the weights themselves
+    with torch.no_grad():
+        layer.weight += 1
+    average.update(1)
+    assert (average.values["weight"] > first + 1).all() and (average.values["weight"] < layer.weight).all()
+    live = layer.weight.detach().clone()
+    with average.in_place():
+        assert torch.equal(layer.weight, average.values["weight"])
+    assert torch.equal(layer.weight, live)
+
+
+def test_rates_warm_up_and_fall_to_zero():
+    assert rate_at(0.0, 0.1, 0.5) < 0.01 < rate_at(0.05, 0.1, 0.5) < 1 == rate_at(0.3, 0.1, 0.5)
+    assert rate_at(0.75, 0.1, 0.5) == 0.5 and rate_at(1.0, 0.1, 0.5) == 0 and rate_at(0.9, 0.0, 1.0) == 1
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *argv):
+    """The one line that a run which cannot be ends with."""
+    assert main(["train", *map(str, argv)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("sf_core: error: Got ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.learning_rate=1", "'optimizer.learning_rate', which is none"),
+        ("optimizr.lr=1", "Did you mean 'optimizer'?"),
+        ("critic.optimizer.weight_decy=1", "Did you mean 'critic.optimizer.weight_decay'?"),
+        ("steps=many", "Got steps: 'many'; it is a whole number"),
+        ("steps=0", "all must be 1 or more"),
+        ("method=dmdd", "Did you mean 'dmd'?"),
+        ("precision=fp8", "Got precision 'fp8'; there is bfloat16, float32"),
+        ("sampling.steps=4", "Got sampling.steps: 4; it is a list"),
+        ("optimizer=3", "it has keys of its own: lr, muon_lr"),
+        ("rollout.exits=random", "there is shared and per-chunk"),
+        ("data.prompts=p.txt", "trained on one of prompts, clips and procedural"),
+        ("data.procedural=null", "Got nothing under data"),
+        ("data.procedural=some", "there is trained, held-out, all"),
+        ("model.teacher=null", "Got no model.teacher; dmd learns from one"),
+        ("model.teacher=nowhere.pt", "Got no nowhere.pt; a model is a file"),
+        ("micro_batch=3", "every pass takes as many samples"),
+        ("shard=true --set optimizer.muon_lr=1e-3", "Got Muon with sharded weights"),
+        ("lora={layers: [w]}", "Got lora.layers ['w'], which no block has"),
+        ("nonsense", "write it as key=value"),
+        ("model.world=wan", "Got procedural data outside the tiny world"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(runs, capsys, change, message):
+    first, *more = change.split(" --set ")
+    path = written("dmd", runs / "refused")
+    assert message in refused(capsys, path, "--set", first, *(word for one in more for word in ("--set", one)))
+
+
+def test_files_that_hold_no_configuration_are_refused(tmp_path, capsys):
+    assert "shipped configurations are" in refused(capsys, "nothing-of-that-name")
+    (tmp_path / "a.yaml").write_text("method: [dmd")
+    assert "which is not YAML" in refused(capsys, tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("- dmd")
+    assert "which holds no keys" in refused(capsys, tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("method: dmd")
+    assert "Got no 'out'; a run needs it" in refused(capsys, tmp_path / "a.yaml")
+
+
+def test_numbers_may_be_written_as_people_write_them(tmp_path):
+    (tmp_path / "a.yaml").write_text("{method: bidirectional, out: o, data: {procedural: all}, optimizer: {lr: 1e-4}}")
+    read = read_config(tmp_path / "a.yaml", ["steps=2e3", "average.decay=5e-1"])
+    assert (read.optimizer.lr, read.steps, read.average.decay) == (1e-4, 2000, 0.5)
+
+
+def test_the_checkpoint_of_another_architecture_is_refused(runs, capsys):
+    out = runs / "other"
+    trained("bidirectional", out)
+    path = written("bidirectional", out, steps=5, model={"world": "tiny", "student": "new", "dim": 32, "heads": 2})
+    assert "whose student is of another architecture" in refused(capsys, path)
+    with pytest.raises(ValueError, match="Got a model.teacher with text_dim 4096; the student has 128"):
+        check_alike(replace(WanConfig(), text_dim=128, text_len=16), replace(WanConfig(), text_len=16), "model.teacher")
+
+
+def test_a_damaged_checkpoint_is_refused(runs, capsys):
+    out = runs / "damaged"
+    out.mkdir()
+    (out / "checkpoint.pt").write_bytes(b"PK\x03\x04 half of a file")
+    assert "which is not a whole checkpoint" in refused(capsys, written("bidirectional", out))
+
+
+def test_too_little_memory_is_told_before_the_first_step(runs, capsys, monkeypatch):
+    monkeypatch.setattr("sf_core.training.memory.memory_of", lambda device: 10_000)
+    line = refused(capsys, written("dmd", runs / "small"))
+    assert "GiB of memory; this run takes" in line and "Use recompute: true" in line
+
+
+def clip_folder(folder, names=("a", "b"), frames=9):
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(names):
+        save_video(folder / f"{name}.mp4", torch.rand(frames, 48, 96, 3, generator=torch.Generator().manual_seed(i)))
+        (folder / f"{name}.txt").write_text(f"a red circle, number {i}")
+    return folder
+
+
+def test_a_folder_of_clips_is_trained_on(runs, tmp_path):
+    folder = clip_folder(tmp_path / "clips")
+    out = trained("teacher-forcing", runs / "folder", data={"clips": str(folder)})
+    latents = torch.load(out / "latents.pt", weights_only=True)
+    assert latents.shape == (2, 16, 2, 8, 8) and len(losses(out)) == 3
+    frames = torch.rand(3, 48, 96, 3)
+    assert torch.equal(fitted(frames, (48, 48)), frames[:, :, 24:72])
+    assert fitted(frames, (64, 64)).shape == (3, 64, 64, 3)
+
+
+def test_prompts_alone_are_enough_for_dmd(runs, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n\na blue star moves up\n")
+    assert len(losses(trained("dmd", runs / "prompts", data={"prompts": str(tmp_path / "p.txt")}))) == 3
+
+
+def test_data_with_nothing_to_learn_from_is_refused(runs, tmp_path, capsys):
+    def line(method, **data):
+        return refused(capsys, written(method, runs / "nodata", data={name: str(path) for name, path in data.items()}))
+
+    assert "Got no folder" in line("teacher-forcing", clips=tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "which holds no videos" in line("teacher-forcing", clips=tmp_path / "empty")
+    folder = clip_folder(tmp_path / "clips")
+    (folder / "b.mp4").unlink()
+    assert "1 captions without clips" in line("teacher-forcing", clips=folder)
+    (folder / "b.txt").unlink()
+    (folder / "a.txt").unlink()
+    assert "1 clips without captions" in line("gan", clips=folder)
+    assert "with 3 frames; a clip of 2 latent frames takes 5" in line(
+        "gan", clips=clip_folder(tmp_path / "short", frames=3)
+    )
+    (tmp_path / "p.txt").write_text("\n")
+    assert "which is empty" in line("dmd", prompts=tmp_path / "p.txt")
+    assert "Got no file" in line("dmd", prompts=tmp_path / "q.txt")
+    assert "Got prompts alone for gan" in line("gan", prompts=tmp_path / "p.txt")
+
+
+# --- The shipped configurations and the plan --------------------------------------------------------------------------
+
+
+def test_shipped_configurations_are_read():
+    names = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    assert {"tiny-autoencoder", "tiny-teacher", "tiny-causal", "tiny-dmd"} <= set(names)
+    for name in names:
+        assert read_config(name).out.name
+
+
+def test_a_model_is_known_by_its_file(runs):
+    about = describe(trained("dmd", runs / "known") / MODEL)
+    assert about.sampling.chunk == 1 and "metadata" in about.note
+    wan, _ = load_model(runs / "known" / MODEL, dtype=torch.float32)
+    prompt = torch.zeros(1, 4, wan.config.text_dim)
+    chunks = list(rollout(wan, about.sampling, prompt, SeededNoise(0), 2, 8, 8))
+    assert len(chunks) == 2 and torch.isfinite(chunks[-1].latents).all()
+
+
+def test_the_plot_needs_losses(tmp_path):
+    with pytest.raises(ValueError, match="with no losses; train first"):
+        report.plot_losses(tmp_path)
+
+
+def test_the_plan_is_printed_without_training(runs, capsys):
+    assert main(["train", str(written("dmd", runs / "planned")), "--plan", "--processes", "2"]) == 0
+    assert "GiB a device: student" in capsys.readouterr().out and not (runs / "planned").exists()

@@ -1,0 +1,152 @@
+"""Masks, flows and adversaries: what the baselines and the discriminator see."""
+
+import pytest
+import torch
+
+from sf_core.config import Sampling
+from sf_core.model import Sequence, block_causal_mask
+from sf_core.training.config import LoraConfig
+from sf_core.training.discriminator import Discriminator
+from sf_core.training.few_step import Ode
+from sf_core.training.flow import chunk_rule, chunks_of, compiled_flex, counted_mean, forced_attention, masked
+from sf_core.training.lora import add_adapters, merged
+from sf_core.training.losses import Levels, logit_slope
+from sf_core.training.networks import Network, plain_attention, stages_for
+from tests.core.test_self_rollout import CHUNK, CONFIG, HEIGHT, PROMPT, WIDTH, new_model
+
+CPU = torch.device("cpu")
+SIZE = (HEIGHT, WIDTH)
+TOKENS = CONFIG.tokens_per_frame(*SIZE)
+SAMPLING = Sampling(chunk=CHUNK)
+
+
+def test_noisy_chunks_see_clean_chunks_before_them_and_themselves():
+    sees = forced_attention(CONFIG, chunks_of(6, SAMPLING), SIZE, True, CPU).mask[::TOKENS, ::TOKENS]
+    clean, noisy = sees[:6], sees[6:]  # one token of each frame
+    assert clean[:2, :2].all() and not clean[:2, 2:].any()
+    assert clean[4:, :6].all() and not clean[:, 6:].any()
+    assert not noisy[:2, :6].any() and noisy[:2, 6:8].all() and not noisy[:2, 8:].any()
+    assert noisy[4:, :4].all() and not noisy[4:, 4:10].any() and noisy[4:, 10:].all()
+
+
+def test_diffusion_forcing_is_block_causal():
+    mask = forced_attention(CONFIG, chunks_of(6, SAMPLING), SIZE, False, CPU).mask
+    assert torch.equal(mask, block_causal_mask([CHUNK] * 3, TOKENS))
+
+
+def test_flex_attention_follows_the_same_rule(monkeypatch):
+    """What a GPU computes, uncompiled on the CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    chunk = torch.tensor([0, 0, 1, 1]).repeat(2).repeat_interleave(16)
+    rule = chunk_rule(chunk, torch.arange(128) >= 64)
+    q, k, v = torch.randn(3, 1, 2, 128, 16).unbind(0)
+    mask, attention = masked(rule, 128, CPU)
+    blocks = create_block_mask(lambda b, h, q, k: rule(q, k), None, None, 128, 128, device="cpu")
+    torch.testing.assert_close(
+        compiled_flex("cpu")(q, k, v, block_mask=blocks), attention(q, k, v, mask), rtol=0, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_teacher_forcing_sees_what_the_cache_holds():
+    """A noisy chunk beside clean ones is denoised as in a rollout whose cache holds the clean ones."""
+    from sf_core.cache import RollingCache
+    from sf_core.model import encode_text, velocity
+    from sf_core.training.flow import beside_clean
+
+    wan = new_model()
+    clean, noisy = torch.randn(2, len(PROMPT), CONFIG.channels, 4, *SIZE).unbind(0)
+    sigma, zero = torch.full((len(PROMPT), 4), 0.7), torch.zeros(len(PROMPT), 4)
+    attend = forced_attention(CONFIG, chunks_of(4, SAMPLING), SIZE, True, CPU)
+    beside = beside_clean(Network(wan), clean, zero, noisy, sigma, PROMPT, attend)
+    cache, text = RollingCache(CONFIG, len(PROMPT), *SIZE, slots=4), encode_text(wan, PROMPT)
+    velocity(wan, clean[:, :, :2], 0.0, text, cache.chunk(0, 2))
+    cached = velocity(wan, noisy[:, :, 2:], 700.0, text, cache.chunk(2, 2))
+    torch.testing.assert_close(beside[:, :, 2:], cached, rtol=0, atol=2e-5)
+
+
+def test_the_mean_does_not_depend_on_how_a_batch_is_cut():
+    error, counts = torch.rand(4, 6), torch.rand(4, 6) > 0.4
+    halves = [counted_mean(error[i : i + 2], counts[i : i + 2]) for i in (0, 2)]
+    assert counted_mean(error, counts) == pytest.approx(sum(halves).item() / 2)
+
+
+def test_a_trajectory_with_one_even_step_is_eulers():
+    """Between stops the points of a constant velocity lie on a line."""
+
+    class Straight(Ode):
+        def __init__(self):
+            self.flow = type("Flow", (), {"teacher_steps": 2, "shift": 1.0})()
+
+        def guided(self, clips, noisy, sigma, embeds):
+            return torch.ones_like(noisy)
+
+    from sf_core.training.draws import Draws
+
+    draws, clips = Draws(0, 0, (0,)), torch.zeros(1, 4, 2, 4, 6)
+    points, end = Straight().trajectory(clips, PROMPT, draws, [1.0, 0.75, 0.25])
+    noise = draws.normal("trajectory", 4, 2, 4, 6)
+    for point, sigma in zip(points, (1.0, 0.75, 0.25)):
+        torch.testing.assert_close(point, noise - (1 - sigma))
+    torch.testing.assert_close(end, noise - 1)
+
+
+def test_the_discriminator_reads_the_critics_own_tokens():
+    torch.manual_seed(0)
+    network, judge = Network(new_model()), Discriminator(CONFIG, (0.5, 1.0))
+    clips = torch.randn(2, CONFIG.channels, 2, *SIZE, requires_grad=True)
+    t = torch.full((2, 1), 500.0)
+    features = judge.layers_of(network, clips, t, PROMPT)
+    assert [tuple(tokens.shape) for tokens in features] == [(2, 2 * TOKENS, CONFIG.dim)] * 2
+    logits = judge(features)
+    assert logits.shape == (2,)
+    logits[0].backward()
+    assert clips.grad[0].abs().sum() > 0 and clips.grad[1].abs().sum() == 0
+    again = judge.layers_of(Network(new_model(), stages=stages_for(False, True)), clips, t, PROMPT)
+    torch.testing.assert_close(judge(again), logits)
+
+
+def test_the_slope_of_a_linear_logit_is_its_squared_weight():
+    x, nudge = torch.randn(5), torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0])
+    assert logit_slope(3 * x, 3 * (x + 0.01 * nudge), 0.01).item() == pytest.approx(9, rel=1e-3)
+
+
+def test_levels_lie_between_their_bounds():
+    from sf_core.training.draws import Draws
+
+    level = Levels(shift=5, lowest=100, highest=900).draw(
+        torch.zeros(64, 1, 1, 1, 1), Draws(0, 0, tuple(range(64))), ""
+    )
+    assert level.timestep.min() >= 100 and level.timestep.max() == 900
+    assert (1000 * level.sigma - level.timestep).abs().max() < 2
+    with pytest.raises(ValueError, match="Got noise levels from timestep 900 to 20"):
+        Levels(lowest=900, highest=20)
+
+
+def test_plain_attention_is_attention():
+    q, k, v = torch.randn(3, 2, 2, 10, 8).unbind(0)
+    mask = torch.rand(10, 10) > 0.3
+    mask |= torch.eye(10, dtype=torch.bool)
+    for m in (None, mask):
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=m)
+        torch.testing.assert_close(plain_attention(q, k, v, m), expected)
+
+
+def test_merged_adapters_compute_the_same():
+    config = LoraConfig(rank=3, alpha=6.0, layers=("q", "ffn.2"))
+    wan = add_adapters(new_model(), config, seed=0)
+    trained = {name for name, p in wan.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 3 * CONFIG.layers and all(name.endswith((".up", ".down")) for name in trained)
+    plain = new_model()
+    x, see = torch.randn(1, CONFIG.channels, 2, *SIZE), Sequence(CONFIG, range(2), *SIZE)
+    t, prompt = torch.full((1, 1), 500.0), PROMPT[:1]
+    with torch.no_grad():
+        torch.testing.assert_close(Network(wan).velocity(x, t, prompt, see), Network(plain).velocity(x, t, prompt, see))
+        for name, p in wan.named_parameters():
+            if name.endswith(".up"):
+                p.normal_()
+        adapted = Network(wan).velocity(x, t, prompt, see)
+        plain.load_state_dict(merged(wan.state_dict(), config))
+        torch.testing.assert_close(Network(plain).velocity(x, t, prompt, see), adapted, rtol=0, atol=1e-5)
+    assert (adapted - Network(new_model()).velocity(x, t, prompt, see)).abs().max() > 1e-3
