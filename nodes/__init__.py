@@ -1,5 +1,7 @@
 """What a user drags into a graph. Each file is a schema and a call; host.py is the seam to ComfyUI."""
 
-from . import decode, load, prompt, sample
+from . import custom, decode, load, prompt, sample, settings, stream
 
-NODES = [*load.NODES, *prompt.NODES, *sample.NODES, *decode.NODES]
+NODES = [
+    *load.NODES, *settings.NODES, *prompt.NODES, *sample.NODES, *stream.NODES, *custom.NODES, *decode.NODES,
+]  # fmt: skip

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import comfy.model_management as management
 import comfy.sd
 import comfy.utils
-import torch
 from comfy.ldm.wan.vae import WanVAE as HostWanVAE
 from comfy.taesd.taehv import TAEHV as HostTAEHV
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..sf_core import memory, taehv, vae
-from . import host, tiny
+from . import host, options, tiny
+from .job import Kept
 
 SMALLEST_TILE = 128  # pixels; tiles also look at 24 pixels on each side, so smaller ones do little else
 
@@ -26,18 +26,14 @@ class SelfForcingDecode(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingDecode",
             display_name="Self Forcing Decode",
-            category="Self Forcing",
+            category=options.CATEGORY,
             description="Decodes a video piece by piece, so that memory does not grow with its length. Streams the "
             "Wan VAE, TAEHV and the built-in autoencoder; any other VAE decodes as VAE Decode does.",
             search_aliases=["vae decode", "streaming decode", "taehv decode", "decode video", "latent to video"],
             inputs=[
                 io.Latent.Input("latent", tooltip="The video's latents, from Self Forcing Sampler."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
-                io.Int.Input(
-                    "tile", default=0, min=0, max=8192, step=64, optional=True, advanced=True,
-                    tooltip="Side of the tiles, in pixels, that the Wan VAE decodes one after the other, for small "
-                    "GPUs: 128 or more, 256 is good. Less memory, more time, the same frames. 0: the whole picture.",
-                ),
+                options.tile(),
             ],
             outputs=[io.Image.Output(tooltip="The frames, one after the other; videos of a batch follow each other.")],
         )  # fmt: skip
@@ -97,33 +93,33 @@ class Decoder:
         One video after the other, with progress, previews and Cancel.
         """
         self._make_room(samples.shape[3] * samples.shape[4] * 64, tile)
-        stream, bar, videos = self.stream(tile), comfy.utils.ProgressBar(len(samples) * samples.shape[2]), None
-        for i, video in enumerate(samples.split(1)):
+        stream, bar = self.stream(tile), comfy.utils.ProgressBar(len(samples) * samples.shape[2])
+        length = len(samples) * (4 * samples.shape[2] - 3)
+        kept = Kept(length, length, dim=0)
+        for video in samples.split(1):
             stream.reset()
-            at = 0
             for piece in video.split(4 if tile else 3, dim=2):
                 host.check_cancelled()
-                frames = stream.decode(self.to_model_space(piece.to(self.vae.device)))  # [1, T, 8H, 8W, 3]
-                if videos is None:
-                    videos = _room_for(samples, frames)
-                videos[i, at : at + frames.shape[1]] = frames[0]
-                at += frames.shape[1]
-                bar.update_absolute(
-                    bar.current + piece.shape[2], preview=host.as_preview(host.frame_picture(frames[0, -1]))
-                )
-        return videos
+                frames = self.piece(stream, piece)
+                kept.add(frames)
+                picture = host.as_preview(host.frame_picture(frames[-1]))
+                bar.update_absolute(bar.current + piece.shape[2], preview=picture)
+        return kept.tensor.unflatten(0, (len(samples), -1))
+
+    def piece(self, stream: Stream, raw: Tensor) -> Tensor:
+        """The next raw latents [1, C, F, H, W] of a video -> frames [T, 8H, 8W, 3] on ComfyUI's intermediate device."""
+        frames = stream.decode(self.to_model_space(raw.to(self.vae.device)))[0]
+        return frames.to(management.intermediate_device(), management.intermediate_dtype())
+
+    def room(self, pixels: int, tile: int | None) -> int:
+        """Bytes it takes for frames of so many pixels, beside the weights that ComfyUI loads."""
+        numbers = self.memory.held(pixels, tile is not None) + self.memory.used(pixels, tile)
+        return numbers * self.vae.vae_dtype.itemsize
 
     def _make_room(self, pixels: int, tile: int | None) -> None:
-        numbers = self.memory.held(pixels, tile is not None) + self.memory.used(pixels, tile)
-        room = numbers * self.vae.vae_dtype.itemsize
         whole = isinstance(self.vae.first_stage_model, tiny.HostAutoencoder)
+        room = self.room(pixels, tile)
         management.load_models_gpu([self.vae.patcher], memory_required=room, force_full_load=whole)
-
-
-def _room_for(samples: Tensor, frames: Tensor) -> Tensor:
-    """Empty frames of all videos [B, 4F-3, 8H, 8W, 3], of the size of `frames`."""
-    shape = (len(samples), 4 * samples.shape[2] - 3, *frames.shape[2:])
-    return torch.empty(shape, dtype=management.intermediate_dtype(), device=management.intermediate_device())
 
 
 def streaming_decoder(host_vae: comfy.sd.VAE) -> Decoder | None:

@@ -6,15 +6,18 @@ through ComfyUI's own layers. On wires everything is native: a MODEL is a ModelP
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import comfy.model_management as management
+import comfy.sd
 import comfy.utils
 import latent_preview
 import torch
@@ -29,10 +32,11 @@ from torch import Tensor
 from ..sf_core.compile import compile_stages
 from ..sf_core.config import PRESETS, Sampling, WanConfig
 from ..sf_core.model import Attention, Stages, WanLayers
-from ..sf_core.rollout import Progress
+from ..sf_core.rollout import Progress, Reencode
 from ..sf_core.storyboard import Entrance
 from . import room
 
+Result = TypeVar("Result")
 Preview = tuple[str, Image.Image, int]  # format, picture, largest side
 
 SMALL = 64 * 1024**2
@@ -46,12 +50,14 @@ ENTRANCE = "self_forcing_entrance"  # key of a CONDITIONING entry: the storyboar
 class Family:
     """What a MODEL knows about its own sampling: it travels with the MODEL through LoRAs and other patches.
 
-    sampling  how it was trained to be sampled
-    preview   newest latents [B, C, F, H, W] in model space -> picture; None: ComfyUI's own preview for the latents
+    sampling   how it was trained to be sampled
+    preview    newest latents [B, C, F, H, W] in model space -> picture; None: ComfyUI's own preview for the latents
+    reencoder  the VAE that makes stills for first-frame re-encode; None: without
     """
 
     sampling: Sampling = PRESETS["cli"]
     preview: Callable[[Tensor], Image.Image] | None = None
+    reencoder: comfy.sd.VAE | None = None
 
 
 def set_family(patcher: ModelPatcher, family: Family) -> None:
@@ -124,15 +130,23 @@ class PatchedAttention:
         return self.kernel(q, k, v, mask, self.options)
 
 
-def attention_of(patcher: ModelPatcher, compiled: bool = False) -> Attention:
+def attention_of(patcher: ModelPatcher, compiled: bool = False, options: dict | None = None) -> Attention:
+    """ComfyUI's attention with the MODEL's patches, or those of other transformer_options."""
     kernel = untraced_attention() if compiled else host_attention
-    return PatchedAttention(patcher.model_options["transformer_options"], kernel)
+    return PatchedAttention(patcher.model_options["transformer_options"] if options is None else options, kernel)
 
 
 @lru_cache
 def stages_of(compile: str) -> Stages:
     """The parts of a block, compiled or not. Made once, so that what was compiled serves later runs too."""
     return compile_stages(compile)
+
+
+def loaded_again(loader: tuple) -> ModelPatcher:
+    """A MODEL with weights of its own, as its `cached_patcher_init` (function, arguments, index of several) says."""
+    load, arguments, *index = loader
+    loaded = load(*arguments, disable_dynamic=True)
+    return loaded[index[0]] if index else loaded
 
 
 _static: WeakKeyDictionary[BaseModel, ModelPatcher] = WeakKeyDictionary()
@@ -151,22 +165,28 @@ def for_compiling(patcher: ModelPatcher) -> ModelPatcher:
             "memory is on. Use Load Self Forcing Model, or set compile to off."
         )
     if patcher.model not in _static:
-        load, arguments = patcher.cached_patcher_init[:2]
-        _static[patcher.model] = load(*arguments, disable_dynamic=True)
+        _static[patcher.model] = loaded_again(patcher.cached_patcher_init)
     return patcher.clone(disable_dynamic=True, model_override=_static[patcher.model].get_clone_model_override())
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def loaded(patcher: ModelPatcher, needed: room.Rollout) -> Iterator[None]:
-    """The model on its device, with room for the KV cache and one chunk's forward.
+def load(patcher: ModelPatcher, needed: room.Rollout, beside: int = 0, others: Sequence[ModelPatcher] = ()) -> None:
+    """Brings the model to its device, with room for the KV cache, one chunk's forward and `beside` bytes.
 
-    Raises ValueError when these alone are larger than the device.
+    `others` come with it. Raises ValueError when cache and forward alone are larger than the device.
     """
     room.check(needed, patcher.load_device)
-    management.load_models_gpu([patcher], memory_required=needed.bytes)
+    management.load_models_gpu([patcher, *others], memory_required=needed.bytes + beside)
+
+
+@contextmanager
+def loaded(
+    patcher: ModelPatcher, needed: room.Rollout, beside: int = 0, others: Sequence[ModelPatcher] = ()
+) -> Iterator[None]:
+    """The model on its device and ready to run; raises as `load` does."""
+    load(patcher, needed, beside, others)
     patcher.pre_run()
     try:
         with threads_for(patcher):
@@ -175,7 +195,7 @@ def loaded(patcher: ModelPatcher, needed: room.Rollout) -> Iterator[None]:
         patcher.cleanup()
 
 
-def within_memory(work: Callable[[], Tensor], what: str, remedy: str) -> Tensor:
+def within_memory(work: Callable[[], Result], what: str, remedy: str) -> Result:
     """What `work` gives. If memory runs out all that it held is freed before torch.OutOfMemoryError says what to do.
 
     ComfyUI knows that error: it unloads its models and shows the message.
@@ -239,6 +259,30 @@ def prompts_of(conditioning: list, batch: int) -> list[tuple[Entrance, Tensor]]:
     return [(entrance, comfy.utils.repeat_to_batch_size(embeds, batch)) for entrance, embeds in prompts]
 
 
+def negative_of(conditioning: list | None, batch: int) -> Tensor:
+    """Embeddings [B, tokens, width] of a negative prompt. Raises ValueError if there is none."""
+    if not conditioning:
+        raise ValueError(
+            "Got cfg other than 1 without a negative prompt; guidance leads away from one. Connect a prompt to "
+            "negative (an empty one of CLIP Text Encode will do), or set cfg to 1, which distilled models are made for."
+        )
+    return comfy.utils.repeat_to_batch_size(conditioning[0][0], batch)
+
+
+def still_of(patcher: ModelPatcher, vae: comfy.sd.VAE) -> Reencode:
+    """First-frame re-encode by a VAE of ComfyUI."""
+
+    def still(latents: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] in model space -> the latent [B, C, 1, H, W] of a still of their last frame."""
+        raw = patcher.model.process_latent_out(latents[:, :, -4:])
+        frames = [vae.decode(video)[0, -1:] for video in raw.split(1)]  # [1, 8H, 8W, 3] each
+        stills = torch.cat([vae.encode(frame) for frame in frames])
+        management.load_models_gpu([patcher])  # the VAE may have taken its place
+        return patcher.model.process_latent_in(stills).to(latents)
+
+    return still
+
+
 # --- Progress --------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +292,15 @@ def say(node: type[io.ComfyNode], text: str) -> None:
         from server import PromptServer  # runs already; without one it would take a second to import
 
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+
+def send(node: type[io.ComfyNode], event: str, data: Callable[[], dict]) -> None:
+    """Sends an event about the node that runs to the browser it was started from, if there is one."""
+    if node.hidden is not None and node.hidden.unique_id:
+        from server import PromptServer
+
+        server = PromptServer.instance
+        server.send_sync(event, {"node": node.hidden.unique_id, **data()}, server.client_id)
 
 
 def check_cancelled() -> None:
@@ -262,7 +315,7 @@ class SamplingProgress:
     """
 
     def __init__(self, patcher: ModelPatcher, node: type[io.ComfyNode], compiling: bool) -> None:
-        self.bar, self.done, self.shown = comfy.utils.ProgressBar(1), 0, 0.0
+        self.bar, self.done, self.shown = comfy.utils.ProgressBar(1), 0, -math.inf
         self.preview = family_of(patcher).preview
         self.previewer = previewer_of(patcher)
         self.node, self.began = node, time.monotonic() if compiling else None

@@ -11,9 +11,8 @@ from comfy_api.latest import io
 from ..sf_core.checkpoint import load_checkpoint
 from ..sf_core.families import FAMILIES
 from . import host, models, tiny
+from .options import AUTO, CATEGORY
 
-CATEGORY = "Self Forcing"
-AUTO = "auto"
 TAEHV_FOLDERS = ("vae_approx", "vae")
 
 log = logging.getLogger(__name__)

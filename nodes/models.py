@@ -8,12 +8,14 @@ the quantised layers. What reads or writes the latents stays as it is; see fp8.p
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.sd
 import torch
 from comfy.latent_formats import Wan21
 from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ..sf_core.checkpoint import Checkpoint, dequantised, load_checkpoint, plain_dtype
@@ -47,7 +49,7 @@ def from_checkpoint(
     metadata, options = wan_metadata(checkpoint.config), {}
     if dtype is FLOAT8 or (dtype is None and checkpoint.dtype in SCALED):
         state, layers = in_float8(checkpoint.state_dict, plain_dtype(checkpoint.dtype), quantise=dtype is FLOAT8)
-        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
+        metadata |= quantisation(layers)
     elif dtype is None:
         state = dict(checkpoint.state_dict)
     else:
@@ -59,6 +61,46 @@ def from_checkpoint(
     patcher.cached_patcher_init = (load_model, source)
     host.set_family(patcher, host.Family(checkpoint.sampling))
     return patcher
+
+
+def float8_of(patcher: ModelPatcher) -> ModelPatcher:
+    """A MODEL with the matrices of its blocks in float8, and its patches; one that is float8 already as it is.
+
+    Reads the weights anew by the MODEL's own loader, since those at work may have LoRAs in them. Raises ValueError for
+    a MODEL whose loader gives no way to.
+    """
+    if any(weight.dtype in SCALED or isinstance(weight, QuantizedTensor) for weight in _block_weights(patcher)):
+        return patcher
+    host.wan_of(patcher)
+    if patcher.cached_patcher_init is None:
+        raise ValueError(
+            "Got a MODEL whose loader gives ComfyUI no way to read its weights again, which float8 is made from. Use "
+            "Load Self Forcing Model or Load Diffusion Model, or leave this node out."
+        )
+    loader = patcher.cached_patcher_init
+    quantised = load_float8(loader)
+    clone = patcher.clone(model_override=quantised.get_clone_model_override())
+    clone.cached_patcher_init = (load_float8, (loader,))
+    clone.size = 0  # it was counted for the other weights; ComfyUI counts again
+    return clone
+
+
+def _block_weights(patcher: ModelPatcher) -> Iterator[Tensor]:
+    return patcher.model.diffusion_model.blocks.parameters()
+
+
+def load_float8(loader: tuple, disable_dynamic: bool = False) -> ModelPatcher:
+    """What a MODEL's own loader gives, with the matrices of the blocks in float8."""
+    network = host.loaded_again(loader).model.diffusion_model
+    state = network.state_dict()
+    state, layers = in_float8(state, state["blocks.0.self_attn.q.weight"].dtype, quantise=True)
+    metadata = wan_metadata(host.wan_config(network)) | quantisation(layers)
+    return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=disable_dynamic)
+
+
+def quantisation(layers: dict[str, dict[str, str]]) -> dict[str, str]:
+    """The metadata that names quantised layers."""
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
 
 
 def wan_metadata(config: WanConfig) -> dict[str, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..sf_core.storyboard import parse
-from . import host
+from ..sf_core.script import TRANSITIONS
+from ..sf_core.storyboard import entrance, parse
+from . import host, options
 
 
 class SelfForcingPrompt(io.ComfyNode):
@@ -14,7 +15,7 @@ class SelfForcingPrompt(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingPrompt",
             display_name="Self Forcing Prompt",
-            category="Self Forcing",
+            category=options.CATEGORY,
             description="Turns a prompt, or several with the times they start at, into conditioning for Self "
             "Forcing Sampler.",
             search_aliases=["text encode", "prompt", "prompt schedule", "video prompt", "umt5", "wan prompt"],
@@ -50,8 +51,51 @@ class SelfForcingPrompt(io.ComfyNode):
         return io.NodeOutput(conditioning)
 
 
+class SelfForcingNextPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SelfForcingNextPrompt",
+            display_name="Self Forcing Next Prompt",
+            category=options.CATEGORY,
+            description="Lets one prompt follow another at a time, where each is conditioning of its own. Put several "
+            "behind each other for longer stories.",
+            search_aliases=["prompt schedule", "prompt travel", "combine conditioning", "story", "prompt switch"],
+            inputs=[
+                io.Conditioning.Input("first", tooltip="The prompt, or several with their times, that come first."),
+                io.Conditioning.Input("next", tooltip="The prompt that takes over. Its first entry is used."),
+                io.String.Input(
+                    "start", default="4s",
+                    tooltip="When it takes over: seconds of the video, as in 4s or 1.5s, or after how many chunks, as "
+                    "in @20.",
+                ),
+                io.Combo.Input(
+                    "transition", options=list(TRANSITIONS), default=TRANSITIONS[0],
+                    tooltip="recache: the latest frames are read again under the new prompt. renew: the same, and they "
+                    "become the new sink. cut: they are forgotten. blend: the old prompt turns into the new one.",
+                ),
+                io.Float.Input(
+                    "blend", default=1.5, min=0.25, max=10_000.0, step=0.25, advanced=True,
+                    tooltip="Seconds that a blend takes.",
+                ),
+                io.Float.Input(
+                    "fps", default=16.0, min=1.0, max=120.0, step=1.0, optional=True, advanced=True,
+                    tooltip="Frames per second that times are counted with.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="Both, for Self Forcing Sampler. Others follow the first.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, first, next, start, transition, blend, fps=16.0) -> io.NodeOutput:
+        if not first or not next:
+            raise ValueError("Got empty conditioning; both prompts are needed. Connect one to first and one to next.")
+        how = f"blend {blend:g}s" if transition == "blend" else transition
+        return io.NodeOutput([*first, host.entering(next, entrance(start.strip() and f"{start.strip()} {how}", fps))])
+
+
 def encode(clip, text: str) -> list:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
-NODES = [SelfForcingPrompt]
+NODES = [SelfForcingPrompt, SelfForcingNextPrompt]

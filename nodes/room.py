@@ -19,7 +19,11 @@ from ..sf_core.memory import gib
 
 @dataclass(frozen=True)
 class Rollout:
-    """All that decides it: `batch` videos of `frames` latent frames, `height` x `width` latent pixels."""
+    """All that decides it: `batch` videos of `frames` latent frames, `height` x `width` latent pixels.
+
+    rereads  whether the window is read again in one forward, as at some prompt switches
+    guided   whether a negative prompt runs beside, with a cache of its own
+    """
 
     config: WanConfig
     sampling: Sampling
@@ -29,11 +33,14 @@ class Rollout:
     width: int
     dtype: torch.dtype
     cache_dtype: torch.dtype | None
+    rereads: bool = False
+    guided: bool = False
 
     @property
     def bytes(self) -> int:
         size = (8 * self.height, 8 * self.width, self.frames)
-        return self.batch * memory_needed(self.config, self.sampling, 0, *size, self.dtype, self.cache_dtype).total
+        one = memory_needed(self.config, self.sampling, 0, *size, self.dtype, self.cache_dtype, self.rereads)
+        return self.batch * (2 if self.guided else 1) * one.total
 
     @property
     def window(self) -> int:
@@ -69,7 +76,9 @@ def check(rollout: Rollout, device: torch.device) -> None:
 
 def smaller(rollout: Rollout, limit: int) -> Iterator[str]:
     """Settings of the sampler with which a rollout fits, and what it takes then."""
-    float8 = replace(rollout, cache_dtype=FLOAT8)
+    float8, plain = replace(rollout, cache_dtype=FLOAT8), replace(rollout, guided=False)
+    if rollout.guided and plain.bytes <= limit:
+        yield f"cfg to 1 ({gib(plain.bytes)})"
     alone = rollout.longest_window(limit)
     if alone >= rollout.shortest:
         yield f"a smaller window ({alone} at most)"

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
 import comfy.model_management as management
-import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
-from torch import Tensor
 
-from ..sf_core.compile import MODES
-from ..sf_core.config import PRESETS, Sampling
-from ..sf_core.families import FAMILIES
-from ..sf_core.fp8 import FLOAT8
-from ..sf_core.model import Attention, Stages, WanLayers
-from ..sf_core.noise import MAX_SEED, Noise, SeededNoise
-from ..sf_core.rollout import Progress, plan_spans, rollout, whole_chunks
-from ..sf_core.storyboard import cues
-from . import host
-from .room import Rollout
-
-CATEGORY = "Self Forcing"
-AUTO = "auto"
-CACHES = {AUTO: None, "fp8": FLOAT8}
-REMEDY = "Set cache to fp8 or a smaller window, load the model in fp8, or make a smaller video."
-NAMED = PRESETS | {name: family.sampling for name, family in FAMILIES.items()}
+from . import host, options
+from .job import REMEDY, job_of, warn
 
 
 class SelfForcingLatent(io.ComfyNode):
@@ -36,7 +16,7 @@ class SelfForcingLatent(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingLatent",
             display_name="Self Forcing Latent",
-            category=CATEGORY,
+            category=options.CATEGORY,
             description="The size and length of the video to make.",
             search_aliases=["empty latent video", "empty wan latent", "video size", "video length", "resolution"],
             inputs=[
@@ -95,70 +75,17 @@ class SelfForcingSampler(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingSampler",
             display_name="Self Forcing Sampler",
-            category=CATEGORY,
+            category=options.CATEGORY,
             description="Makes a video a few latent frames at a time, each chunk attending to the ones before it.",
             search_aliases=[
                 "autoregressive sampler", "causal sampler", "rolling kv cache", "wan sampler", "causvid", "long video",
+                "video to video", "continue video",
             ],
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="A causal Wan text-to-video model from any loader, with or without LoRAs.",
-                ),
-                io.Conditioning.Input(
-                    "positive",
-                    tooltip="The prompt, or those of Self Forcing Prompt with their times. Of other conditioning the "
-                    "first entry is used.",
-                ),
-                io.Latent.Input(
-                    "latent",
-                    tooltip="Size, length and batch of the video, prefix included; its content is not used.",
-                ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
-                    tooltip="The same seed gives the same frames. A longer video with the same seed starts with "
-                    "them too.",
-                ),
-                io.Combo.Input(
-                    "preset", options=[AUTO, *NAMED], default=AUTO,
-                    tooltip="Steps, shift, chunk and window that belong together. auto: what the model was made for; "
-                    "cli: the published script (shift 5); demo: the published web demo (shift 8); tiny: the built-in "
-                    "model; the others: published models by name.",
-                ),
-                io.Int.Input(
-                    "steps", default=0, min=0, max=100,
-                    tooltip="Denoising steps per chunk, evenly spaced before the shift. 0: the preset's (4).",
-                ),
-                io.Int.Input(
-                    "chunk", default=0, min=0, max=100, advanced=True,
-                    tooltip="Latent frames made together (4 frames each). 0: the preset's (3), which is what the model "
-                    "was trained with.",
-                ),
-                io.Int.Input(
-                    "window", default=0, min=0, max=100_000,
-                    tooltip="Latent frames the model sees, the current chunk included; memory and time grow with it. "
-                    "0: the preset's. A number as large as the video means all of it.",
-                ),
-                io.Int.Input(
-                    "sink", default=-1, min=-1, max=100_000, advanced=True,
-                    tooltip="First latent frames that never leave the window; steadies long videos. -1: the preset's.",
-                ),
-                io.Latent.Input(
-                    "prefix", optional=True,
-                    tooltip="Latents the video starts with: an image or a clip from VAE Encode at the same size, or "
-                    "another sampler's output to go on from. They stay in the output and count in its length.",
-                ),
-                io.Combo.Input(
-                    "cache", options=list(CACHES), default=AUTO, optional=True, advanced=True,
-                    tooltip="Numbers that the model's memory of earlier frames is kept in. auto: those it computes "
-                    "with; fp8: float8 with scales, half the memory of bf16 and a little slower.",
-                ),
-                io.Combo.Input(
-                    "compile", options=list(MODES), default="off", optional=True, advanced=True,
-                    tooltip="torch.compile. default: faster after a first step that takes a minute or so; "
-                    "max-autotune: faster still after several. Needs Triton on GPUs, a C++ compiler on CPUs; without "
-                    "them the video is made as with off.",
-                ),
+                options.model(), options.positive(), options.latent(), options.seed(), options.preset(),
+                options.steps(), options.chunk(), options.window(), options.sink(), options.prefix(), options.cache(),
+                options.compiled(), options.negative(), options.cfg(), options.denoise(), options.history(),
+                options.keep_prefix(),
             ],
             outputs=[io.Latent.Output(tooltip="The video's latents, for Self Forcing Decode or VAE Decode.")],
             hidden=[io.Hidden.unique_id],
@@ -166,68 +93,23 @@ class SelfForcingSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, latent, seed, preset, steps, chunk, window, sink, prefix=None, cache=AUTO, compile="off"
-    ) -> io.NodeOutput:
-        sampling = sampling_of(preset, host.family_of(model).sampling, steps, chunk, window, sink)
-        model = model if compile == "off" else host.for_compiling(model)
-        wan = host.wan_of(model)
-        shape = host.latents_of(latent, wan).shape
-        start = None if prefix is None else host.latents_of(prefix, wan, "prefix")
-        compiled = compile != "off"
-        job = Job(
-            model, wan, sampling, SeededNoise(seed), CACHES[cache], host.attention_of(model, compiled),
-            host.stages_of(compile), host.SamplingProgress(model, cls, compiled),
+        cls, model, positive, latent, seed, preset, steps, chunk, window, sink, prefix=None, cache=options.AUTO,
+        compile="off", negative=None, cfg=1.0, denoise=1.0, history="window", keep_prefix=True,
+    ) -> io.NodeOutput:  # fmt: skip
+        sampling = options.sampling_of(preset, host.family_of(model).sampling, steps, chunk, window, sink)
+        job = job_of(
+            model, sampling, positive, latent, seed, prefix, history, denoise, negative, cfg, options.CACHES[cache],
+            compile,
         )  # fmt: skip
-        what = f"{shape[2]} latent frames of {8 * shape[4]} x {8 * shape[3]} pixels"
-        samples = host.within_memory(lambda: sample(job, positive, shape, start), what, REMEDY)
-        return io.NodeOutput({"samples": samples})
+        warn(job, cls)
+        progress = host.SamplingProgress(job.model, cls, compile != "off")
 
+        def sample() -> torch.Tensor:
+            with job.loaded():
+                return job.latents(progress, first=0 if keep_prefix else job.given)
 
-def sampling_of(preset: str, own: Sampling, steps: int, chunk: int, window: int, sink: int) -> Sampling:
-    """The preset (`own` for auto) with what the user has set; 0, or -1 for the sink, leaves it as it is."""
-    sampling = own if preset == AUTO else NAMED[preset]
-    return replace(
-        sampling,
-        steps=tuple(1000 * (steps - i) / steps for i in range(steps)) or sampling.steps,
-        chunk=chunk or sampling.chunk,
-        window=window or sampling.window,
-        sink=sampling.sink if sink < 0 else sink,
-    )
-
-
-@dataclass(frozen=True)
-class Job:
-    """A model and how it is run."""
-
-    model: ModelPatcher
-    wan: WanLayers
-    sampling: Sampling
-    noise: Noise
-    cache_dtype: torch.dtype | None
-    attention: Attention
-    stages: Stages
-    progress: Callable[[Progress], None]
-
-
-def sample(job: Job, positive: list, shape: torch.Size, prefix: Tensor | None) -> Tensor:
-    """A video [B, C, F, H, W] of `shape` on ComfyUI's intermediate device; like every LATENT, in raw VAE space."""
-    model, wan, sampling = job.model, job.wan, job.sampling
-    batch, _, frames, height, width = shape
-    dtype = model.model.get_dtype_inference()
-    prompts = host.prompts_of(positive, batch)
-    if prefix is not None:
-        prefix = model.model.process_latent_in(comfy.utils.repeat_to_batch_size(prefix, batch))
-    given = 0 if prefix is None else prefix.shape[2]
-    total = whole_chunks(frames, sampling, given)
-    prompts = [(entrance, embeds.to(model.load_device)) for entrance, embeds in prompts]
-    with host.loaded(model, Rollout(wan.config, sampling, batch, total, height, width, dtype, job.cache_dtype)):
-        chunks = rollout(
-            wan, sampling, cues(prompts, plan_spans(total, sampling, given)), job.noise, total, height, width,
-            prefix=prefix, dtype=dtype, cache_dtype=job.cache_dtype, attention=job.attention,
-            stages=job.stages, on_step=job.progress,
-        )  # fmt: skip
-        latents = torch.cat([chunk.latents.to(management.intermediate_device()) for chunk in chunks], dim=2)
-    return model.model.process_latent_out(latents[:, :, :frames])
+        samples = host.within_memory(sample, job.what, REMEDY)
+        return io.NodeOutput({"samples": job.model.model.process_latent_out(samples)})
 
 
 NODES = [SelfForcingLatent, SelfForcingSampler]

@@ -84,10 +84,29 @@ def parse(text: str, fps: float = 16.0) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
+def entrance(text: str, fps: float = 16.0) -> Entrance:
+    """What stands before the colon of a line that is not the first, such as `4s`, `@20 cut` or `8s blend 1.5s`.
+
+    Raises ValueError, with the column, for anything else.
+    """
+    words = _words(text, 1)
+    if not words:
+        raise Word(text, 1, 1).error(f"a prompt that follows another has a time. {TIMES}")
+    start, chunks = _time(words[0], fps)
+    if not start:
+        raise words[0].error("the prompt that starts at 0 is the first one. Give this one a later time.")
+    transition, blend = _transition(words[1:], fps) if words[1:] else (DEFAULT, 0)
+    return Entrance(start, chunks, transition, blend, words[0].text)
+
+
+def _words(text: str, line: int) -> list[Word]:
+    return [Word(match[0], line, match.start() + 1) for match in re.finditer(r"\S+", text)]
+
+
 def _prompt(line: str, number: int, fps: float, before: list[Prompt]) -> Prompt:
     """The prompt that stands in a line."""
     head, colon, text = line.partition(":")
-    words = [Word(match[0], number, match.start() + 1) for match in re.finditer(r"\S+", head)]
+    words = _words(head, number)
     if not words:
         raise Word(":", number, len(head) + 1).error(f"a time comes before the colon. {TIMES}")
     start, chunks = _time(words[0], fps)

@@ -11,7 +11,7 @@ from sf_core import tiny
 from sf_core.config import PRESETS, Sampling
 from sf_core.noise import SeededNoise
 from sf_core.rollout import plan_spans, rollout
-from sf_core.storyboard import Entrance, Prompt, cues, parse, starts
+from sf_core.storyboard import Entrance, Prompt, cues, entrance, parse, starts
 from sf_core.taehv import DecoderStream
 from sf_core.tiny import detect
 from sf_core.tiny.evaluate import ask
@@ -114,6 +114,21 @@ def test_any_text_is_prompts_in_order_or_an_error_with_a_remedy(text):
         return
     assert prompts[0].entrance == Entrance(said=prompts[0].entrance.said)
     assert prompts == (Prompt(text),) or all(prompt.text.strip() for prompt in prompts)
+
+
+def test_an_entrance_is_what_stands_before_the_colon():
+    assert entrance("4s") == Entrance(16, said="4s")
+    assert entrance("@60 blend 1.5s") == Entrance(60, True, "blend", 6, "@60")
+    assert entrance("4s cut", fps=24) == Entrance(24, transition="cut", said="4s")
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "message"),
+    [("", 1, "has a time"), ("0", 1, "a later time"), ("4", 1, "Write 4s"), ("4s fade", 4, "one of recache")],
+)
+def test_other_entrances_are_refused_where_they_are_wrong(text, column, message):
+    with pytest.raises(ValueError, match=f"line 1, column {column} .*{message}"):
+        entrance(text)
 
 
 # --- Among chunks ----------------------------------------------------------------------------------------------------

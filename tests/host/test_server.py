@@ -1,164 +1,32 @@
-"""A ComfyUI server of its own, with this pack among its custom nodes, driven the way a user's browser drives it."""
+"""The pack in a ComfyUI server of its own: workflows, Cancel, memory, and what a user reads when something is wrong."""
 
 import json
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
-import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-PACK = "self-forcing-under-test"
-WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-LENGTHS = {"tiny_long_video": 481, "tiny_continuation": 93}  # frames; 81 where it is not named
-START, RUN = 600, 300  # seconds; both take a few, on a machine that has nothing else to do
+from tests.host.server import PACK, RUN, WORKFLOWS, frames_of, load_prompt, running
 
-
-class Server:
-    """A ComfyUI process on a free port; files go to `base`."""
-
-    def __init__(self, comfyui: Path, base: Path) -> None:
-        self.base, self.log = base, base / "server.log"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [
-            sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base),
-            "--disable-auto-launch", "--disable-api-nodes", "--cache-classic",
-        ]  # fmt: skip
-        # glibc then gives every larger block back to the system at once, so that memory can be read off the process.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-    def request(self, path: str, body: dict | None = None) -> bytes:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.read()
-
-    def get(self, path: str) -> dict:
-        return json.loads(self.request(path))
-
-    def wait_until_up(self) -> None:
-        deadline = time.monotonic() + START
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(self.log.read_text(encoding="utf-8", errors="replace")[-2000:])
-            try:
-                self.request("/system_stats")
-                return
-            except OSError:
-                time.sleep(0.5)
-        raise TimeoutError(f"ComfyUI did not start in {START} s")
-
-    def queue(self, prompt: dict) -> str:
-        return json.loads(self.request("/prompt", {"prompt": prompt}))["prompt_id"]
-
-    def finished(self, prompt_id: str) -> dict:
-        """The history entry of a prompt, once it is over."""
-        deadline = time.monotonic() + RUN
-        while time.monotonic() < deadline:
-            if entry := self.get(f"/history/{prompt_id}").get(prompt_id):
-                return entry
-            time.sleep(0.1)
-        raise TimeoutError(f"the prompt was not over after {RUN} s")
-
-    def run(self, prompt: dict) -> list[Path]:
-        """Runs a workflow to its end and gives the files it has saved."""
-        entry = self.finished(self.queue(prompt))
-        assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
-        saved = [file for output in entry["outputs"].values() for file in output.get("images", [])]
-        return [self.base / "output" / file["subfolder"] / file["filename"] for file in saved]
-
-    def error_of(self, prompt: dict) -> str:
-        """Runs a workflow that fails and gives the message the user reads."""
-        messages = dict(self.finished(self.queue(prompt))["status"]["messages"])
-        return messages["execution_error"]["exception_message"]
-
-    def memory(self) -> int:
-        """Bytes of RAM the server holds."""
-        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
+# Frames; 81 where it is not named.
+LENGTHS = {"tiny_long_video": 481, "tiny_continuation": 93, "tiny_story": 193, "tiny_stream": 161}
 
 
 @pytest.fixture(scope="module")
 def server(comfyui, tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    copied = shutil.ignore_patterns(".*", "__pycache__", "runs", "tests", "benchmarks")
-    shutil.copytree(ROOT, base / "custom_nodes" / PACK, ignore=copied)
-    running = Server(comfyui, base)
-    try:
-        running.wait_until_up()
-        yield running
-    finally:
-        running.stop()
+    with running(comfyui, tmp_path_factory.mktemp("comfyui")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def workflow(server):
     """workflow("name", SelfForcingSampler={"seed": 1}) is that workflow as /prompt takes it, with inputs changed."""
-    definitions = server.get("/object_info")
-
-    def load(name: str, **changes) -> dict:
-        saved = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
-        prompt = to_prompt(saved, definitions)
-        for node in prompt.values():
-            node["inputs"].update(changes.get(node["class_type"], {}))
-        return prompt
-
-    return load
-
-
-def to_prompt(saved: dict, definitions: dict) -> dict:
-    """A saved workflow in the form that /prompt takes: what the frontend does when Run is pressed."""
-    links = {link[0]: [str(link[1]), link[2]] for link in saved["links"]}
-    prompt = {}
-    for node in saved["nodes"]:
-        if node["type"] not in definitions:
-            assert node["type"] in ("Note", "MarkdownNote"), node["type"]
-            continue
-        wired = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
-        inputs = {**widgets(node, definitions[node["type"]]), **wired}
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    return prompt
-
-
-def widgets(node: dict, definition: dict) -> dict:
-    """Widget name -> value. Values are saved by position; a seed is followed by what becomes of it after a run."""
-    values, named = iter(node.get("widgets_values") or []), {}
-    specs = {**definition["input"].get("required", {}), **definition["input"].get("optional", {})}
-    for slot in node["inputs"]:
-        if "widget" in slot:
-            named[slot["name"]] = next(values)
-            options = specs[slot["name"]][1] if len(specs[slot["name"]]) > 1 else {}
-            if options.get("control_after_generate"):
-                next(values)
-    assert not list(values), f"{node['type']} has more values than widgets"
-    return named
-
-
-def frames_of(files: list[Path]) -> list:
-    """The frames of the one video that was saved, as arrays [H, W, 3]."""
-    import av
-
-    (path,) = files
-    with av.open(str(path)) as video:
-        return [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    return partial(load_prompt, definitions=server.get("/object_info"))
 
 
 def pixels_of(path: Path) -> bytes:
@@ -189,7 +57,7 @@ def test_templates_help_and_translations_are_served(server):
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflow_runs_and_saves_a_video(server, workflow, name):
-    frames = frames_of(server.run(workflow(name)))
+    frames = frames_of(server.run(workflow(name, SelfForcingStream={"file": "video/stream"})))
     assert len(frames) == LENGTHS.get(name, 81)
     assert frames[0].shape == ((256, 256, 3) if name == "tiny_upscale" else (64, 64, 3))
 
@@ -205,14 +73,72 @@ def test_video_from_an_image_begins_with_it_and_moves(server, workflow):
 
 def test_continuation_keeps_the_first_part_and_follows_the_second_prompt(server, workflow):
     frames = frames_of(server.run(workflow("tiny_continuation")))
-    prompt = {"text": "a big yellow circle moves right on a navy background"}
-    alone = workflow("tiny_text_to_video", SelfForcingPrompt=prompt, SelfForcingLatent={"frames": 45})
-    first = frames_of(server.run(alone))
+    first = frames_of(server.run(workflow("tiny_image_to_video", SelfForcingLatent={"frames": 45})))
     assert len(first) == 45
     assert max(abs(a - b.astype(int)).mean() for a, b in zip(first, frames[:45], strict=True)) < 4  # x264's own
     (y0, x0), (y1, x1) = (np.argwhere(frame[..., 0] > 128).mean(0) for frame in (frames[70], frames[78]))
-    assert y1 < y0 - 8
+    assert (y0 - y1) % 64 > 8  # the picture goes round at its edges
     assert abs(x1 - x0) < 4
+
+
+def test_a_story_shows_its_four_prompts_one_after_the_other(server, workflow):
+    frames = frames_of(server.run(workflow("tiny_story")))
+    seen = [np.median(frame[brightest(frame)], axis=0) for frame in (frames[40], frames[90], frames[138], frames[186])]
+    red, blue, green, yellow = ([channel > 128 for channel in colour] for colour in seen)
+    assert (red, blue, green, yellow) == ([1, 0, 0], [0, 0, 1], [0, 1, 0], [1, 1, 0])
+
+
+def brightest(frame: np.ndarray) -> np.ndarray:
+    """Where the shape is, on a dark background."""
+    return frame.max(-1) > 0.8 * frame.max()
+
+
+def test_another_video_of_a_clip_has_its_motion_and_the_new_colours(server, workflow):
+    prompt = workflow("tiny_video_to_video")
+    frames = frames_of(server.run(prompt))
+    (clip,) = [name for name, node in prompt.items() if node["class_type"] == "VAEEncode"]
+    (create,) = [name for name, node in prompt.items() if node["class_type"] == "CreateVideo"]
+    prompt[create]["inputs"]["images"] = prompt[clip]["inputs"]["pixels"]
+    source = frames_of(server.run(prompt))
+    unguided = frames_of(server.run(workflow("tiny_video_to_video", SelfForcingSampler={"denoise": 1.0})))
+
+    def place(frame):
+        """Column of what is bright, on a picture that goes round at its edges."""
+        turn = 2 * np.pi * np.argwhere(frame[..., 0] > 128)[:, 1] / 64
+        return np.angle(np.exp(1j * turn).mean()) * 64 / (2 * np.pi)
+
+    def apart(video):
+        return max(abs((place(a) - place(b) + 32) % 64 - 32) for a, b in zip(source, video, strict=True))
+
+    assert apart(frames) < 10 < apart(unguided)
+    green = [np.median(clip[30][brightest(clip[30])][:, 1]) for clip in (source, frames)]
+    assert green[0] < 80 and green[1] > 160  # red has turned yellow
+
+
+def test_stock_sampler_nodes_save_the_same_frames(server, workflow):
+    words = {"SelfForcingPrompt": {"text": "a pink circle bounces on a gray background"}}
+    ours, stock = (
+        frames_of(server.run(workflow(f"tiny_{name}", **words))) for name in ("text_to_video", "custom_sampler")
+    )
+    assert all((a == b).all() for a, b in zip(ours, stock, strict=True))
+
+
+def test_a_cancelled_stream_leaves_a_whole_video_with_its_workflow(server, workflow):
+    import av
+
+    stream = {"file": "video/cancelled", "keep": 9}
+    prompt = workflow("tiny_stream", SelfForcingStream=stream, SelfForcingLatent={"frames": 100_001})
+    prompt_id = server.queue(prompt)
+    deadline = time.monotonic() + RUN
+    while not list((server.base / "output" / "video").glob(".cancelled*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2)
+    server.request("/interrupt", {})
+    assert "execution_interrupted" in [name for name, _ in server.finished(prompt_id)["status"]["messages"]]
+    (path,) = (server.base / "output" / "video").glob("*cancelled*")
+    assert 1 < len(frames_of([path])) < 100_001
+    with av.open(str(path)) as video:
+        assert json.loads(video.metadata["prompt"]).keys() == prompt.keys()
 
 
 def test_two_runs_with_one_seed_give_the_same_frames(server, workflow):

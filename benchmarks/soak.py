@@ -1,0 +1,102 @@
+"""A very long video of the built-in model, streamed to a file: is memory flat, is time per chunk flat, does it drift?
+
+    python benchmarks/soak.py [--frames 10000] [--sink 3 --pinned]
+
+`--frames` are latent frames, four pixel frames each. Time is the processor's, so that other work on the machine counts
+little. Drift is read off by the detectors of `evaluate`, in windows of 36 frames.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sf_core import tiny  # noqa: E402
+from sf_core.config import PRESETS, Sampling  # noqa: E402
+from sf_core.noise import SeededNoise  # noqa: E402
+from sf_core.rollout import rollout  # noqa: E402
+from sf_core.taehv import DecoderStream  # noqa: E402
+from sf_core.tiny import detect  # noqa: E402
+from sf_core.tiny.evaluate import WINDOW, ask  # noqa: E402
+from sf_core.video import save_video  # noqa: E402
+
+EARLY, LATE = slice(50, 150), slice(-100, None)  # chunks that are compared
+
+
+class Soak:
+    """Goes through the video and notes, for each chunk, its seconds and the most memory so far."""
+
+    def __init__(self, frames: int, sampling: Sampling, seed: int) -> None:
+        self.clips, prompts = ask(1, seed)
+        embeds = tiny.load_text_encoder().encode(prompts)
+        self.chunks = rollout(tiny.load_model(), sampling, embeds, SeededNoise(seed), frames, 8, 8)
+        self.stream = DecoderStream(tiny.load_autoencoder())
+        self.seconds: list[float] = []
+        self.mebibytes: list[float] = []
+        self.windows: list[tuple[bool, float]] = []  # prompt followed, residual
+        self.newest = torch.zeros(0, 64, 64, 3)
+
+    def frames(self) -> Iterator[Tensor]:
+        started = time.process_time()
+        for chunk in self.chunks:
+            frames = self.stream.decode(chunk.latents)[0]
+            yield frames
+            self.seconds.append(time.process_time() - started)  # writing the frames is in it
+            self.mebibytes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            self.read(frames)
+            started = time.process_time()
+
+    def read(self, frames: Tensor) -> None:
+        """Scores a window now and then: the first, and every hundredth chunk's."""
+        self.newest = torch.cat((self.newest, frames))[-WINDOW:]
+        number = len(self.seconds)
+        if len(self.newest) == WINDOW and (number % 100 == 0 or not self.windows):
+            video = self.newest[None]
+            followed = detect.matches(detect.read(video), self.clips)["all"].item()
+            self.windows.append((followed, detect.residual(video, self.clips).item()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--frames", type=int, default=10_000, help="latent frames (10000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sink", type=int, default=PRESETS["tiny"].sink)
+    parser.add_argument("--pinned", action="store_true", default=PRESETS["tiny"].pinned)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    soak = Soak(args.frames, replace(PRESETS["tiny"], sink=args.sink, pinned=args.pinned), args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        count = save_video(Path(folder) / "soak.mp4", soak.frames())
+    report(soak, count)
+
+
+def report(soak: Soak, count: int) -> None:
+    half = len(soak.mebibytes) // 2
+    first, second = max(soak.mebibytes[:half]), max(soak.mebibytes[half:])
+    early, late = (statistics.median(soak.seconds[part]) for part in (EARLY, LATE))
+    followed = sum(window[0] for window in soak.windows)
+    residuals = [window[1] for window in soak.windows]
+    tenth = max(1, len(residuals) // 10)
+    begin, end = (statistics.mean(part) for part in (residuals[:tenth], residuals[-tenth:]))
+    sys.stdout.write(
+        f"{count} frames, {len(soak.seconds)} chunks, {sum(soak.seconds):.0f} s of processor time\n"
+        f"memory, MiB at most: {first:.0f} in the first half, {second:.0f} in the second ({second / first - 1:+.1%})\n"
+        f"a chunk, median: {1000 * early:.1f} ms of chunks 50-149, {1000 * late:.1f} ms of the last 100 "
+        f"({late / early - 1:+.1%})\n"
+        f"prompt followed in {followed} of {len(residuals)} windows; residual {begin:.4f} in the first tenth of them, "
+        f"{end:.4f} in the last\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""A MODEL that is sampled in another way: settings that travel with it, and float8 weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..sf_core.config import Sampling
+from . import host, models, options
+
+AS_MADE, PINNED = "as made", "pinned"
+
+
+class SelfForcingSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SelfForcingSettings",
+            display_name="Self Forcing Settings",
+            category=options.CATEGORY,
+            description="How a model is sampled, for all nodes behind it: chunks, steps, and what keeps long videos "
+            "from drifting. What is not set here stays as the model was made for.",
+            search_aliases=["drift", "long video", "window", "attention sink", "context noise", "frame-wise", "shift"],
+            inputs=[
+                io.Model.Input("model", tooltip="A causal Wan text-to-video model."),
+                options.preset(),
+                options.steps(),
+                options.chunk(),
+                options.window(),
+                options.sink(),
+                io.Combo.Input(
+                    "sink_positions", options=[options.AUTO, AS_MADE, PINNED], default=options.AUTO,
+                    tooltip="Where the model sees the sink. as made: ever further back. pinned: just before the "
+                    "window, however long the video, so that no distance exceeds what it was trained with. Use pinned "
+                    "with a sink beyond a minute or so; models made for it (longlive-infinity) have it by themselves.",
+                ),
+                io.Float.Input(
+                    "context_noise", default=-1.0, min=-1.0, max=999.0, step=1.0, advanced=True,
+                    tooltip="Timestep (0 to 999) that the model is told finished frames have. -1: the preset's (0). "
+                    "100 or so makes it trust its own frames less, which softens errors that pile up and blurs a "
+                    "little; for models trained with context noise.",
+                ),
+                io.Float.Input(
+                    "shift", default=0.0, min=0.0, max=100.0, step=0.1, advanced=True,
+                    tooltip="Flow shift: the larger, the more steps at high noise. 0: the preset's (5; the published "
+                    "web demo has 8).",
+                ),
+                io.Int.Input(
+                    "first_chunk", default=0, min=0, max=100, advanced=True,
+                    tooltip="Latent frames of the first chunk: 1 for models trained with an independent first frame. "
+                    "0: the preset's.",
+                ),
+                io.Int.Input(
+                    "first_steps", default=0, min=0, max=100, advanced=True,
+                    tooltip="Steps of the first chunk, where it needs more than the others (models of 1 or 2 steps: "
+                    "4). 0: the preset's.",
+                ),
+                io.Vae.Input(
+                    "reencode_vae", optional=True,
+                    tooltip="First-frame re-encode: with a VAE here, the memory begins anew whenever the window is "
+                    "full, with a still of its first frame, as in training clips. For models of short clips without a "
+                    "sink that flicker or change once the first frames have left the window. Takes the place of the "
+                    "sink.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The same model with these settings.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, preset, steps, chunk, window, sink, sink_positions, context_noise, shift, first_chunk, first_steps,
+        reencode_vae=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        family = host.family_of(model)
+        sampling = changed(
+            options.sampling_of(preset, family.sampling, steps, chunk, window, sink),
+            pinned=None if sink_positions == options.AUTO else sink_positions == PINNED,
+            context_noise=None if context_noise < 0 else context_noise,
+            shift=shift or None,
+            first_chunk=first_chunk or None,
+            first_steps=options.evenly(first_steps) or None,
+        )
+        model = model.clone()
+        host.set_family(model, replace(family, sampling=sampling, reencoder=reencode_vae or family.reencoder))
+        return io.NodeOutput(model)
+
+
+def changed(sampling: Sampling, **changes) -> Sampling:
+    """A sampling with all changes that are not None."""
+    return replace(sampling, **{name: value for name, value in changes.items() if value is not None})
+
+
+class SelfForcingFP8(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SelfForcingFP8",
+            display_name="Self Forcing FP8",
+            category=options.CATEGORY,
+            description="Turns the weights of a model's blocks into float8 with scales: half the memory, and faster on "
+            "GPUs with float8 units (Ada, Hopper and later).",
+            search_aliases=["fp8", "float8", "quantize", "quantise", "low vram", "e4m3"],
+            inputs=[
+                io.Model.Input("model", tooltip="A causal Wan text-to-video model, with or without LoRAs."),
+                io.Boolean.Input("enabled", default=True, tooltip="Off: the model goes through as it is."),
+            ],
+            outputs=[io.Model.Output(tooltip="The model in float8; LoRAs and other patches stay in place.")],
+        )
+
+    @classmethod
+    def execute(cls, model, enabled) -> io.NodeOutput:
+        return io.NodeOutput(models.float8_of(model) if enabled else model)
+
+
+NODES = [SelfForcingSettings, SelfForcingFP8]

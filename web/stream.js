@@ -1,0 +1,95 @@
+/* The screen of Self Forcing Stream: plays the frames that the node sends while it runs. */
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { Player } from "./player.js";
+
+const NODE = "SelfForcingStream";
+const EVENT = "self_forcing.frames";
+const screens = new Map(); // node id -> Screen
+
+class Screen {
+  constructor() {
+    this.element = document.createElement("div");
+    this.element.style.cssText = "position:relative;width:100%;height:100%;min-height:160px;background:#111;overflow:hidden";
+    this.canvas = document.createElement("canvas");
+    this.canvas.style.cssText = "width:100%;height:100%;object-fit:contain;image-rendering:auto;cursor:pointer";
+    this.canvas.title = "Click to pause and to go on";
+    this.label = document.createElement("div");
+    this.label.style.cssText =
+      "position:absolute;left:0;bottom:0;padding:2px 6px;font:11px sans-serif;color:#ddd;background:#0008;pointer-events:none";
+    this.element.append(this.canvas, this.label);
+    this.label.textContent = "The video plays here while it is made.";
+    this.canvas.addEventListener("click", () => (this.player.paused = !this.player.paused));
+    this.player = new Player({
+      show: (frame, number) => this.show(frame, number),
+      every: (ms, tick) => {
+        const timer = setInterval(tick, ms);
+        return () => clearInterval(timer);
+      },
+    });
+  }
+
+  /** What the node has sent: { first, at, length, fps, frames: JPEGs in base64 }. */
+  receive(data) {
+    if (data.at === data.first) {
+      this.player.begin(data);
+      this.began = this.until = performance.now();
+      this.counted = -data.frames.length; // the clock starts when the first chunk is there
+    }
+    this.player.add(data.at, data.frames);
+    this.counted += data.frames.length;
+    this.until = performance.now();
+  }
+
+  async show(frame, number) {
+    const picture = new Image();
+    picture.src = `data:image/jpeg;base64,${frame}`;
+    await picture.decode();
+    if (this.canvas.width !== picture.width || this.canvas.height !== picture.height) {
+      Object.assign(this.canvas, { width: picture.width, height: picture.height });
+      this.canvas.style.imageRendering = picture.width < 256 ? "pixelated" : "auto";
+    }
+    this.canvas.getContext("2d").drawImage(picture, 0, 0);
+    this.label.textContent = `frame ${number + 1} of ${this.player.length}, ${this.player.made} made${this.rate()}`;
+  }
+
+  /** Frames made per second since the first chunk was there. */
+  rate() {
+    const seconds = (this.until - this.began) / 1000;
+    return seconds > 0 ? `, ${(this.counted / seconds).toFixed(1)} per second` : "";
+  }
+}
+
+// Inside a subgraph the server says the ids of all graphs around it, too: 12:3.
+api.addEventListener(EVENT, ({ detail }) => screens.get(String(detail.node).split(":").pop())?.receive(detail));
+for (const over of ["execution_success", "execution_error", "execution_interrupted"])
+  api.addEventListener(over, () => screens.forEach((screen) => screen.player.end()));
+
+app.registerExtension({
+  name: "SelfForcing.Stream",
+  nodeCreated(node) {
+    if (node.comfyClass !== NODE) return;
+    const screen = new Screen();
+    const widget = node.addDOMWidget("screen", "self_forcing_screen", screen.element, {
+      serialize: false,
+      getMinHeight: () => 180,
+    });
+    widget.serialize = false;
+    const { onAdded, onRemoved, onConfigure } = node;
+    const known = () => screens.set(String(node.id), screen);
+    node.onAdded = function (...args) {
+      known();
+      return onAdded?.apply(this, args);
+    };
+    node.onConfigure = function (...args) {
+      known();
+      return onConfigure?.apply(this, args);
+    };
+    node.onRemoved = function (...args) {
+      screen.player.stop?.();
+      screens.delete(String(node.id));
+      return onRemoved?.apply(this, args);
+    };
+  },
+});
