@@ -25,7 +25,7 @@ from ..model import WanModel
 from ..taehv import DecoderStream
 from ..tensorfiles import map_tensors, read_header
 from ..text import load_text_encoder
-from ..tiny.autoencoder import CHANNELS, SPACE, TIME, TinyAutoencoder
+from ..tiny.autoencoder import CHANNELS, SPACE, TinyAutoencoder
 from ..tiny.data import vocabulary
 from ..tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
 from .config import ModelConfig
@@ -76,11 +76,7 @@ class TinyWorld:
 
     @torch.no_grad()
     def still(self, latents: Tensor) -> Tensor:
-        """As far as the linear part of the autoencoder sees it."""
-        linear = self.vae.decoder[0].linear
-        blocks = linear(latents[:, :, -1:].cpu().movedim(1, -1))  # [B, 1, H, W, block]
-        last = blocks.unflatten(-1, (TIME, -1))[..., -1, :]
-        return self.vae.encoder(last.repeat(1, 1, 1, 1, TIME)).movedim(-1, 1).to(latents)
+        return self.vae.still(latents.cpu()).to(latents)
 
     def new_student(self) -> WanModel:
         shape = {name: getattr(self.config, name) for name in ("dim", "layers", "heads", "ffn_dim")}

@@ -1,0 +1,200 @@
+"""The comparison: what rolling out one's own generations brings over teacher forcing and diffusion forcing.
+
+    python -m sf_core train tiny --stage autoencoder; python -m sf_core train tiny --stage teacher
+    python -m benchmarks.compare --runs runs/tiny --out runs/compare --part 1/2 &
+    python -m benchmarks.compare --runs runs/tiny --out runs/compare --part 2/2; wait
+    python -m benchmarks.compare --runs runs/tiny --out runs/compare --table
+
+From one bidirectional teacher, chunk-wise (3 latent frames) and frame-wise, for every seed: a causal model by teacher
+forcing, one by diffusion forcing; from the first, for equal updates, DMD on teacher-forced context and Self Forcing
+with DMD, SiD and GAN. Every model makes the same videos, longer than training clips were, and is scored as by
+`python -m sf_core evaluate`. A run that was stopped goes on where it was; what is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sf_core import tiny
+from sf_core.config import PRESETS, Sampling
+from sf_core.tiny import evaluate
+from sf_core.training.command import MODEL, TEXT, train
+from sf_core.training.config import TrainConfig, read_config
+from sf_core.training.parallel import Group
+from sf_core.training.worlds import tiny_autoencoder
+from sf_core.video import contact_sheet
+
+LAYOUTS = {"chunk-wise": 3, "frame-wise": 1}
+SCORES, TABLE, SHEET = "scores.json", "table.md", "videos.png"
+COLUMNS = ("all", "shape", "motion", "colour", "residual", "sharpness")
+SHOWN = 3  # videos of the picture
+SHIPPED = "the shipped model"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to train: the shipped configuration it is, what it starts from, and what it changes."""
+
+    config: str
+    start: str
+    changes: tuple[str, ...] = ()
+    initial: bool = False  # trained as long as what others start from
+
+
+ROWS = {
+    "teacher forcing": Row("tiny-causal", "teacher", initial=True),
+    "diffusion forcing": Row("tiny-diffusion-forcing", "teacher", initial=True),
+    "DMD, teacher-forced context": Row(
+        "tiny-dmd", "teacher forcing", ("loss.context=teacher-forced", "rollout.extra_chunks=0")
+    ),
+    "Self Forcing, DMD": Row("tiny-dmd", "teacher forcing"),
+    "Self Forcing, SiD": Row("tiny-sid", "teacher forcing"),
+    "Self Forcing, GAN": Row("tiny-gan", "teacher forcing"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of the table."""
+
+    layout: str
+    seed: int
+    row: str
+
+    def folder(self, out: Path) -> Path:
+        name = self.row.lower().replace(",", "").replace(" ", "-")
+        return out / self.layout / f"{name}-{self.seed}"
+
+
+def cells(seeds: int, part: str) -> list[Cell]:
+    """All, or those of part i of n: layouts and seeds are dealt out, so that no part waits for another."""
+    number, _, parts = part.partition("/")
+    groups = [(layout, seed) for seed in range(seeds) for layout in LAYOUTS]
+    mine = groups[int(number) - 1 :: int(parts)]
+    return [Cell(layout, seed, row) for layout, seed in mine for row in ROWS]
+
+
+def config_of(cell: Cell, args: argparse.Namespace) -> TrainConfig:
+    row = ROWS[cell.row]
+    before = Cell(cell.layout, cell.seed, row.start).folder(args.out)
+    start = args.runs / "teacher" if row.initial else before
+    places = {"out": cell.folder(args.out), "model.student": start, "model.vae": args.runs / "autoencoder"}
+    if not row.initial:
+        places["model.teacher"] = args.runs / "teacher"
+    steps = args.initial_steps if row.initial else args.steps
+    return read_config(
+        row.config,
+        (
+            *(f"{name}={json.dumps(str(path))}" for name, path in places.items()),
+            f"seed={cell.seed}",
+            f"steps={steps}",
+            f"batch={args.batch}",
+            f"data.pool={args.pool}",
+            f"sampling.chunk={LAYOUTS[cell.layout]}",
+            "log.save_every=25",
+            *row.changes,
+        ),
+    )
+
+
+def measured(folder: Path, sampling: Sampling, args: argparse.Namespace) -> dict:
+    """Scores of a model per window, and the first videos of them, [SHOWN, T, 64, 64, 3] in bytes."""
+    clips, prompts = evaluate.ask(args.prompts, seed=0)
+    shipped = folder == tiny.WEIGHTS
+    wan = tiny.load_model(path=folder / ("transformer.safetensors" if shipped else MODEL))
+    text = tiny.load_text_encoder(folder / TEXT)
+    vae = tiny.load_autoencoder() if shipped else tiny_autoencoder(args.runs / "autoencoder")
+    shown: list[Tensor] = []
+
+    def watched():
+        for videos in evaluate.generate(wan, text, vae, prompts, args.windows, sampling=sampling):
+            shown.append(videos[: SHOWN - sum(map(len, shown))])
+            yield videos
+
+    return {"windows": evaluate.score(watched(), clips, args.windows), "videos": torch.cat(shown)}
+
+
+def score(folder: Path, out: Path, sampling: Sampling, args: argparse.Namespace) -> None:
+    """Writes the scores of the model in `folder` and its first videos, once."""
+    settings = [args.prompts, args.windows]
+    if (out / SCORES).is_file() and json.loads((out / SCORES).read_text())["settings"] == settings:
+        return
+    found = measured(folder, sampling, args)
+    out.mkdir(parents=True, exist_ok=True)
+    frames = found["videos"][:, :: evaluate.WINDOW // 2]
+    contact_sheet(frames.flatten(0, 1), columns=frames.shape[1]).save(out / SHEET)
+    (out / SCORES).write_text(json.dumps({"settings": settings, "windows": found["windows"]}))
+
+
+def run(cell: Cell, args: argparse.Namespace) -> None:
+    config = config_of(cell, args)
+    train(config, Group(), torch.device("cpu"))
+    score(config.out, config.out, config.sampling, args)
+
+
+def table(args: argparse.Namespace) -> str:
+    """Markdown: mean and spread over seeds, of the first window and of the last."""
+    head = ["", *(f"{c}, first" for c in COLUMNS), *(f"{c}, last" for c in COLUMNS)]
+    lines = [head, ["---"] * len(head)]
+    shipped = args.out / "shipped" / SCORES
+    if shipped.is_file():
+        lines.append(line_of(SHIPPED, [json.loads(shipped.read_text())["windows"]]))
+    for layout in LAYOUTS:
+        for row in ROWS:
+            files = [Cell(layout, seed, row).folder(args.out) / SCORES for seed in range(args.seeds)]
+            scores = [json.loads(file.read_text())["windows"] for file in files if file.is_file()]
+            if scores:
+                lines.append(line_of(f"{layout}: {row} ({len(scores)})", scores))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def line_of(name: str, scores: list[list[dict[str, float]]]) -> list[str]:
+    return [name, *(spread([windows[at][c] for windows in scores]) for at in (0, -1) for c in COLUMNS)]
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) < 2 else f"{mean} ±{statistics.stdev(values):.3f}"
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--runs", type=Path, default=Path("runs/tiny"), help="where the teacher and the autoencoder are (runs/tiny)")
+    add("--out", type=Path, default=Path("runs/compare"), help="folder for models and scores (runs/compare)")
+    add("--seeds", type=int, default=3)
+    add("--initial-steps", type=int, default=300, help="updates of teacher and diffusion forcing (300)")
+    add("--steps", type=int, default=150, help="updates of the others (150)")
+    add("--batch", type=int, default=16)
+    add("--pool", type=int, default=4096, help="clips that are drawn once (4096)")
+    add("--prompts", type=int, default=96)
+    add("--windows", type=int, default=10, help="windows of 36 frames to score; the first is as long as training (10)")
+    add("--part", default="1/1", help="only part i/n of the work (1/1)")
+    add("--table", action="store_true", help="only write the table of what is there")
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    torch.set_num_threads(1)
+    if not args.table:
+        if args.part.startswith("1/"):
+            score(tiny.WEIGHTS, args.out / "shipped", PRESETS["tiny"], args)
+        for cell in cells(args.seeds, args.part):
+            run(cell, args)
+    written = table(args)
+    (args.out / TABLE).write_text(written)
+    sys.stdout.write(written)
+
+
+if __name__ == "__main__":
+    main()
