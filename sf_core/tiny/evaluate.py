@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import tiny
 from ..arguments import whole, window
+from ..checkpoint import describe
 from ..config import PRESETS, Sampling
 from ..fp8 import FLOAT8, quantise
 from ..model import Sequence, WanModel, encode_text, velocity
@@ -41,7 +42,7 @@ MEASURES = ("residual", "sharpness")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, given = parser.add_argument, argparse.SUPPRESS
     add("--model", nargs="+", type=Path, default=[None], metavar="FILE", help="transformer files (the built-in one)")
-    add("--text-encoder", type=Path, metavar="FILE", help="text encoder that belongs to them (the built-in one)")
+    add("--text-encoder", type=Path, metavar="FILE", help="text encoder that belongs to them (beside it, or built in)")
     add("--prompts", type=int, default=96, metavar="N", help="number of prompts (96)")
     add("--windows", type=int, default=1, metavar="N", help=f"windows of {WINDOW} frames to generate and score (1)")
     add("--split", choices=("all", "trained", "held-out"), default="all", help="which combinations to ask for (all)")
@@ -63,14 +64,14 @@ def run(args: argparse.Namespace) -> str:
     if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
         raise ValueError(f"Got --sheet {args.sheet}; it is written as PNG. Name a .png file in a folder that exists.")
     torch.set_num_threads(1)
-    text, vae = tiny.load_text_encoder(args.text_encoder), tiny.load_autoencoder()
+    vae = tiny.load_autoencoder()
     results = []
     changes = {name: vars(args)[name] for name in ("window", "sink", "pinned", "context_noise") if name in args}
-    sampling = replace(PRESETS["tiny"], **changes)
     cache_dtype = FLOAT8 if args.fp8_cache else None
     for path in args.model:
         clips, prompts = ask(args.prompts, args.seed, args.split)
-        wan = tiny.load_model(path=path)
+        wan, text = tiny.load_model(path=path), tiny.load_text_encoder(args.text_encoder or beside(path))
+        sampling = replace(describe(path).sampling if path else PRESETS["tiny"], **changes)
         near = quantise(copy.deepcopy(wan)) if args.fp8 else wan
         off = velocity_error(wan, near, text.encode(prompts[:BATCH]), vae.encode(render(clips[:BATCH], 9)))
         reencode = vae.still if args.reencode else None
@@ -82,6 +83,12 @@ def run(args: argparse.Namespace) -> str:
         if args.sheet:
             write_sheet(first, args.sheet)
     return json.dumps(results, indent=1) if args.json else "\n\n".join(text_of(result) for result in results)
+
+
+def beside(path: Path | None) -> Path | None:
+    """The text encoder that training wrote beside a model."""
+    text = path.parent / "text_encoder.safetensors" if path else None
+    return text if text and text.is_file() else None
 
 
 def text_of(result: dict) -> str:

@@ -6,6 +6,8 @@ Every source gives captions; sources with clips give batches of latents too. Whi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -68,7 +70,7 @@ class PromptList:
         raise ValueError("Got prompts alone where clips are needed; give data.clips.")
 
 
-class ClipPool:
+class ClipPool(ABC):
     """Encoded clips [n, C, F, H, W] and how to caption them."""
 
     def __init__(self, latents: Tensor, config: DataConfig) -> None:
@@ -89,8 +91,9 @@ class ClipPool:
     def _rows(self, draws: Draws, purpose: str) -> Tensor:
         return draws.whole(f"{purpose} clip", len(self.latents))
 
+    @abstractmethod
     def _captions(self, rows: Tensor, draws: Draws, purpose: str) -> list[str]:
-        raise NotImplementedError
+        """Captions of clips by their numbers [B]."""
 
 
 class FolderClips(ClipPool):
@@ -192,7 +195,7 @@ def _encode_procedural(clips: Clips, frames: int, world: World) -> Tensor:
     return torch.cat([world.encode(render(part, 1 + 4 * (frames - 1))).bfloat16() for part in parts])
 
 
-def _encoded(config: TrainConfig, group: Group, encode) -> Tensor:
+def _encoded(config: TrainConfig, group: Group, encode: Callable[[], Tensor]) -> Tensor:
     """The latents of the run's clips, encoded by the first process and kept."""
     path = config.out / POOL
     if group.first and not path.is_file():

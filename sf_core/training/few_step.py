@@ -8,6 +8,8 @@ The teacher is causal and sees clean clips of the data as context, as teacher fo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from .task import Update, WanTask
 from .worlds import World
 
 
-class FromTeacher(WanTask):
+class FromTeacher(WanTask, ABC):
     """What both have in common: clips, a guided causal teacher, levels per chunk."""
 
     def __init__(self, config: TrainConfig, world: World, data: Source, group: Group, device: torch.device) -> None:
@@ -38,8 +40,9 @@ class FromTeacher(WanTask):
         batch = self.data.batch(draws, "flow", self.flow.frames)
         return {"loss": self.jump_loss(batch.clips.to(self.device), self.world.embeds(batch.captions), draws)}
 
+    @abstractmethod
     def jump_loss(self, clips: Tensor, embeds: Tensor, draws: Draws) -> Tensor:
-        raise NotImplementedError
+        """Loss of clips [B, C, F, H, W] under prompts [B, tokens, text_dim]."""
 
     def jump(self, network: Network, clips: Tensor, noisy: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
         """Clean latents that a network sees in noisy ones at levels [B, F], clean clips as context."""

@@ -34,7 +34,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"Got no {path}; a run that has saved a checkpoint is needed. Train it first.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(

@@ -1,13 +1,15 @@
 """The shipped parts of the built-in model: they load, understand prompts and follow them, or say what is wrong."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sf_core import tiny
 from sf_core.cli import main
-from sf_core.tiny import detect, evaluate
+from sf_core.tiny import data, detect, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +102,30 @@ def test_evaluation_prints_a_table_and_a_sheet(tmp_path):
 def test_evaluation_refuses_impossible_requests(capsys, arguments, message):
     assert main(["evaluate", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_blur_lowers_sharpness_and_size_does_not():
+    clips = data.draw(8, torch.Generator().manual_seed(0))
+    frames = data.render(clips, 2)
+    blurred = torch.nn.functional.avg_pool2d(frames.flatten(0, 1).movedim(-1, 1), 3, 1).movedim(1, -1)
+    sharp, soft = detect.sharpness(frames), detect.sharpness(blurred.unflatten(0, (8, 2)))
+    assert (soft < 0.7 * sharp).all()
+    assert detect.sharpness(frames.repeat(1, 1, 2, 2, 1)) == pytest.approx(sharp, rel=0.1)
+
+
+def test_a_model_is_evaluated_as_its_file_says_it_is_sampled(tmp_path, capsys):
+    """With the words that were trained along, beside it."""
+    state, metadata = tiny.read(tiny.WEIGHTS / "transformer.safetensors")
+    frame_wise = {**json.loads(metadata["sampling"]), "chunk": 1}
+    save_file(state, tmp_path / "model.safetensors", {**metadata, "sampling": json.dumps(frame_wise)})
+    words, about = tiny.read(tiny.WEIGHTS / "text_encoder.safetensors")
+    save_file({name: torch.zeros_like(value) for name, value in words.items()}, tmp_path / "t.safetensors", about)
+    results = {}
+    for name in ("model.safetensors", "text_encoder.safetensors"):
+        if name.startswith("text"):
+            (tmp_path / "t.safetensors").rename(tmp_path / name)
+        assert main(["evaluate", "--prompts", "2", "--json", "--model", str(tmp_path / "model.safetensors")]) == 0
+        results[name] = json.loads(capsys.readouterr().out)[0]["windows"][0]["residual"]
+    assert main(["evaluate", "--prompts", "2", "--json"]) == 0
+    chunk_wise = json.loads(capsys.readouterr().out)[0]["windows"][0]["residual"]
+    assert len({chunk_wise, *results.values()}) == 3

@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -120,7 +119,7 @@ def test_a_killed_run_continues_to_the_bit(runs):
     out = runs / "killed"
     process = start(written("dmd", out, steps=12, log={"save_every": 4}))
     wait_for(lambda: (out / LOSSES).is_file() and len(losses(out)) >= 6, process)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     done = load_checkpoint(out)["step"]
     assert 4 <= done < 12 and done % 4 == 0
