@@ -74,7 +74,10 @@ def masked(sees: Sees, length: int, device: torch.device):
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Torch's flex attention, compiled on GPUs, [B, N, L, D]; without a mask the fused kernel is as fast."""
-    return sdpa(q, k, v) if mask is None else compiled_flex(q.device.type)(q, k, v, block_mask=mask)
+    if mask is None:
+        return sdpa(q, k, v)
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms of queries and keys may leave them wider
+    return compiled_flex(q.device.type)(q, k, v, block_mask=mask)
 
 
 @cache

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -93,16 +94,25 @@ def local_device(name: str) -> torch.device:
     return device
 
 
-def shard(module: nn.Module, blocks: Iterable[nn.Module], precision: torch.dtype) -> nn.Module:
-    """Spreads a module's weights over the processes, block by block; gradients are summed in float32."""
+def shard(module: nn.Module, blocks: Iterable[nn.Module], precision: torch.dtype, device: torch.device) -> nn.Module:
+    """Spreads a module's weights over the processes, block by block; gradients are summed in float32.
+
+    Weights go to the device a block at a time, so that it never holds a whole network.
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "Got shard: true in a process of its own; weights are spread over the processes of torchrun. Start the run "
+            "with torchrun --nproc-per-node N -m sf_core train ..., or leave shard out."
+        )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=None if precision == torch.float32 else precision,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
     for block in blocks:
-        fully_shard(block, mp_policy=policy)
-    return fully_shard(module, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def put_back(module: nn.Module) -> None:

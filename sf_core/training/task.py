@@ -87,8 +87,9 @@ class WanTask(Task):
         return Network(self.placed(wan, wan.blocks), self.precision, stages)
 
     def placed(self, module: nn.Module, blocks=()) -> nn.Module:
-        module = module.to(self.device)
-        return shard(module, blocks, self.precision) if self.config.shard else module
+        if self.config.shard:
+            return shard(module, blocks, self.precision, self.device)
+        return module.to(self.device)
 
     def teacher(self, name: str) -> Network:
         """A frozen network that reads the same prompts and latents as the student."""
@@ -122,4 +123,4 @@ class WanTask(Task):
                 cache_dtype=network.precision, attention=attention_on(self.device), stages=network.stages,
             )  # fmt: skip
             latents = torch.cat([chunk.latents for chunk in chunks], 2)
-        return self.world.decode(latents)
+        return self.world.decode(latents).cpu()

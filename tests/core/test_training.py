@@ -238,6 +238,7 @@ def refused(capsys, *argv):
         ("model.teacher=nowhere.pt", "Got no nowhere.pt; a model is a file"),
         ("micro_batch=3", "every pass takes as many samples"),
         ("shard=true --set optimizer.muon_lr=1e-3", "Got Muon with sharded weights"),
+        ("shard=true", "Start the run with torchrun"),
         ("lora={layers: [w]}", "Got lora.layers ['w'], which no block has"),
         ("nonsense", "write it as key=value"),
         ("model.world=wan", "Got procedural data outside the tiny world"),
