@@ -258,7 +258,7 @@ class TrainConfig:
             ("loss.context", self.loss.context, CONTEXTS),
         ):
             if value not in known:
-                raise ValueError(f"Got {name} {value!r}; there is {', '.join(known)}. {_nearest(value, known)}")
+                raise ValueError(f"Got {name} {value!r}, which is none. {_nearest(value, known)}")
         if min(self.steps, self.batch, self.micro_batch or 1, self.log.every, self.log.save_every) < 1:
             raise ValueError(
                 f"Got {self.steps} steps, batch {self.batch}, micro_batch {self.micro_batch}, log.every "

@@ -83,15 +83,17 @@ class Optimizer:
             self.parts.append(torch.optim.AdamW(others, config.lr, betas=betas, weight_decay=decay, foreach=True))
             self.rates.append(config.lr)
 
-    def step(self, progress: float) -> Tensor:
-        """Takes a step and forgets the gradients; returns their norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.config.clip, foreach=True)
+    def clip(self) -> Tensor:
+        """Clips the gradients; returns their norm before."""
+        return whole(torch.nn.utils.clip_grad_norm_(self.params, self.config.clip, foreach=True))
+
+    def step(self, progress: float) -> None:
+        """Takes a step, and forgets the gradients."""
         factor = rate_at(progress, self.config.warmup, self.config.decay_from)
         for part, rate in zip(self.parts, self.rates, strict=True):
             part.param_groups[0]["lr"] = rate * factor
             part.step()
         self.forget()
-        return whole(norm)
 
     def forget(self) -> None:
         for part in self.parts:

@@ -77,8 +77,10 @@ class Trainer:
         told = {name: self.group.mean(value).item() for name, value in sums.items()}
         self.check(told, step)
         self.group.average_gradients(update.optimizer.params)
-        norm = update.optimizer.step(progress).item()
-        return {**told, f"{next(iter(told))} gradient": norm}
+        told[f"{next(iter(told))} gradient"] = update.optimizer.clip().item()
+        self.check(told, step)
+        update.optimizer.step(progress)
+        return told
 
     def check(self, told: dict[str, float], step: int) -> None:
         """Stops before weights are spoilt."""
@@ -87,7 +89,7 @@ class Trainer:
                 kept = step // self.config.log.save_every * self.config.log.save_every
                 where = f"{self.config.out / CHECKPOINT} holds step {kept}" if kept else "nothing was saved yet"
                 raise TrainingStopped(
-                    f"Got the {name} loss {value} at step {step + 1}; it must be a number. Training has stopped and "
+                    f"Got {value} for {name!r} at step {step + 1}; it must be a number. Training has stopped and "
                     f"{where}, which is good. Lower the learning rates or use precision: float32, and run it again."
                 )
 

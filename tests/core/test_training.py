@@ -147,14 +147,22 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(runs, monkeypatch):
     assert load_checkpoint(out)["step"] == 4
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(runs, monkeypatch):
-    out = runs / "nan"
+@pytest.mark.parametrize("spoils", ["loss", "gradient"])
+def test_what_is_no_number_stops_the_run_and_keeps_the_checkpoint(runs, spoils):
+    out = runs / f"nan-{spoils}"
     settings = config("bidirectional", out, steps=9, log={"save_every": 2})
     task = make_task(settings, Group(), CPU)
     trainer, loss = Trainer(settings, task, Group()), task.loss
-    spoilt = lambda draws, progress: {"loss": loss(draws, progress)["loss"] * (math.nan if draws.step == 5 else 1)}  # noqa: E731
+
+    def spoilt(draws, progress):
+        good = loss(draws, progress)["loss"]
+        if draws.step < 5:
+            return {"loss": good}
+        return {"loss": good * math.nan if spoils == "loss" else good + (good * 0).sqrt()}
+
     task.updates[0] = replace(task.updates[0], loss=spoilt)
-    with pytest.raises(TrainingStopped, match="Got the loss loss nan at step 6;.*holds step 4, which is good"):
+    name = "loss" if spoils == "loss" else "loss gradient"
+    with pytest.raises(TrainingStopped, match=f"Got nan for '{name}' at step 6;.*holds step 4, which is good"):
         trainer.run()
     saved = load_checkpoint(out)
     assert saved["step"] == 4 and all(torch.isfinite(value).all() for value in saved["student"].values())
@@ -227,7 +235,7 @@ def refused(capsys, *argv):
         ("steps=many", "Got steps: 'many'; it is a whole number"),
         ("steps=0", "all must be 1 or more"),
         ("method=dmdd", "Did you mean 'dmd'?"),
-        ("precision=fp8", "Got precision 'fp8'; there is bfloat16, float32"),
+        ("precision=fp8", "Got precision 'fp8', which is none. There is bfloat16, float32"),
         ("sampling.steps=4", "Got sampling.steps: 4; it is a list"),
         ("optimizer=3", "it has keys of its own: lr, muon_lr"),
         ("rollout.exits=random", "there is shared and per-chunk"),
