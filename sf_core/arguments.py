@@ -39,6 +39,17 @@ def steps(text: str) -> tuple[float, ...]:
     return tuple(1000 - 1000 * i / count for i in range(count))
 
 
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}; use a number above 0 and at most 1, e.g. 0.5")
+    return number
+
+
 def window(text: str) -> int | None:
     """Latent frames, or all of them."""
     return None if text == "all" else whole(1, 10**9)(text)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .arguments import size, steps, whole, window
+from .arguments import share, size, steps, whole, window
 from .attention import KERNELS, attention_named
 from .compile import MODES, compile_stages
 from .config import PRESETS, Sampling
@@ -41,7 +41,7 @@ from .noise import MAX_SEED, SeededNoise
 from .rollout import Progress, Span, plan_spans, rollout, whole_chunks
 from .script import REREADING, Cue
 from .storyboard import Prompt, cues, parse, starts
-from .video import check_destination, check_folder, contact_sheet, save_video
+from .video import check_destination, check_folder, contact_sheet, fitted, read_video, save_video
 
 MAX_FRAMES = 1_000_000  # 17 hours
 TILES = 12  # frames on the contact sheet
@@ -55,6 +55,9 @@ class Request:
     prompt, fps        a prompt, or several with their times, and the rate at which those are counted
     fp8, cache_dtype   float8 weights; the dtype of the cache, None for `dtype`
     tile               of the decoder, in latent pixels; None: the whole picture at once
+    start              frames [1 + 4k, H, W, 3] that the video begins with
+    source, strength   frames [T, H, W, 3] of a video to make another of, and how much of it gives way
+    negative, guidance a prompt to lead away from, where guidance is not 1
     """
 
     prompt: str
@@ -71,16 +74,26 @@ class Request:
     tile: int | None = None
     attention: Attention = sdpa
     blocks: Blocks = EAGER
+    start: Tensor | None = None
+    source: Tensor | None = None
+    strength: float = 1.0
+    negative: str = ""
+    guidance: float = 1.0
+
+    @property
+    def given(self) -> int:
+        """Latent frames of the start."""
+        return 0 if self.start is None else latents_of(len(self.start))
 
     @property
     def latent_frames(self) -> int:
         """Latent frames to decode: one for the first frame, one for every four that follow."""
-        return 1 + -(-(self.frames - 1) // 4)
+        return latents_of(self.frames)
 
     @property
     def rollout_frames(self) -> int:
         """Latent frames to generate."""
-        return whole_chunks(self.latent_frames, self.sampling)
+        return whole_chunks(self.latent_frames, self.sampling, self.given)
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -93,11 +106,16 @@ class Request:
 
     @cached_property
     def spans(self) -> list[Span]:
-        return plan_spans(self.rollout_frames, self.sampling)
+        return plan_spans(self.rollout_frames, self.sampling, self.given)
 
     @property
     def chunks(self) -> int:
         return len(self.spans)
+
+
+def latents_of(frames: int) -> int:
+    """Latent frames that hold so many frames: the first holds one, the others four."""
+    return 1 + -(-(frames - 1) // 4)
 
 
 @dataclass
@@ -129,11 +147,17 @@ class Stages:
 
 @dataclass(frozen=True)
 class Networks:
-    """What a video is made with: the model, the prompts' embeddings [1, tokens, text_dim], and a decoder's stream."""
+    """What a video is made with: the model, the prompts' embeddings [1, tokens, text_dim], and a decoder's stream.
+
+    prefix, source  latents [1, C, F, H, W] in model space of what it starts from
+    """
 
     wan: torch.nn.Module
     cues: list[Cue]
+    negative: Tensor | None
     stream: object
+    prefix: Tensor | None
+    source: Tensor | None
 
 
 def frames_of(
@@ -148,6 +172,11 @@ def frames_of(
         request.rollout_frames,
         height=request.height // 8,
         width=request.width // 8,
+        prefix=networks.prefix,
+        source=networks.source,
+        strength=request.strength,
+        negative=networks.negative,
+        guidance=request.guidance,
         cache_dtype=request.cache_dtype,
         attention=request.attention,
         stages=request.blocks,
@@ -172,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file with the prompt in it")
     add("--out", required=True, metavar="FILE", help=".mp4, .webm, .gif, or a folder/ of PNGs")
     add("--seed", type=whole(-1, MAX_SEED), default=0, help="0 by default; -1 draws one and prints it")
-    add("--frames", type=whole(1, MAX_FRAMES), default=81, help="pixel frames (81)")
+    add("--frames", type=whole(1, MAX_FRAMES), help="pixel frames, --start included (81; 80 more; --source's)")
     add("--width", type=size, help="pixels, a multiple of 16 (64, with --model 832)")
     add("--height", type=size, help="pixels, a multiple of 16 (64, with --model 480)")
     add("--fps", type=whole(1, 120), default=16, help="frames per second the file plays at (16)")
@@ -185,8 +214,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default=None, help="numbers to compute in (float32 on cpu, else bfloat16)")
     add("--preview", nargs="?", const="", metavar="PNG", help="also write a contact sheet (beside the video)")
     add("--json", action="store_true", help="print what was done as JSON")
+    _add_starts(parser.add_argument_group("what it starts from, and what it leads away from"))
     _add_files(parser.add_argument_group("a model of your own, instead of the built-in one; see docs/files.md"))
     _add_speed(parser.add_argument_group("memory and speed"))
+
+
+def _add_starts(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--start", type=Path, metavar="FILE", help="image or video that it begins with, and goes on from")
+    add("--source", type=Path, metavar="FILE", help="video to make another of")
+    add("--strength", type=share, default=0.5, help="how much of the source gives way, above 0 to 1 (0.5)")
+    add("--negative", default="", metavar="TEXT", help="prompt to lead away from, with --guidance")
+    add("--guidance", type=float, default=1.0, metavar="NUMBER", help="1 (none), which distilled models are made for")
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
@@ -265,6 +304,7 @@ def _teller(bar: tqdm, request: Request) -> Callable[[Progress], None]:
 
 def _load(request: Request, source: Source, stages: Stages) -> Networks:
     """The networks, one after the other; the text encoder is freed once it has read the prompt."""
+    begun = [_encoded(clip, request, source, stages) for clip in (request.start, _long(request))]
     with stages.measure("load"):
         stream, text = source.decoder(request), source.text_encoder(request)
     for prompt in request.prompts:
@@ -273,11 +313,32 @@ def _load(request: Request, source: Source, stages: Stages) -> Networks:
                 _note(f"{reason}: {' '.join(words[:8])}{' ...' if len(words) > 8 else ''}")
     with stages.measure("prompt"):
         embeds = [text.encode([prompt.text]).to(request.device, request.dtype) for prompt in request.prompts]
+        guided = request.guidance != 1
+        negative = text.encode([request.negative]).to(request.device, request.dtype) if guided else None
     del text
     release(request.device)
     entrances = [prompt.entrance for prompt in request.prompts]
     with stages.measure("load"):
-        return Networks(source.wan(request), cues(zip(entrances, embeds), request.spans), stream)
+        return Networks(source.wan(request), cues(zip(entrances, embeds), request.spans), negative, stream, *begun)
+
+
+def _encoded(clip: Tensor | None, request: Request, source: Source, stages: Stages) -> Tensor | None:
+    """Latents [1, C, F, H, W] of frames [T, H, W, 3]; the encoder is freed again."""
+    if clip is None:
+        return None
+    with stages.measure("encode"):
+        latents = source.encode(request, clip[None])
+    release(request.device)
+    return latents
+
+
+def _long(request: Request) -> Tensor | None:
+    """The source with its last frame repeated, or cut, to what will be generated."""
+    if request.source is None:
+        return None
+    length = 4 * request.rollout_frames - 3
+    missing = request.source[-1:].expand(max(0, length - len(request.source)), -1, -1, -1)
+    return torch.cat((request.source, missing))[:length]
 
 
 def _check_memory(plan: Plan, device: torch.device) -> None:
@@ -385,13 +446,15 @@ def _source(args: argparse.Namespace) -> Source:
 def _request(args: argparse.Namespace, source: Source) -> Request:
     changes = {name: value for name, value in vars(args).items() if name in ("steps", "chunk", "window", "sink")}
     dtype = DTYPES.get(args.dtype, torch.float32 if args.device.type == "cpu" else torch.bfloat16)
+    height, width = args.height or source.height, args.width or source.width
+    start, clip = (None if path is None else _read_clip(path, height, width) for path in (args.start, args.source))
     return Request(
         prompt=args.prompt if args.prompt_file is None else _read_prompt(args.prompt_file),
         fps=args.fps,
         seed=secrets.randbelow(2**32) if args.seed < 0 else args.seed,
-        frames=args.frames,
-        width=args.width or source.width,
-        height=args.height or source.height,
+        frames=args.frames or _usual_length(start, clip),
+        width=width,
+        height=height,
         sampling=dataclasses.replace(PRESETS[args.preset] if args.preset else source.sampling, **changes),
         device=args.device,
         dtype=dtype,
@@ -400,7 +463,28 @@ def _request(args: argparse.Namespace, source: Source) -> Request:
         tile=args.tile and args.tile // 8,
         attention=attention_named(args.attention, args.device, dtype),
         blocks=compile_stages(args.compile),
+        start=None if start is None else start[: 1 + (len(start) - 1) // 4 * 4],  # whole latent frames
+        source=clip,
+        strength=args.strength,
+        negative=args.negative,
+        guidance=args.guidance,
     )
+
+
+def _usual_length(start: Tensor | None, clip: Tensor | None) -> int:
+    """81 frames, or 80 more than there are, or as many as the source has."""
+    if clip is not None:
+        return len(clip)
+    return 81 if start is None else len(start) + 80
+
+
+def _read_clip(path: Path, height: int, width: int) -> Tensor:
+    """The frames [T, H, W, 3] of an image or video, at the video's size."""
+    try:
+        return fitted(read_video(path), height, width)
+    except OSError as error:
+        reason = error.strerror or "it is no image or video that can be read"
+        raise OSError(f"Got {path}, but {reason.lower()}. Give an image, a video, or a folder of PNGs.") from None
 
 
 def _read_prompt(path: Path) -> str:

@@ -63,6 +63,7 @@ class Plan:
     weights   bytes of the model's weights as they are, float8 or not; `fp8` makes them float8
     tile      of the decoder, in latent pixels; None: the whole picture at once
     rereads   whether the window is read again in one forward, as some prompt switches do
+    guided    whether a negative prompt runs beside, with a cache of its own
     """
 
     config: WanConfig
@@ -77,6 +78,7 @@ class Plan:
     cache_dtype: torch.dtype | None = None
     tile: int | None = None
     rereads: bool = False
+    guided: bool = False
 
     @property
     def weights_fp8(self) -> int:
@@ -88,7 +90,9 @@ class Plan:
         """What the rollout takes."""
         weights = self.weights_fp8 if self.fp8 else self.weights
         video = (self.height, self.width, self.frames)
-        return memory_needed(self.config, self.sampling, weights, *video, self.dtype, self.cache_dtype, self.rereads)
+        one = memory_needed(self.config, self.sampling, weights, *video, self.dtype, self.cache_dtype, self.rereads)
+        twice = {name: 2 * getattr(one, name) for name in ("cache", "text", "activations")}
+        return replace(one, **twice) if self.guided else one
 
     @property
     def decoding(self) -> tuple[int, int]:
@@ -121,6 +125,8 @@ def changes(plan: Plan, limit: int) -> Iterator[tuple[str, Plan]]:
     tiled = plan.decoder is WAN_VAE and plan.tile is None and plan.height * plan.width > (8 * TILE) ** 2
     if tiled:
         yield f"--tile {8 * TILE}", replace(plan, tile=TILE)
+    if plan.guided:
+        yield "--guidance 1", replace(plan, guided=False)
     if plan.cache_dtype is None:
         yield "--fp8-cache", replace(plan, cache_dtype=FLOAT8)
     if not plan.fp8 and plan.weights_fp8 < plan.weights:

@@ -2,6 +2,7 @@
 
     source = BuiltIn()  |  Files(model, text_encoder, vae)
     source.plan(request)                        what it will take, before anything large is loaded
+    source.encode(request, frames)              frames of a start or a source -> latents
     source.decoder(request)                     latents -> frames, streaming
     source.text_encoder(request)                prompt -> embeddings; dropped before the model comes: it is larger
     source.wan(request)                         the model, in float8 where that was asked for
@@ -44,6 +45,7 @@ class Request(Protocol):
     cache_dtype: torch.dtype | None
     tile: int | None
     rereads: bool
+    guidance: float
 
 
 class BuiltIn:
@@ -65,6 +67,10 @@ class BuiltIn:
     def decoder(self, request: Request) -> taehv.DecoderStream:
         _refuse_tiles(request.tile, "the built-in decoder")
         return taehv.DecoderStream(tiny.load_autoencoder().to(request.device, request.dtype))
+
+    def encode(self, request: Request, frames: Tensor) -> Tensor:
+        """Frames [1, 1 + 4k, H, W, 3] in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU."""
+        return tiny.load_autoencoder().encode(frames)
 
     def text_encoder(self, request: Request) -> nn.Module:
         return tiny.load_text_encoder().to(request.device)
@@ -114,13 +120,29 @@ class Files:
         decoder = memory.TAEHV if self.tiny_decoder else memory.WAN_VAE
         return plan(request, self.about.config, weights_in(self.about, request.dtype), decoder)
 
-    def decoder(self, request: Request) -> vae.DecoderStream | taehv.DecoderStream:
+    def autoencoder(self, request: Request) -> vae.WanVAE | taehv.TAEHV:
         kind = taehv.TAEHV if self.tiny_decoder else vae.WanVAE
-        decoder = _autoencoder(kind, self.vae, self.about.config.channels).to(request.device, request.dtype)
+        return _autoencoder(kind, self.vae, self.about.config.channels).to(request.device, request.dtype)
+
+    @property
+    def light(self) -> bool:
+        """Whether the TAEHV is lighttaew2_1; nothing but the name tells."""
+        return "lighttae" in self.vae.name.lower()
+
+    def encode(self, request: Request, frames: Tensor) -> Tensor:
+        """Frames [1, 1 + 4k, H, W, 3] in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU."""
+        autoencoder = self.autoencoder(request)
+        if not self.tiny_decoder:
+            return autoencoder.encode(frames, _tile(request.tile, autoencoder.margin)).cpu()
+        still = frames[:, :1].expand(-1, 3, -1, -1, -1)  # a TAEHV makes latents of 4 frames each; the first is a still
+        latents = autoencoder.encode(torch.cat((still, frames), dim=1)).cpu()
+        return vae.to_model_space(latents) if self.light else latents
+
+    def decoder(self, request: Request) -> vae.DecoderStream | taehv.DecoderStream:
+        decoder = self.autoencoder(request)
         if self.tiny_decoder:
             _refuse_tiles(request.tile, "TAEHV")
-            light = "lighttae" in self.vae.name.lower()  # nothing else tells it from taew2_1
-            return LightDecoderStream(decoder) if light else taehv.DecoderStream(decoder)
+            return LightDecoderStream(decoder) if self.light else taehv.DecoderStream(decoder)
         return vae.DecoderStream(decoder, _tile(request.tile, decoder.margin))
 
     def text_encoder(self, request: Request) -> nn.Module:
@@ -166,6 +188,7 @@ def plan(request: Request, config: WanConfig, weights: int, decoder: Decoder) ->
         cache_dtype=request.cache_dtype,
         tile=request.tile,
         rereads=request.rereads,
+        guided=request.guidance != 1,
     )
 
 

@@ -20,10 +20,12 @@ import av
 import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 FRAME_NAME = re.compile(r"frame_\d{5,}\.png")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NAMES = "Use a name that ends in .mp4, .webm or .gif, or in / for a folder of PNGs."
 
 
@@ -61,12 +63,14 @@ def save_video(
 
 
 def read_video(path: str | Path) -> Tensor:
-    """The frames [T, H, W, 3] of a video file or a folder of images, float32 in 0..1.
+    """The frames [T, H, W, 3] of a video file, a folder of images or one image, float32 in 0..1.
 
     Raises OSError when it cannot be read, ValueError when it holds no frames.
     """
     path = Path(path)
-    if path.is_dir():
+    if _kind(path) in PICTURES:
+        images = [imageio.imread(path, mode="RGB")]
+    elif path.is_dir():
         images = [imageio.imread(file, mode="RGB") for file in sorted(path.glob("*.png"))]
     elif _kind(path) == ".gif":
         images = list(imageio.imiter(path, plugin="pillow", mode="RGB"))
@@ -75,6 +79,18 @@ def read_video(path: str | Path) -> Tensor:
     if not images:
         raise ValueError(f"Got {path}, which holds no frames. Give a video file or a folder of PNGs.")
     return torch.from_numpy(np.stack(images)).float() / 255
+
+
+def fitted(frames: Tensor, height: int, width: int) -> Tensor:
+    """Frames [T, H, W, 3] scaled until they cover `height` x `width` pixels, and cut to that around their middle."""
+    old = frames.shape[1:3]
+    scale = max(height / old[0], width / old[1])
+    size = [max(new, round(scale * side)) for new, side in zip((height, width), old)]
+    scaled = frames.movedim(-1, 1)
+    if size != list(old):
+        scaled = F.interpolate(scaled, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return scaled[:, :, top : top + height, left : left + width].movedim(1, -1)
 
 
 def contact_sheet(frames: Tensor, labels: Iterable[object] | None = None, columns: int = 6) -> Image.Image:

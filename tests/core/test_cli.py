@@ -18,7 +18,7 @@ from sf_core.config import WanConfig
 from sf_core.model import WanModel
 from sf_core.taehv import TAEHV, DecoderStream, Layout
 from sf_core.tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
-from sf_core.video import read_video
+from sf_core.video import read_video, save_video
 from tests.core.regenerate import weights
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +73,61 @@ def test_report_tells_what_was_done(make, tmp_path):
     assert all(seconds >= 0 for seconds in report["seconds"].values())
     assert report["frames_per_second"] > 0 and report["out"] == f"{tmp_path}/clip.mp4"
     assert report["sampling"]["window"] == 9 and report["device"] == "cpu" and report["dtype"] == "float32"
+
+
+def test_a_start_is_the_beginning_and_goes_on(make, tmp_path):
+    save_video(f"{tmp_path}/start/", torch.rand(1, 64, 64, 3))
+    report, frames = make("--start", f"{tmp_path}/start/frame_00000.png", "--frames", "9")
+    _, alone = make("--frames", "9")
+    assert len(frames) == 9 and report["seconds"]["encode"] > 0
+    assert not torch.equal(frames, alone)
+    save_video(f"{tmp_path}/clip/", frames)
+    report, longer = make("--start", f"{tmp_path}/clip/")
+    assert len(longer) == 89
+
+
+def test_a_start_of_another_size_is_cut_around_its_middle(make, tmp_path, monkeypatch):
+    wide = torch.zeros(1, 32, 128, 3)
+    wide[:, :, 48:80] = 1
+    save_video(f"{tmp_path}/wide/", wide)
+    seen = []
+    monkeypatch.setattr(TAEHV, "encode", lambda self, frames: seen.append(frames) or torch.zeros(1, 16, 1, 8, 8))
+    make("--start", f"{tmp_path}/wide/", "--frames", "9")
+    assert seen[0].shape == (1, 1, 64, 64, 3) and seen[0][..., 4:-4, :].min() > 0.9
+
+
+@pytest.mark.parametrize("strength", ["0.5", "1"])
+def test_a_source_gives_length_and_content(make, tmp_path, strength):
+    save_video(f"{tmp_path}/clip/", torch.rand(14, 64, 64, 3))
+    report, frames = make("--source", f"{tmp_path}/clip/", "--strength", strength)
+    assert len(frames) == 14 and report["latent_frames"] == 6
+    _, alone = make("--frames", "14")
+    assert torch.equal(frames, alone) == (strength == "1")
+
+
+def test_guidance_leads_away_from_the_negative_prompt(make):
+    _, plain = make("--frames", "9")
+    _, guided = make("--frames", "9", "--guidance", "3", "--negative", "a circle")
+    _, same = make("--frames", "9", "--guidance", "3", "--negative", PROMPT)
+    assert not torch.equal(guided, plain)
+    assert (same - plain).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--start", "missing.png"], "Got missing.png, but no such file"),
+        (["--start", "README.md"], "no image or video that can be read"),
+        (["--source", "missing.mp4"], "Got missing.mp4"),
+        (["--strength", "0"], "above 0 and at most 1"),
+        (["--strength", "much"], "above 0 and at most 1"),
+        (["--start", "docs/workflow.png", "--frames", "1"], "at least one frame must be left"),
+    ],
+)
+def test_starts_that_cannot_be_are_refused(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(ROOT)
+    assert message in refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *options)
+    assert os.listdir(tmp_path) == []
 
 
 def test_default_is_81_frames_of_64_x_64(make):
