@@ -266,7 +266,7 @@ IMPOSSIBLE = [
     (["--steps", "250,500"], "must fall"),
     (["--steps", "1000,x"], "numbers like"),
     (["--chunk", "0"], "from 1"),
-    (["--window", "2"], "window of at least 3"),
+    (["--window", "2"], "window of at least 4"),
     (["--window", "4", "--sink", "2"], "window of at least 5"),
     (["--window", "none"], "whole number"),
     (["--sink", "-1"], "from 0"),

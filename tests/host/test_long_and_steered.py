@@ -301,7 +301,7 @@ def test_settings_travel_with_the_model_and_leave_the_first_alone(settings, samp
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sink": 1, "window": 4, "sink_positions": "pinned"},
+        {"sink": 1, "window": 4, "sink_positions": "as made"},
         {"context_noise": 100.0},
         {"shift": 8.0},
         {"first_chunk": 1},
