@@ -21,6 +21,7 @@ from .. import tiny
 from ..config import PRESETS
 from ..training.command import MODEL, TEXT, describe, train
 from ..training.config import TrainConfig, read_config
+from ..training.memory import check_memory
 from ..training.parallel import Group
 from ..training.store import load_checkpoint, save_model
 from . import evaluate
@@ -91,8 +92,13 @@ def fit(config: TrainConfig, processes: int) -> None:
     """One stage, in as many processes as asked for (the autoencoder in one)."""
     if processes == 1 or config.method == "autoencoder":
         return train(config, Group(), CPU)
+    check_memory(config, processes, CPU)  # here, where an error is one line
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (config, processes, f"file://{folder}/meet"), processes)
+        try:
+            torch.multiprocessing.spawn(work, (config, processes, f"file://{folder}/meet"), processes)
+        except torch.multiprocessing.ProcessRaisedException as error:
+            told = str(error).strip().splitlines()[-1]  # "SomeError: Got ..."
+            raise ValueError(told.partition(": ")[2] or told) from error
 
 
 def work(rank: int, config: TrainConfig, processes: int, meet: str) -> None:

@@ -74,9 +74,11 @@ def test_export_writes_parts_that_load(trained, tmp_path, monkeypatch):
     assert "a command" in (tmp_path / "README.md").read_text()
 
 
-def test_a_stage_without_the_one_before_is_refused(tmp_path, capsys):
-    assert main(["train", "tiny", "--out", str(tmp_path), "--stage", "causal", "--processes", "1"]) == 2
-    assert "train that run first" in capsys.readouterr().err
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_stage_without_the_one_before_is_refused(tmp_path, capsys, processes):
+    assert main(["train", "tiny", "--out", str(tmp_path), "--stage", "causal", "--processes", processes]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("sf_core: error: Got no ") and "train that run first" in line
 
 
 def test_a_still_stays_the_still_it_is():
