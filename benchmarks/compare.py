@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sf_core import tiny
@@ -35,7 +36,7 @@ from sf_core.video import contact_sheet
 LAYOUTS = {"chunk-wise": 3, "frame-wise": 1}
 SCORES, TABLE, SHEET = "scores.json", "table.md", "videos.png"
 COLUMNS = ("all", "shape", "motion", "colour", "residual", "sharpness")
-SHOWN = 3  # videos of the picture
+SHOWN = 2  # videos of the picture
 SHIPPED = "the shipped model"
 
 
@@ -156,6 +157,26 @@ def table(args: argparse.Namespace) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def picture(layout: str, args: argparse.Namespace) -> Path | None:
+    """The first videos of the first seed's models, one below the other under their names: LAYOUT.png."""
+    sheets = {row: Cell(layout, 0, row).folder(args.out) / SHEET for row in ROWS}
+    named = [(SHIPPED, args.out / "shipped" / SHEET), *sheets.items()]
+    images = [(name, Image.open(file)) for name, file in named if file.is_file()]
+    if not images:
+        return None
+    line = 20
+    whole = Image.new(
+        "RGB", (max(image.width for _, image in images), sum(image.height + line for _, image in images)), "white"
+    )
+    top = 0
+    for name, image in images:
+        ImageDraw.Draw(whole).text((4, top + 4), name, fill="black")
+        whole.paste(image, (0, top + line))
+        top += image.height + line
+    whole.save(args.out / f"{layout}.png")
+    return args.out / f"{layout}.png"
+
+
 def line_of(name: str, scores: list[list[dict[str, float]]]) -> list[str]:
     return [name, *(spread([windows[at][c] for windows in scores]) for at in (0, -1) for c in COLUMNS)]
 
@@ -191,7 +212,10 @@ def main() -> None:
             score(tiny.WEIGHTS, args.out / "shipped", PRESETS["tiny"], args)
         for cell in cells(args.seeds, args.part):
             run(cell, args)
+    args.out.mkdir(parents=True, exist_ok=True)
     written = table(args)
+    for layout in LAYOUTS:
+        picture(layout, args)
     (args.out / TABLE).write_text(written)
     sys.stdout.write(written)
 

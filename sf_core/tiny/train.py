@@ -11,13 +11,14 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from .. import tiny
+from ..config import PRESETS
 from ..training.command import MODEL, TEXT, describe, train
 from ..training.config import TrainConfig, read_config
 from ..training.parallel import Group
@@ -113,6 +114,7 @@ def export(recipe: Recipe, folder: Path, made_by: str) -> str:
     saved = recipe.saved(stage)
     origin = {"command": made_by, "seed": str(recipe.seed), "stage": stage, "step": str(saved["step"])}
     about = {**origin, **describe(stage_config(stage, recipe.folder), saved["wan"])}
+    about["sampling"] = json.dumps(asdict(PRESETS["tiny"]))  # which may have found better ways than training had
     words = {**origin, "words": json.dumps(saved["words"])}
 
     def write(part: str, state: dict, metadata: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sf_core import tiny
+from sf_core.checkpoint import describe
 from sf_core.cli import main
 from sf_core.config import PRESETS
 from sf_core.tiny import train
@@ -68,7 +69,7 @@ def test_export_writes_parts_that_load(trained, tmp_path, monkeypatch):
     assert wan.config == NEW
     _, metadata = tiny.read(tmp_path / "transformer.safetensors")
     assert metadata["command"] == "a command" and metadata["seed"] == "0" and metadata["stage"] == "dmd"
-    assert json.loads(metadata["sampling"])["window"] == PRESETS["tiny"].window
+    assert describe(tmp_path / "transformer.safetensors").sampling == PRESETS["tiny"]
     assert "shape" in json.loads(metadata["scores"])["video"]["windows"][0]
     assert "a command" in (tmp_path / "README.md").read_text()
 

@@ -150,3 +150,18 @@ def test_merged_adapters_compute_the_same():
         plain.load_state_dict(merged(wan.state_dict(), config))
         torch.testing.assert_close(Network(plain).velocity(x, t, prompt, see), adapted, rtol=0, atol=1e-5)
     assert (adapted - Network(new_model()).velocity(x, t, prompt, see)).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_flex_attention_on_a_gpu_has_the_dense_masks_gradient():
+    device = torch.device("cuda")
+    chunk = torch.tensor([0, 0, 1, 1]).repeat(2).repeat_interleave(64).to(device)
+    rule = chunk_rule(chunk, torch.arange(512, device=device) >= 256)
+    q, k, v = (x.requires_grad_(True) for x in torch.randn(3, 1, 2, 512, 64, device=device).unbind(0))
+    mask, attention = masked(rule, 512, device)
+    tokens = torch.arange(512, device=device)
+    dense = plain_attention(q, k, v, rule(tokens[:, None], tokens[None, :]))
+    flexed = attention(q, k, v, mask)
+    torch.testing.assert_close(flexed, dense, rtol=0, atol=2e-2)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), q)[0] for out in (flexed, dense))
+    assert (ours - theirs).norm() < 2e-2 * theirs.norm()
