@@ -24,7 +24,7 @@ demo: $(VENV)/.runtime
 	"$(RUN)" -m sf_core generate "a red circle moves right" --out demo.mp4 --preview demo.png
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 "$(RUN)" -m pytest tests/core
+	OMP_NUM_THREADS=1 "$(RUN)" -m pytest tests/core tests/web
 	"$(RUN)" -m ruff check .
 
 host-test: $(VENV)/.dev

@@ -333,9 +333,9 @@ def test_memory_for_model_and_cache_is_asked_for(tiny, sample, monkeypatch):
     monkeypatch.setattr(
         management, "load_models_gpu", lambda models, memory_required=0: asked.append(memory_required) or load(models)
     )
-    sample(window=7), sample(window=4)
+    sample(window=6), sample(window=4)
     frame = 2 * 6 * 16 * 160 * 4  # keys and values, layers, tokens, dim, bytes
-    assert asked[0] - asked[1] == 3 * frame
+    assert asked[0] - asked[1] == 2 * frame
 
 
 def test_decode_streams_with_progress(call, tiny, sample, progress):
