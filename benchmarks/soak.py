@@ -34,16 +34,19 @@ EARLY, LATE = slice(50, 150), slice(-100, None)  # chunks that are compared
 
 
 class Soak:
-    """Goes through the video and notes, for each chunk, its seconds and the most memory so far."""
+    """Goes through the video and notes, for each chunk, its seconds and the most memory so far.
 
-    def __init__(self, frames: int, sampling: Sampling, seed: int) -> None:
+    Windows are laid aside in `folder` and read when it is over, so that reading takes no part in time and memory.
+    """
+
+    def __init__(self, frames: int, sampling: Sampling, seed: int, folder: Path) -> None:
+        self.folder = folder
         self.clips, prompts = ask(1, seed)
         embeds = tiny.load_text_encoder().encode(prompts)
         self.chunks = rollout(tiny.load_model(), sampling, embeds, SeededNoise(seed), frames, 8, 8)
         self.stream = DecoderStream(tiny.load_autoencoder())
         self.seconds: list[float] = []
         self.mebibytes: list[float] = []
-        self.windows: list[tuple[bool, float]] = []  # prompt followed, residual
         self.newest = torch.zeros(0, 64, 64, 3)
 
     def frames(self) -> Iterator[Tensor]:
@@ -53,17 +56,21 @@ class Soak:
             yield frames
             self.seconds.append(time.process_time() - started)  # writing the frames is in it
             self.mebibytes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-            self.read(frames)
+            self.lay_aside(frames)
             started = time.process_time()
 
-    def read(self, frames: Tensor) -> None:
-        """Scores a window now and then: the first, and every hundredth chunk's."""
+    def lay_aside(self, frames: Tensor) -> None:
+        """Keeps a window now and then: that of every hundredth chunk."""
         self.newest = torch.cat((self.newest, frames))[-WINDOW:]
-        number = len(self.seconds)
-        if len(self.newest) == WINDOW and (number % 100 == 0 or not self.windows):
-            video = self.newest[None]
+        if len(self.seconds) % 100 == 0:
+            torch.save(self.newest, self.folder / f"{len(self.seconds):06}.pt")
+
+    def windows(self) -> Iterator[tuple[bool, float]]:
+        """Of each window that was kept, whether it follows the prompt, and its residual."""
+        for path in sorted(self.folder.glob("*.pt")):
+            video = torch.load(path)[None]  # [1, T, 64, 64, 3]
             followed = detect.matches(detect.read(video), self.clips)["all"].item()
-            self.windows.append((followed, detect.residual(video, self.clips).item()))
+            yield followed, detect.residual(video, self.clips).item()
 
 
 def main() -> None:
@@ -74,18 +81,18 @@ def main() -> None:
     parser.add_argument("--pinned", action="store_true", default=PRESETS["tiny"].pinned)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    soak = Soak(args.frames, replace(PRESETS["tiny"], sink=args.sink, pinned=args.pinned), args.seed)
+    sampling = replace(PRESETS["tiny"], sink=args.sink, pinned=args.pinned)
     with tempfile.TemporaryDirectory() as folder:
+        soak = Soak(args.frames, sampling, args.seed, Path(folder))
         count = save_video(Path(folder) / "soak.mp4", soak.frames())
-    report(soak, count)
+        report(soak, count)
 
 
 def report(soak: Soak, count: int) -> None:
     half = len(soak.mebibytes) // 2
     first, second = max(soak.mebibytes[:half]), max(soak.mebibytes[half:])
     early, late = (statistics.median(soak.seconds[part]) for part in (EARLY, LATE))
-    followed = sum(window[0] for window in soak.windows)
-    residuals = [window[1] for window in soak.windows]
+    followed, residuals = zip(*soak.windows())
     tenth = max(1, len(residuals) // 10)
     begin, end = (statistics.mean(part) for part in (residuals[:tenth], residuals[-tenth:]))
     sys.stdout.write(
@@ -93,8 +100,8 @@ def report(soak: Soak, count: int) -> None:
         f"memory, MiB at most: {first:.0f} in the first half, {second:.0f} in the second ({second / first - 1:+.1%})\n"
         f"a chunk, median: {1000 * early:.1f} ms of chunks 50-149, {1000 * late:.1f} ms of the last 100 "
         f"({late / early - 1:+.1%})\n"
-        f"prompt followed in {followed} of {len(residuals)} windows; residual {begin:.4f} in the first tenth of them, "
-        f"{end:.4f} in the last\n"
+        f"prompt followed in {sum(followed)} of {len(residuals)} windows; residual {begin:.4f} in the first tenth of "
+        f"them, {end:.4f} in the last\n"
     )
 
 
