@@ -77,8 +77,13 @@ def run(args: argparse.Namespace) -> str:
         reencode = vae.still if args.reencode else None
         videos = generate(near, text, vae, prompts, args.windows, args.seed, sampling, cache_dtype, reencode)
         first = next(videos)
+        decibels = None
+        if near is not wan or cache_dtype:
+            exact = next(generate(wan, text, vae, prompts[:BATCH], 1, args.seed, sampling, None, reencode))
+            decibels = psnr(first[:, :WINDOW], exact).mean().item()
         scores = score(chain([first], videos), clips, args.windows)
-        named = {"model": str(path or "built in"), "prompts": args.prompts, "velocity_error": off}
+        named = {"model": str(path or "built in"), "prompts": args.prompts}
+        named |= {"velocity_error": off, "frames_db": decibels}
         results.append({**named, "windows": scores})
         if args.sheet:
             write_sheet(first, args.sheet)
@@ -92,8 +97,10 @@ def beside(path: Path | None) -> Path | None:
 
 
 def text_of(result: dict) -> str:
-    off = result["velocity_error"]
-    return table(result) + (f"\nvelocity off by {100 * off:.1f}%" if off else "")
+    off, decibels = result["velocity_error"], result["frames_db"]
+    lines = [f"velocity off by {100 * off:.1f}%"] if off else []
+    lines += [f"frames of the first window {decibels:.1f} dB from those in float32"] if decibels else []
+    return "\n".join([table(result), *lines])
 
 
 def ask(n: int, seed: int, split: str = "all") -> tuple[Clips, list[str]]:
