@@ -314,7 +314,7 @@ def _load(request: Request, source: Source, stages: Stages) -> Networks:
     with stages.measure("prompt"):
         embeds = [text.encode([prompt.text]).to(request.device, request.dtype) for prompt in request.prompts]
         guided = request.guidance != 1
-        negative = text.encode([request.negative]).to(request.device, request.dtype) if guided else None
+        negative = source.negative(text, request.negative).to(request.device, request.dtype) if guided else None
     del text
     release(request.device)
     entrances = [prompt.entrance for prompt in request.prompts]

@@ -5,6 +5,7 @@
     source.encode(request, frames)              frames of a start or a source -> latents
     source.decoder(request)                     latents -> frames, streaming
     source.text_encoder(request)                prompt -> embeddings; dropped before the model comes: it is larger
+    source.negative(text, prompt)               embeddings of what to lead away from; the prompt may be empty
     source.wan(request)                         the model, in float8 where that was asked for
 """
 
@@ -74,6 +75,9 @@ class BuiltIn:
 
     def text_encoder(self, request: Request) -> nn.Module:
         return tiny.load_text_encoder().to(request.device)
+
+    def negative(self, text: nn.Module, prompt: str) -> Tensor:
+        return text.encode([prompt]) if prompt.strip() else text.null(1)
 
     def wan(self, request: Request) -> WanModel:
         wan, device, dtype = self.model, request.device, request.dtype
@@ -150,6 +154,9 @@ class Files:
         room = memory_of(request.device)
         fits = room is None or _bytes_of(self.text) + ROOM < room
         return load_text_encoder(self.text, self.tokenizer, request.device if fits else "cpu")
+
+    def negative(self, text: nn.Module, prompt: str) -> Tensor:
+        return text.encode([prompt])
 
     def wan(self, request: Request) -> WanModel:
         device, dtype = request.device, request.dtype

@@ -111,6 +111,8 @@ def test_guidance_leads_away_from_the_negative_prompt(make):
     _, same = make("--frames", "9", "--guidance", "3", "--negative", PROMPT)
     assert not torch.equal(guided, plain)
     assert (same - plain).abs().max() < 0.02
+    _, unasked = make("--frames", "9", "--guidance", "3")  # away from no prompt at all
+    assert not torch.equal(unasked, plain) and not torch.equal(unasked, guided)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ from safetensors.torch import save_file
 
 from sf_core import tiny
 from sf_core.cli import main
+from sf_core.config import PRESETS
+from sf_core.noise import SeededNoise
+from sf_core.rollout import rollout
 from sf_core.tiny import data, detect, evaluate
 
 
@@ -24,6 +27,17 @@ def test_shipped_model_follows_prompts():
     assert scores["colour"] >= 0.95 and scores["background"] >= 0.95
     assert scores["shape"] >= 0.75 and scores["motion"] >= 0.7
     assert scores["residual"] < 0.05
+
+
+def test_a_video_that_starts_from_a_picture_shows_it_and_follows_the_prompt(text):
+    clips, prompts = evaluate.ask(16, seed=2)
+    vae, picture = tiny.load_autoencoder(), data.render(clips, 1)  # [B, 1, 64, 64, 3]
+    prompt, noise = text.encode(prompts), SeededNoise(0)
+    chunks = rollout(tiny.load_model(), PRESETS["tiny"], prompt, noise, 10, 8, 8, prefix=vae.encode(picture))
+    frames = vae.decode(torch.cat([chunk.latents for chunk in chunks], 2))[:, : evaluate.WINDOW]
+    assert (frames[:, 0] - picture[:, 0]).abs().mean() < 0.03
+    shares = {name: found.float().mean() for name, found in detect.matches(detect.read(frames), clips).items()}
+    assert min(shares["colour"], shares["background"]) >= 0.9 and min(shares["shape"], shares["motion"]) >= 0.75
 
 
 def test_a_background_that_is_not_named_is_black():
