@@ -78,11 +78,12 @@ class TextModel(nn.Module):
         pass
 
     def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None]:
-        """Embeddings [B, text_len, text_dim], and no pooled output."""
+        """Embeddings [B, text_len, text_dim], and no pooled output. An empty text, as negative prompts are, is none."""
         texts = [text for ((text, _),) in tokens[NAME]]
         for text in texts:
             self.tell_what_is_left_out(text)
-        return self.encoder.encode(texts), None
+        embeds = [self.encoder.encode([text]) if text.strip() else self.encoder.null(1) for text in texts]
+        return torch.cat(embeds), None
 
     def tell_what_is_left_out(self, text: str) -> None:
         left_out = {"does not know": self.encoder.unknown(text), "has no room for": self.encoder.truncated(text)}

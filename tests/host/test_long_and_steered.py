@@ -218,6 +218,13 @@ def test_guidance_needs_a_negative_prompt(sample):
         sample(cfg=3.0)
 
 
+def test_the_stock_empty_prompt_is_a_negative_one(tiny, sample):
+    import nodes
+
+    empty = nodes.CLIPTextEncode().encode(tiny.clip, "")[0]
+    assert not torch.equal(sample(negative=empty, cfg=2.0), sample())
+
+
 def test_a_negative_prompt_without_guidance_costs_and_changes_nothing(call, tiny, sample):
     assert torch.equal(sample(negative=call("Prompt", tiny.clip, "a blue square")), sample())
 
