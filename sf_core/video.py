@@ -57,8 +57,7 @@ def save_video(
         _move(partial, target)
     finally:
         _remove(partial)
-        if images.stopped is not None:
-            raise images.stopped
+        images.raise_again()
     return count
 
 
@@ -175,6 +174,15 @@ class _Images:
                 raise
             self.stopped = error
             raise StopIteration from None
+
+    def raise_again(self) -> None:
+        """Raises what has ended the frames, and lets go of it: its traceback holds all that made them."""
+        stopped, self.stopped = self.stopped, None
+        try:
+            if stopped is not None:
+                raise stopped
+        finally:
+            del stopped
 
 
 def _write_av(path: Path, images: Iterator[np.ndarray], fps: float, metadata: dict[str, str]) -> int:

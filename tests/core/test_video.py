@@ -1,7 +1,9 @@
 """Frames to files and back, and what is left behind when something goes wrong."""
 
+import gc
 import os
 import weakref
+from contextlib import suppress
 
 import av
 import numpy as np
@@ -91,6 +93,27 @@ def test_what_was_made_before_a_failure_can_be_kept(tmp_path, name, stop):
         save_video(f"{tmp_path}/{name}", pieces(), keep=True)
     assert len(read_video(tmp_path / name)) == 5
     assert os.listdir(tmp_path) == [name.strip("/")]
+
+
+def test_what_a_stopped_video_was_made_with_is_freed_at_once(tmp_path):
+    class Cache:
+        pass
+
+    made = []
+
+    def pieces():
+        cache = Cache()
+        made.append(weakref.ref(cache))
+        yield moving_square(3)
+        raise KeyboardInterrupt
+
+    gc.disable()  # without waiting for it
+    try:
+        with suppress(KeyboardInterrupt):
+            save_video(tmp_path / "clip.mp4", pieces(), keep=True)
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", NAMES)
