@@ -62,7 +62,10 @@ class Network:
         return self.wan.config
 
     def arithmetic(self, device: torch.device) -> AbstractContextManager:
-        return torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32)
+        # Without its cache: forwards without gradient would leave copies of weights there that carry none, and the
+        # exit step of a rollout would compute with those.
+        enabled = self.precision != torch.float32
+        return torch.autocast(device.type, self.precision, enabled=enabled, cache_enabled=False)
 
     def velocity(self, x: Tensor, t: Tensor, embeds: Tensor, attend: Attend) -> Tensor:
         """Float32 velocity of x [B, C, F, H, W] at timesteps t [B, F or 1], under prompts [B, tokens, text_dim]."""

@@ -25,8 +25,8 @@ def new_model():
     return wan
 
 
-def roll(wan, sampling, walk, frames=6, noise=SeededNoise(0), recompute=False, training=True):
-    network = Network(wan, stages=stages_for(False, recompute))
+def roll(wan, sampling, walk, frames=6, noise=SeededNoise(0), recompute=False, training=True, precision=torch.float32):
+    network = Network(wan, precision, stages_for(False, recompute))
     return roll_out(network, sampling, PROMPT, noise, (frames, HEIGHT, WIDTH), walk, training)
 
 
@@ -78,6 +78,18 @@ def test_the_gradient_is_that_of_a_rollout_written_out(exits, window, recompute)
     torch.testing.assert_close(made, expected, rtol=0, atol=2e-5)
     wanted = gradients(wan, expected)
     assert (gradients(wan, made) - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_bfloat16_has_the_gradient_of_float32_after_steps_without():
+    norms = {}
+    for precision in (torch.float32, torch.bfloat16):
+        wan = new_model()
+        made = roll(wan, Sampling(chunk=CHUNK), Walk((2, 2, 2), gradient=6), precision=precision)
+        made.square().mean().backward()
+        norms[precision] = {name: p.grad.norm() for name, p in wan.named_parameters()}
+    exact, near = (torch.stack(list(one.values())) for one in norms.values())
+    assert 1e-4 < (near - exact).norm() / exact.norm() < 0.05
+    assert (near[exact > 1e-3] / exact[exact > 1e-3] - 1).abs().max() < 0.25
 
 
 def test_nothing_flows_into_earlier_chunks():
