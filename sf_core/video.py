@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -61,20 +62,21 @@ def save_video(
     return count
 
 
-def read_video(path: str | Path) -> Tensor:
-    """The frames [T, H, W, 3] of a video file, a folder of images or one image, float32 in 0..1.
+def read_video(path: str | Path, most: int | None = None) -> Tensor:
+    """The frames [T, H, W, 3] of a video file, a folder of images or one image, float32 in 0..1; the first `most`.
 
     Raises OSError when it cannot be read, ValueError when it holds no frames.
     """
     path = Path(path)
     if _kind(path) in PICTURES:
-        images = [imageio.imread(path, mode="RGB")]
+        frames = iter([imageio.imread(path, mode="RGB")])
     elif path.is_dir():
-        images = [imageio.imread(file, mode="RGB") for file in sorted(path.glob("*.png"))]
+        frames = (imageio.imread(file, mode="RGB") for file in sorted(path.glob("*.png")))
     elif _kind(path) == ".gif":
-        images = list(imageio.imiter(path, plugin="pillow", mode="RGB"))
+        frames = imageio.imiter(path, plugin="pillow", mode="RGB")
     else:
-        images = list(imageio.imiter(path, plugin="pyav"))
+        frames = imageio.imiter(path, plugin="pyav")
+    images = list(islice(frames, most))
     if not images:
         raise ValueError(f"Got {path}, which holds no frames. Give a video file or a folder of PNGs.")
     return torch.from_numpy(np.stack(images)).float() / 255

@@ -1,31 +1,33 @@
 """What is learnt from: prompts alone, captioned clips, or the tiny world's procedural ones.
 
 Every source gives captions; sources with clips give batches of latents too. Which ones is drawn per sample
-(draws.py). Clips are encoded once, into the run's folder, by the first process.
+(draws.py). Clips are encoded once, into the run's folder, each process a share of them. Beside the latents stands what
+they were made from; where that changes they are made again.
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from ..tiny.data import Clips, caption, draw, render
-from ..video import read_video
+from ..video import fitted, read_video
 from .config import DataConfig, TrainConfig
 from .draws import Draws
 from .parallel import Group
-from .store import whole_or_not
-from .worlds import World
+from .store import fingerprint, whole_or_not
+from .worlds import World, check_prompts
 
 VIDEOS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi")
-POOL = "latents.pt"
+POOL, MADE_FROM = "latents.pt", "latents.json"
 TOGETHER = 64  # procedural clips that are drawn and encoded at a time
 
 
@@ -44,7 +46,7 @@ class Batch:
 class Source(Protocol):
     def captions(self, draws: Draws, purpose: str) -> list[str]: ...
 
-    def batch(self, draws: Draws, purpose: str, frames: int) -> Batch: ...
+    def batch(self, draws: Draws, purpose: str, frames: int, plain: bool = False) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class PromptList:
     def captions(self, draws: Draws, purpose: str) -> list[str]:
         return [self.lines[row] for row in draws.whole(f"{purpose} prompt", len(self.lines))]
 
-    def batch(self, draws: Draws, purpose: str, frames: int) -> Batch:
+    def batch(self, draws: Draws, purpose: str, frames: int, plain: bool = False) -> Batch:
         raise ValueError("Got prompts alone where clips are needed; give data.clips.")
 
 
@@ -79,10 +81,11 @@ class ClipPool(ABC):
     def captions(self, draws: Draws, purpose: str) -> list[str]:
         return self._captions(self._rows(draws, purpose), draws, purpose)
 
-    def batch(self, draws: Draws, purpose: str, frames: int) -> Batch:
+    def batch(self, draws: Draws, purpose: str, frames: int, plain: bool = False) -> Batch:
+        """Clips as the configuration wants them; `plain`: from their beginning, and with all captions."""
         rows = self._rows(draws, purpose)
-        late = draws.uniform(f"{purpose} late") < self.config.late
-        dropped = draws.uniform(f"{purpose} dropped") < self.config.dropped
+        late = draws.uniform(f"{purpose} late") < (0 if plain else self.config.late)
+        dropped = draws.uniform(f"{purpose} dropped") < (0 if plain else self.config.dropped)
         clips = [self.latents[row, :, int(skip) : int(skip) + frames] for row, skip in zip(rows, late)]
         named = self._captions(rows, draws, purpose)
         captions = ["" if drop else one for one, drop in zip(named, dropped)]
@@ -127,19 +130,20 @@ def open_data(config: TrainConfig, world: World, group: Group) -> Source:
     """Raises FileNotFoundError and ValueError for folders and files that hold nothing to learn from."""
     data, frames = config.data, max(config.flow.frames, config.rollout.frames) + (config.data.late > 0)
     if data.prompts:
-        return PromptList.read(data.prompts)
+        prompts = PromptList.read(data.prompts)
+        check_prompts(world, prompts.lines)
+        return prompts
     if data.clips:
         pairs = captioned(data.clips)
-        size = (config.model.height, config.model.width)
-        latents = _encoded(config, group, lambda: _encode_folder(pairs, frames, size, world))
-        return FolderClips(latents, data, [text.read_text(encoding="utf-8").strip() for _, text in pairs])
+        texts = [_caption_in(text) for _, text in pairs]
+        check_prompts(world, texts)
+        return FolderClips(_folder_latents([video for video, _ in pairs], frames, config, world, group), data, texts)
     if data.procedural not in ("trained", "held-out", "all"):
         raise ValueError(f"Got data.procedural {data.procedural!r}; there is trained, held-out, all.")
     clips = draw(data.pool, torch.Generator().manual_seed(config.seed + 1), data.procedural)
     if not config.needs_clips:
         return ProceduralClips(torch.empty(0), data, clips)
-    latents = _encoded(config, group, lambda: _encode_procedural(clips, frames, world))
-    return ProceduralClips(latents, data, clips)
+    return ProceduralClips(_procedural_latents(clips, frames, config, world, group), data, clips)
 
 
 def captioned(folder: Path) -> list[tuple[Path, Path]]:
@@ -148,7 +152,14 @@ def captioned(folder: Path) -> list[tuple[Path, Path]]:
         raise FileNotFoundError(
             f"Got no folder {folder}; data.clips holds videos, each beside a .txt with its caption (a.mp4, a.txt)."
         )
-    videos = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEOS}
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEOS]
+    videos = {path.stem: path for path in files}
+    twice = [path for path in files if videos[path.stem] != path]
+    if twice:
+        raise ValueError(
+            f"Got {twice[0].name} and {videos[twice[0].stem].name} in {folder}, which would share a caption. Give each "
+            "clip a name of its own, or move one away."
+        )
     texts = {path.stem: path for path in sorted(folder.glob("*.txt"))}
     if not videos and not texts:
         raise ValueError(f"Got {folder}, which holds no videos ({', '.join(VIDEOS)}). Put clips and captions there.")
@@ -165,41 +176,71 @@ def captioned(folder: Path) -> list[tuple[Path, Path]]:
     return [(videos[stem], texts[stem]) for stem in videos]
 
 
-def fitted(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Frames [T, H, W, 3] resized to cover `size` and cut to its middle."""
-    height, width = size
-    x = frames.movedim(-1, 1)  # [T, 3, H, W]
-    scale = max(height / x.shape[2], width / x.shape[3])
-    cover = (max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale)))
-    if cover != tuple(x.shape[2:]):
-        x = F.interpolate(x, cover, mode="bilinear", antialias=True)
-    top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
-    return x[:, :, top : top + height, left : left + width].movedim(1, -1).clamp(0, 1)
+def _caption_in(path: Path) -> str:
+    text = path.read_text(encoding="utf-8").strip()
+    if not text:
+        raise ValueError(f"Got {path}, which is empty; it is the caption of a clip. Write what the clip shows.")
+    return text
 
 
-def _encode_folder(pairs: list[tuple[Path, Path]], frames: int, size: tuple[int, int], world: World) -> Tensor:
-    needed, encoded = 1 + 4 * (frames - 1), []
-    for video, _ in pairs:
-        pixels = read_video(video)
+def _folder_latents(videos: list[Path], frames: int, config: TrainConfig, world: World, group: Group) -> Tensor:
+    needed, model = 1 + 4 * (frames - 1), config.model
+
+    def encode(video: Path) -> Tensor:
+        pixels = read_video(video, most=needed)
         if len(pixels) < needed:
             raise ValueError(
                 f"Got {video} with {len(pixels)} frames; a clip of {frames} latent frames takes {needed}. Give longer "
                 "clips, or set flow.frames and rollout.frames lower."
             )
-        encoded.append(world.encode(fitted(pixels[:needed], size)[None]).bfloat16().cpu())
-    return torch.cat(encoded)
+        return world.encode(fitted(pixels, model.height, model.width)[None])
+
+    about = [video.stat() for video in videos]
+    files = [[video.name, one.st_size, one.st_mtime_ns] for video, one in zip(videos, about)]
+    source = {"files": files, "width": model.width, "height": model.height}
+    return _encoded(config, world, group, {**source, "frames": frames}, videos, encode)
 
 
-def _encode_procedural(clips: Clips, frames: int, world: World) -> Tensor:
+def _procedural_latents(clips: Clips, frames: int, config: TrainConfig, world: World, group: Group) -> Tensor:
     parts = [clips[at : at + TOGETHER] for at in range(0, len(clips), TOGETHER)]
-    return torch.cat([world.encode(render(part, 1 + 4 * (frames - 1))).bfloat16() for part in parts])
+    source = {"procedural": config.data.procedural, "pool": len(clips), "seed": config.seed, "frames": frames}
+    return _encoded(
+        config, world, group, source, parts, lambda part: world.encode(render(part, 1 + 4 * (frames - 1)))
+    )
 
 
-def _encoded(config: TrainConfig, group: Group, encode: Callable[[], Tensor]) -> Tensor:
-    """The latents of the run's clips, encoded by the first process and kept."""
-    path = config.out / POOL
-    if group.first and not path.is_file():
-        latents = encode()
-        whole_or_not(path, lambda partial: torch.save(latents, partial))
-    group.wait()
+def _encoded(
+    config: TrainConfig, world: World, group: Group, source: dict, pieces: Sequence, encode: Callable[..., Tensor]
+) -> Tensor:
+    """The latents of the run's clips, encoded once for each `source` and autoencoder; all processes share the work.
+
+    Raises as `encode` does.
+    """
+    path, about = config.out / POOL, config.out / MADE_FROM
+    wanted = json.dumps({**source, "autoencoder": fingerprint(world.vae.state_dict())})
+    if not (path.is_file() and about.is_file() and about.read_text() == wanted):
+        if path.is_file() and group.first:
+            tqdm.write(f"{path} was not made from these clips by this autoencoder; they are encoded again")
+        first, end = (len(pieces) * rank // group.size for rank in (group.rank, group.rank + 1))
+        mine = [encode(piece).bfloat16().cpu() for piece in pieces[first:end]]
+        whole_or_not(_share(path, group.rank), lambda partial: torch.save(mine, partial))
+        group.wait()
+        if group.first:
+            _join(path, about, wanted, group.size)
+        group.wait()
     return torch.load(path, weights_only=True, mmap=True)
+
+
+def _join(path: Path, about: Path, wanted: str, size: int) -> None:
+    """Puts the processes' shares together. What they were made from is told last: a kill leaves no wrong pair."""
+    shares = [_share(path, rank) for rank in range(size)]
+    latents = torch.cat([latents for share in shares for latents in torch.load(share, weights_only=True)])
+    about.unlink(missing_ok=True)
+    whole_or_not(path, lambda partial: torch.save(latents, partial))
+    whole_or_not(about, lambda partial: partial.write_text(wanted))
+    for share in shares:
+        share.unlink()
+
+
+def _share(path: Path, rank: int) -> Path:
+    return path.with_name(f"{path.stem}-{rank}{path.suffix}")

@@ -101,7 +101,7 @@ class SelfForcing(WanTask):
         if self.config.loss.context == "own":
             captions = self.data.captions(draws, purpose)
         else:
-            batch = self.data.batch(draws, purpose, frames)
+            batch = self.data.batch(draws, purpose, frames, plain=True)
             captions, context = batch.captions, batch.clips.to(self.device)
         embeds = self.world.embeds(captions).detach()
         size, noise = (frames, *self.size), draws.noise(purpose)
@@ -158,5 +158,5 @@ class Adversarial(SelfForcing):
 
     def real(self, draws: Draws, purpose: str) -> tuple[Tensor, Tensor]:
         """Clips of the data and their prompts' embeddings."""
-        batch = self.data.batch(draws, f"{purpose} real", self.config.rollout.frames)
+        batch = self.data.batch(draws, f"{purpose} real", self.config.rollout.frames, plain=True)
         return batch.clips.to(self.device), self.world.embeds(batch.captions).detach()

@@ -10,6 +10,7 @@ Nothing random is kept: draws depend on the step alone (draws.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -46,6 +47,15 @@ def save_model(path: Path, state: dict[str, Tensor], metadata: dict[str, str], d
     """A safetensors file."""
     plain = {name: value.to(dtype).contiguous() for name, value in state.items()}
     whole_or_not(path, lambda partial: save_file(plain, partial, metadata))
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """A hash of weights and their names."""
+    whole = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(state.items()):
+        whole.update(name.encode())
+        whole.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
 
 
 def whole_or_not(path: Path, write: Callable[[Path], object]) -> None:

@@ -21,7 +21,7 @@ from .lora import adapter_file, add_adapters, merged
 from .networks import Network, attention_on, stages_for
 from .optim import Average, Optimizer
 from .parallel import Group, shard, state_of
-from .worlds import DTYPES, World, check_alike, latent_size, load_network, load_student
+from .worlds import DTYPES, World, check_alike, check_prompts, latent_size, load_network, load_student
 
 Loss = Callable[[Draws, float], dict[str, Tensor]]
 
@@ -68,6 +68,7 @@ class WanTask(Task):
     def __init__(self, config: TrainConfig, world: World, group: Group, device: torch.device) -> None:
         self.config, self.world, self.group, self.device = config, world, group, device
         self.precision = DTYPES[config.precision]
+        check_prompts(world, (config.data.negative, *config.log.samples))
         torch.manual_seed(config.seed)  # of new weights
         wan = load_student(config.model.student, world)
         if config.lora:

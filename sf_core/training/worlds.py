@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class World(Protocol):
     config: ModelConfig
     text: nn.Module
+    vae: nn.Module
 
     def embeds(self, prompts: list[str]) -> Tensor: ...
 
@@ -128,6 +130,12 @@ def open_world(config: ModelConfig, device: torch.device) -> TinyWorld | WanWorl
     if config.width % 16 or config.height % 16:
         raise ValueError(f"Got {config.width} x {config.height} pixels; use multiples of 16.")
     return TinyWorld(config, device) if config.world == "tiny" else WanWorld(config, device)
+
+
+def check_prompts(world: World, prompts: Iterable[str]) -> None:
+    """Raises ValueError for a prompt that the world cannot read; "" is no prompt."""
+    if isinstance(world, TinyWorld):
+        world.text.batch([prompt for prompt in prompts if prompt])
 
 
 def latent_size(config: ModelConfig) -> tuple[int, int]:

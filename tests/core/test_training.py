@@ -9,22 +9,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sf_core.checkpoint import describe, load_model
 from sf_core.cli import main
 from sf_core.config import WanConfig
 from sf_core.noise import SeededNoise
 from sf_core.rollout import rollout
+from sf_core.tiny import load_autoencoder
 from sf_core.training import report
 from sf_core.training.command import make_task
-from sf_core.training.config import METHODS, SHIPPED, read_config
-from sf_core.training.data import fitted
+from sf_core.training.config import METHODS, SHIPPED, ModelConfig, read_config
+from sf_core.training.data import ProceduralClips, open_data
+from sf_core.training.draws import Draws
 from sf_core.training.optim import Average, rate_at
 from sf_core.training.parallel import Group
 from sf_core.training.store import LOSSES, MODEL, load_checkpoint
 from sf_core.training.trainer import Trainer, TrainingStopped
-from sf_core.training.worlds import check_alike
+from sf_core.training.worlds import check_alike, open_world
 from sf_core.video import save_video
 from tests.core.runs import config, losses, trained, written
 
@@ -309,9 +311,71 @@ def test_a_folder_of_clips_is_trained_on(runs, tmp_path):
     out = trained("teacher-forcing", runs / "folder", data={"clips": str(folder)})
     latents = torch.load(out / "latents.pt", weights_only=True)
     assert latents.shape == (2, 16, 2, 8, 8) and len(losses(out)) == 3
-    frames = torch.rand(3, 48, 96, 3)
-    assert torch.equal(fitted(frames, (48, 48)), frames[:, :, 24:72])
-    assert fitted(frames, (64, 64)).shape == (3, 64, 64, 3)
+
+
+def test_clips_are_encoded_again_when_what_they_were_made_from_changes(runs, tmp_path, capsys):
+    folder, out = clip_folder(tmp_path / "clips", ("b",)), runs / "stale"
+
+    def latents(said, **changes):
+        settings = config("teacher-forcing", out, **{"data": {"clips": str(folder)}, **changes})
+        captions = open_data(settings, open_world(settings.model, CPU), Group())
+        assert ("encoded again" in capsys.readouterr().out) == said
+        return captions.latents.clone()
+
+    first = latents(False)
+    (out / "latents.pt").touch()
+    assert torch.equal(latents(False), first)
+    clip_folder(folder, ("a", "b"))
+    both = latents(True)
+    assert len(both) == 2 and not torch.equal(both[0], both[1])
+    assert latents(True, flow={"frames": 3}).shape[2] == 3
+    pool = [latents(True, data={"procedural": "all", "pool": 4}, seed=seed) for seed in (0, 1)]
+    assert not torch.equal(*pool)
+    model = {"world": "tiny", "student": "new", "vae": str(tmp_path / "vae.safetensors")}
+    vae = load_autoencoder()
+    save_file({name: 1.5 * value for name, value in vae.state_dict().items()}, model["vae"])
+    assert not torch.equal(latents(True, data={"procedural": "all", "pool": 4}, seed=1, model=model), pool[1])
+
+
+def test_processes_share_the_encoding(tmp_path):
+    settings = config("bidirectional", tmp_path / "run", data={"procedural": "all", "pool": 130})
+    world = open_world(settings.model, CPU)
+    whole = open_data(settings, world, Group()).latents.clone()
+    (tmp_path / "run" / "latents.json").unlink()
+
+    class Second(Group):
+        """Two processes, one after the other."""
+
+        def wait(self):
+            if self.rank == 1:
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        open_data(settings, world, Second(1, 2))
+    other = torch.load(tmp_path / "run" / "latents-1.pt", weights_only=True)
+    assert sum(map(len, other)) == 66
+    assert torch.equal(open_data(settings, world, Second(0, 2)).latents, whole)
+    assert not list((tmp_path / "run").glob("latents-*.pt"))
+
+
+def test_plain_batches_have_every_caption_and_begin_at_the_beginning(tmp_path):
+    settings = config("gan", tmp_path / "run", data={"procedural": "all", "pool": 8, "dropped": 1, "late": 1})
+    pool = open_data(settings, open_world(ModelConfig(), CPU), Group())
+    draws = Draws(0, 0, tuple(range(8)))
+    plain, changed = (pool.batch(draws, "real", 2, plain) for plain in (True, False))
+    assert all(plain.captions) and not plain.late.any()
+    assert not any(changed.captions) and changed.late.all() and not torch.equal(plain.clips, changed.clips)
+
+
+def test_real_clips_and_forced_context_are_plain(runs, monkeypatch):
+    asked = []
+    batch = ProceduralClips.batch
+    monkeypatch.setattr(
+        ProceduralClips, "batch", lambda self, *args, plain=False: asked.append(plain) or batch(self, *args, plain)
+    )
+    trained("gan", runs / "plain-gan", steps=1)
+    trained("dmd", runs / "plain-forced", steps=1, loss={"context": "teacher-forced"})
+    assert len(asked) >= 6 and all(asked)
 
 
 def test_prompts_alone_are_enough_for_dmd(runs, tmp_path):
@@ -339,6 +403,15 @@ def test_data_with_nothing_to_learn_from_is_refused(runs, tmp_path, capsys):
     assert "which is empty" in line("dmd", prompts=tmp_path / "p.txt")
     assert "Got no file" in line("dmd", prompts=tmp_path / "q.txt")
     assert "Got prompts alone for gan" in line("gan", prompts=tmp_path / "p.txt")
+    (tmp_path / "p.txt").write_text("a red circle\nlorem ipsum\n")
+    assert "Got the prompt 'lorem ipsum'" in line("dmd", prompts=tmp_path / "p.txt")
+    folder = clip_folder(tmp_path / "more")
+    (folder / "b.txt").write_text(" \n")
+    assert "b.txt, which is empty; it is the caption" in line("gan", clips=folder)
+    (folder / "b.txt").write_text("dolor sit")
+    assert "Got the prompt 'dolor sit'" in line("gan", clips=folder)
+    (folder / "a.webm").touch()
+    assert "Got a.mp4 and a.webm" in line("gan", clips=folder)
 
 
 # --- The shipped configurations and the plan --------------------------------------------------------------------------
