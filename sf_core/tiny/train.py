@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from ..training.config import TrainConfig, read_config
 from ..training.memory import check_memory
 from ..training.parallel import Group
 from ..training.store import load_checkpoint, save_model
+from ..training.trainer import as_saved
 from . import evaluate
 from .autoencoder import TinyAutoencoder
 from .text import TinyTextEncoder
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stage", choices=(*STAGES, "export"), help="do only this stage (all, then export)")
     add("--steps", type=int, metavar="N", help="steps of the stage, instead of the recipe's")
     add("--processes", type=int, default=2, help="processes that share each batch (2)")
-    add("--seed", type=int, default=0, help="of weights, data and noise (0)")
+    add("--seed", type=int, default=0, help="of weights, data and noise (0); an export has that of its run")
     add("--weights", type=Path, default=tiny.WEIGHTS, help="folder that the model is exported to (the package's own)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="change a value of the stages")
 
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError("Got --steps without a stage to apply it to; add --stage, one of " + ", ".join(STAGES) + ".")
     for stage in [args.stage] if args.stage else [*STAGES, "export"]:
         if stage == "export":
-            return export(Recipe(args.out, args.seed), args.weights, command(args))
+            return export(Recipe(args.out), args.weights)
         steps = [f"steps={args.steps}"] if args.steps else []
         fit(stage_config(stage, args.out, args.seed, (*args.changes, *steps)), args.processes)
     return f"{args.out}: {args.stage} done"
@@ -61,10 +63,9 @@ def run(args: argparse.Namespace) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where the stages of a run are, and what it was seeded with."""
+    """Where the stages of a run are."""
 
     folder: Path
-    seed: int
 
     def saved(self, stage: str) -> dict:
         """A stage's checkpoint. Raises FileNotFoundError where it has none."""
@@ -76,7 +77,28 @@ class Recipe:
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock time of each stage so far."""
-        return {stage: self.saved(stage)["seconds"] for stage in STAGES if (self.folder / stage / MODEL).exists()}
+        return {stage: self.saved(stage)["seconds"] for stage in self.done()}
+
+    def done(self) -> list[str]:
+        return [stage for stage in STAGES if (self.folder / stage / MODEL).exists()]
+
+    def seed(self, stage: str) -> int:
+        return json.loads(self.saved(stage)["config"])["seed"]
+
+    def command(self) -> str:
+        """What trains the same again, from what the checkpoints say: one command, or one for each stage."""
+        options = {stage: self.options(stage) for stage in self.done()}
+        if len(set(options.values())) == 1:
+            return f"python -m sf_core train tiny{options.popitem()[1]}"
+        return "; ".join(f"python -m sf_core train tiny --stage {stage}{told}" for stage, told in options.items())
+
+    def options(self, stage: str) -> str:
+        """How a stage differs from its shipped configuration, apart from where its files are."""
+        made, seed = flat(json.loads(self.saved(stage)["config"])), self.seed(stage)
+        shipped = flat(as_saved(stage_config(stage, self.folder, seed)))
+        places = ("out", "model.student", "model.teacher", "model.vae")
+        changed = [key for key in made if key in shipped and key not in places and made[key] != shipped[key]]
+        return f" --seed {seed}" + "".join(f" --set {shlex.quote(f'{key}={json.dumps(made[key])}')}" for key in changed)
 
 
 def stage_config(stage: str, out: Path, seed: int = 0, changes: Sequence[str] = ()) -> TrainConfig:
@@ -109,16 +131,19 @@ def work(rank: int, config: TrainConfig, processes: int, meet: str) -> None:
         dist.destroy_process_group()
 
 
-def command(args: argparse.Namespace) -> str:
-    changes = "".join(f" --set {change}" for change in args.changes)
-    return f"python -m sf_core train tiny --seed {args.seed} --processes {args.processes}{changes}"
+def flat(content: dict, under: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    leaves = {}
+    for key, value in content.items():
+        leaves |= flat(value, f"{under}{key}.") if isinstance(value, dict) else {under + key: value}
+    return leaves
 
 
-def export(recipe: Recipe, folder: Path, made_by: str) -> str:
+def export(recipe: Recipe, folder: Path) -> str:
     """Writes the three parts in bfloat16, of the furthest stage there is, and README.md; returns the scores."""
     stage = recipe.furthest()
     saved = recipe.saved(stage)
-    origin = {"command": made_by, "seed": str(recipe.seed), "stage": stage, "step": str(saved["step"])}
+    origin = {"command": recipe.command(), "seed": str(recipe.seed(stage)), "stage": stage, "step": str(saved["step"])}
     about = {**origin, **describe(stage_config(stage, recipe.folder), saved["wan"])}
     about["sampling"] = json.dumps(asdict(PRESETS["tiny"]))  # which may have found better ways than training had
     words = {**origin, "words": json.dumps(saved["words"])}

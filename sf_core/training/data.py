@@ -204,9 +204,7 @@ def _folder_latents(videos: list[Path], frames: int, config: TrainConfig, world:
 def _procedural_latents(clips: Clips, frames: int, config: TrainConfig, world: World, group: Group) -> Tensor:
     parts = [clips[at : at + TOGETHER] for at in range(0, len(clips), TOGETHER)]
     source = {"procedural": config.data.procedural, "pool": len(clips), "seed": config.seed, "frames": frames}
-    return _encoded(
-        config, world, group, source, parts, lambda part: world.encode(render(part, 1 + 4 * (frames - 1)))
-    )
+    return _encoded(config, world, group, source, parts, lambda part: world.encode(render(part, 1 + 4 * (frames - 1))))
 
 
 def _encoded(

@@ -38,7 +38,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, task: Task, group: Group) -> None:
         self.config, self.task, self.group = config, task, group
         self.passes = group.share(config.batch, config.micro_batch)
-        self.done, self.seconds, self.began = 0, 0.0, time.perf_counter()
+        self.done, self.kept, self.seconds, self.began = 0, 0, 0.0, time.perf_counter()
         if (config.out / CHECKPOINT).is_file():
             self.restore(load_checkpoint(config.out))
 
@@ -83,14 +83,14 @@ class Trainer:
         return told
 
     def check(self, told: dict[str, float], step: int) -> None:
-        """Stops before weights are spoilt."""
+        """Stops before the weights of this update are spoilt."""
         for name, value in told.items():
             if not math.isfinite(value):
-                kept = step // self.config.log.save_every * self.config.log.save_every
-                where = f"{self.config.out / CHECKPOINT} holds step {kept}" if kept else "nothing was saved yet"
+                where = f"{self.config.out / CHECKPOINT} holds step {self.kept}, which is good"
                 raise TrainingStopped(
-                    f"Got {value} for {name!r} at step {step + 1}; it must be a number. Training has stopped and "
-                    f"{where}, which is good. Lower the learning rates or use precision: float32, and run it again."
+                    f"Got {value} for {name!r} at step {step + 1}; it must be a number. Training has stopped; "
+                    f"{where if self.kept else 'nothing was saved yet'}. Lower the learning rates or use precision: "
+                    "float32, and run it again."
                 )
 
     def save(self) -> None:
@@ -100,7 +100,7 @@ class Trainer:
         content = {
             "step": self.done,
             "seconds": self.seconds + time.perf_counter() - self.began,
-            "config": json.dumps(asdict(self.config), default=str),
+            "config": json.dumps(as_saved(self.config)),
             "modules": {name: state_of(module) for name, module in task.modules.items()},
             "averages": {name: average.state_dict() for name, average in task.averages.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers()],
@@ -110,9 +110,11 @@ class Trainer:
         if self.group.first:
             save_checkpoint(self.config.out, content)
         self.group.wait()
+        self.kept = self.done
 
     def restore(self, saved: dict) -> None:
-        """Raises ValueError for the checkpoint of another kind of run."""
+        """Raises ValueError for the checkpoint of another run."""
+        _check_same(json.loads(saved.get("config", "{}")), self.config)
         for name, module in self.task.modules.items():
             _check_alike(name, module.state_dict(), saved["modules"].get(name, {}), self.config)
             fill(module, saved["modules"][name])
@@ -120,11 +122,41 @@ class Trainer:
             average.load_state_dict(saved["averages"][name])
         for optimizer, state in zip(self.optimizers(), saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self.done, self.seconds = saved["step"], saved["seconds"]
+        self.done, self.kept, self.seconds = saved["step"], saved["step"], saved["seconds"]
 
     def optimizers(self) -> list:
         """Each once, in the order of the updates."""
         return list({id(update.optimizer): update.optimizer for update in self.task.updates}.values())
+
+
+def as_saved(config: TrainConfig) -> dict:
+    """A configuration as a checkpoint keeps it."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def _identity(content: dict) -> dict[str, object]:
+    """What of a configuration makes a run the run it is, by dotted names."""
+    kept = {name: content[name] for name in ("method", "seed", "batch", "lora") if name in content}
+    parts = {name: content.get(name, {}) for name in ("model", "data")}
+    rates = {
+        "optimizer": content.get("optimizer", {}),
+        "critic.optimizer": content.get("critic", {}).get("optimizer", {}),
+    }
+    parts |= {name: {key: rate for key, rate in part.items() if key == "muon_lr"} for name, part in rates.items()}
+    return kept | {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+
+
+def _check_same(saved: dict, config: TrainConfig) -> None:
+    """Raises ValueError where a run would go on as another one. What an older checkpoint does not tell is let pass."""
+    before, now = _identity(saved), _identity(as_saved(config))
+    for key in before.keys() & now.keys():
+        old, new = before[key], now[key]
+        alike = (old is None) == (new is None) if key.endswith("muon_lr") else old == new  # a rate may change
+        if not alike:
+            raise ValueError(
+                f"Got {key} {new!r}; {config.out / CHECKPOINT} was trained with {old!r}. Continue with that, or choose "
+                "another `out`."
+            )
 
 
 def _check_alike(name: str, own: dict[str, Tensor], saved: dict[str, Tensor], config: TrainConfig) -> None:

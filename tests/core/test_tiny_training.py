@@ -24,7 +24,19 @@ SMALL = ("batch=4", "data.pool=64")
 
 def stage(folder, name, steps=STEPS):
     changes = [word for change in SMALL for word in ("--set", change)]
-    options = ["--out", str(folder), "--stage", name, "--steps", str(steps), "--processes", "1", *changes]
+    options = [
+        "--out",
+        str(folder),
+        "--stage",
+        name,
+        "--steps",
+        str(steps),
+        "--processes",
+        "1",
+        "--seed",
+        "3",
+        *changes,
+    ]
     return main(["train", "tiny", *options])
 
 
@@ -64,14 +76,16 @@ def test_a_stage_continues_from_its_checkpoint(trained):
 def test_export_writes_parts_that_load(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SCORED", 2)
     monkeypatch.setattr(train, "WINDOWS", 1)
-    train.export(train.Recipe(trained, 0), tmp_path, "a command")
+    train.export(train.Recipe(trained), tmp_path)
     wan = tiny.load_model(path=tmp_path / "transformer.safetensors")
     assert wan.config == NEW
     _, metadata = tiny.read(tmp_path / "transformer.safetensors")
-    assert metadata["command"] == "a command" and metadata["seed"] == "0" and metadata["stage"] == "dmd"
+    assert metadata["seed"] == "3" and metadata["stage"] == "dmd"
+    assert metadata["command"].startswith("python -m sf_core train tiny --")
+    assert "--seed 3 --set data.pool=64 --set steps=2 --set batch=4" in metadata["command"]
     assert describe(tmp_path / "transformer.safetensors").sampling == PRESETS["tiny"]
     assert "shape" in json.loads(metadata["scores"])["video"]["windows"][0]
-    assert "a command" in (tmp_path / "README.md").read_text()
+    assert metadata["command"] in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

@@ -24,7 +24,7 @@ from sf_core.training.data import ProceduralClips, open_data
 from sf_core.training.draws import Draws
 from sf_core.training.optim import Average, rate_at
 from sf_core.training.parallel import Group
-from sf_core.training.store import LOSSES, MODEL, load_checkpoint
+from sf_core.training.store import LOSSES, MODEL, load_checkpoint, save_checkpoint
 from sf_core.training.trainer import Trainer, TrainingStopped
 from sf_core.training.worlds import check_alike, open_world
 from sf_core.video import save_video
@@ -152,19 +152,20 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(runs, monkeypatch):
 @pytest.mark.parametrize("spoils", ["loss", "gradient"])
 def test_what_is_no_number_stops_the_run_and_keeps_the_checkpoint(runs, spoils):
     out = runs / f"nan-{spoils}"
-    settings = config("bidirectional", out, steps=9, log={"save_every": 2})
+    trained("bidirectional", out, steps=3, log={"save_every": 3})
+    settings = config("bidirectional", out, steps=9, log={"save_every": 4})
     task = make_task(settings, Group(), CPU)
     trainer, loss = Trainer(settings, task, Group()), task.loss
 
     def spoilt(draws, progress):
         good = loss(draws, progress)["loss"]
-        if draws.step < 5:
+        if draws.step < 7:
             return {"loss": good}
         return {"loss": good * math.nan if spoils == "loss" else good + (good * 0).sqrt()}
 
     task.updates[0] = replace(task.updates[0], loss=spoilt)
     name = "loss" if spoils == "loss" else "loss gradient"
-    with pytest.raises(TrainingStopped, match=f"Got nan for '{name}' at step 6;.*holds step 4, which is good"):
+    with pytest.raises(TrainingStopped, match=f"Got nan for '{name}' at step 8;.*holds step 4, which is good"):
         trainer.run()
     saved = load_checkpoint(out)
     assert saved["step"] == 4 and all(torch.isfinite(value).all() for value in saved["student"].values())
@@ -276,10 +277,48 @@ def test_numbers_may_be_written_as_people_write_them(tmp_path):
     assert (read.optimizer.lr, read.steps, read.average.decay) == (1e-4, 2000, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("seed=1", "Got seed 1; {out}/checkpoint.pt was trained with 0. Continue with that, or choose another `out`."),
+        ("method=sid", "Got method 'sid'; {out}/checkpoint.pt was trained with 'dmd'"),
+        ("data.pool=9", "Got data.pool 9; {out}/checkpoint.pt was trained with 8"),
+        ("batch=8", "Got batch 8;"),
+        ("model.teacher=built-in", "Got model.teacher 'built-in';"),
+        ("optimizer.muon_lr=1e-3", "Got optimizer.muon_lr 0.001; {out}/checkpoint.pt was trained with None"),
+        ("critic.optimizer.muon_lr=1e-3", "Got critic.optimizer.muon_lr 0.001;"),
+        ("lora.rank=2", "Got lora {'rank': 2"),
+    ],
+)
+def test_a_run_does_not_continue_as_another(runs, change, told):
+    out = runs / "itself"
+    path = written("dmd", out, steps=1)
+    if not out.exists():
+        trained("dmd", out, steps=1)
+    settings = read_config(path, ["steps=2", change])
+    task = type("Any", (), {})()
+    with pytest.raises(ValueError) as error:
+        Trainer(settings, task, Group())
+    assert told.replace("{out}", str(out)) in str(error.value)
+
+
+def test_rates_and_steps_may_change_on_the_way_and_old_checkpoints_go_on(runs):
+    out = trained("bidirectional", runs / "on", steps=1)
+    saved = load_checkpoint(out)
+    del saved["config"]
+    save_checkpoint(out, saved)
+    trained("bidirectional", out, steps=2)
+    trained("bidirectional", out, steps=3, optimizer={"lr": 1e-4}, log={"save_every": 1})
+    assert load_checkpoint(out)["step"] == 3
+
+
 def test_the_checkpoint_of_another_architecture_is_refused(runs, capsys):
     out = runs / "other"
     trained("bidirectional", out)
     path = written("bidirectional", out, steps=5, model={"world": "tiny", "student": "new", "dim": 32, "heads": 2})
+    saved = load_checkpoint(out)
+    del saved["config"]
+    save_checkpoint(out, saved)
     assert "whose student is of another architecture" in refused(capsys, path)
     with pytest.raises(ValueError, match="Got a model.teacher with text_dim 4096; the student has 128"):
         check_alike(replace(WanConfig(), text_dim=128, text_len=16), replace(WanConfig(), text_len=16), "model.teacher")
