@@ -41,8 +41,16 @@ MEASURES = ("residual", "sharpness")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, given = parser.add_argument, argparse.SUPPRESS
-    add("--model", nargs="+", type=Path, default=[None], metavar="FILE", help="transformer files (the built-in one)")
+    add(
+        "--model",
+        nargs="+",
+        type=Path,
+        default=[None],
+        metavar="PATH",
+        help="runs' folders, or transformer files (built in)",
+    )
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder that belongs to them (beside it, or built in)")
+    add("--autoencoder", type=Path, metavar="FILE", help="autoencoder that belongs to them (beside it, or built in)")
     add("--prompts", type=int, default=96, metavar="N", help="number of prompts (96)")
     add("--windows", type=int, default=1, metavar="N", help=f"windows of {WINDOW} frames to generate and score (1)")
     add("--split", choices=("all", "trained", "held-out"), default="all", help="which combinations to ask for (all)")
@@ -64,13 +72,14 @@ def run(args: argparse.Namespace) -> str:
     if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
         raise ValueError(f"Got --sheet {args.sheet}; it is written as PNG. Name a .png file in a folder that exists.")
     torch.set_num_threads(1)
-    vae = tiny.load_autoencoder()
     results = []
     changes = {name: vars(args)[name] for name in ("window", "sink", "pinned", "context_noise") if name in args}
     cache_dtype = FLOAT8 if args.fp8_cache else None
-    for path in args.model:
+    for path in map(transformer, args.model):
         clips, prompts = ask(args.prompts, args.seed, args.split)
-        wan, text = tiny.load_model(path=path), tiny.load_text_encoder(args.text_encoder or beside(path))
+        wan = tiny.load_model(path=path)
+        text = tiny.load_text_encoder(args.text_encoder or beside(path, "text_encoder"))
+        vae = tiny.load_autoencoder(args.autoencoder or beside(path, "autoencoder"))
         sampling = replace(describe(path).sampling if path else PRESETS["tiny"], **changes)
         near = quantise(copy.deepcopy(wan)) if args.fp8 else wan
         off = velocity_error(wan, near, text.encode(prompts[:BATCH]), vae.encode(render(clips[:BATCH], 9)))
@@ -90,10 +99,18 @@ def run(args: argparse.Namespace) -> str:
     return json.dumps(results, indent=1) if args.json else "\n\n".join(text_of(result) for result in results)
 
 
-def beside(path: Path | None) -> Path | None:
-    """The text encoder that training wrote beside a model."""
-    text = path.parent / "text_encoder.safetensors" if path else None
-    return text if text and text.is_file() else None
+def transformer(path: Path | None) -> Path | None:
+    """The transformer's file, of a run's folder or of one that a model was exported to."""
+    if path is None or not path.is_dir():
+        return path
+    exported = path / "transformer.safetensors"
+    return exported if exported.is_file() else path / "model.safetensors"
+
+
+def beside(path: Path | None, part: str) -> Path | None:
+    """The "text_encoder" or "autoencoder" that training wrote beside a model."""
+    file = path.parent / f"{part}.safetensors" if path else None
+    return file if file and file.is_file() else None
 
 
 def text_of(result: dict) -> str:

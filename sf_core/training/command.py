@@ -24,10 +24,10 @@ from .parallel import Group, local_device
 from .store import MODEL, load_checkpoint, save_model
 from .task import Task
 from .trainer import Trainer, use_threads
-from .worlds import open_world
+from .worlds import open_world, tiny_autoencoder
 
 TASKS = {"sid": SelfForcing, "dmd": SelfForcing, "gan": Adversarial, "ode": Ode, "consistency": Consistency}
-ADAPTERS, TEXT = "lora.safetensors", "text_encoder.safetensors"
+ADAPTERS, TEXT, AUTOENCODER = "lora.safetensors", "text_encoder.safetensors", "autoencoder.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def make_task(config: TrainConfig, group: Group, device: torch.device) -> Task:
 
 
 def export(config: TrainConfig) -> None:
-    """Writes what a run made: model.safetensors in bfloat16, the text encoder of the tiny world, LoRA adapters."""
+    """Writes what a run made, in bfloat16: the model, LoRA adapters, and the tiny world's parts that belong to it."""
     saved = load_checkpoint(config.out)
     origin = {"method": config.method, "step": str(saved["step"]), "seed": str(config.seed)}
     if "wan" not in saved:
@@ -80,6 +80,8 @@ def export(config: TrainConfig) -> None:
     if saved["text"]:
         words = {"words": json.dumps(saved["words"])}
         save_model(config.out / TEXT, saved["text"], {**origin, **words}, torch.bfloat16)
+        autoencoder = tiny_autoencoder(config.model.vae).state_dict()
+        save_model(config.out / AUTOENCODER, autoencoder, origin, torch.bfloat16)
     if "adapters" in saved:
         save_model(config.out / ADAPTERS, saved["adapters"], origin, torch.float32)
 

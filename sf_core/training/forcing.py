@@ -32,7 +32,7 @@ from .optim import Optimizer
 from .parallel import Group
 from .self_rollout import roll_out
 from .task import Update, WanTask
-from .worlds import World, load_network
+from .worlds import World
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class SelfForcing(WanTask):
 
     def new_critic(self):
         model = self.config.model
-        wan = load_network(model.critic or model.teacher or model.student, torch.float32)
+        name = next(name for name in ("critic", "teacher", "student") if getattr(model, name))
+        wan = self.alike(getattr(model, name), f"model.{name}", torch.float32)
         return self.network(wan.requires_grad_(True))
 
     def judges(self) -> Scores:

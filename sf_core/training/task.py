@@ -21,7 +21,7 @@ from .lora import adapter_file, add_adapters, merged
 from .networks import Network, attention_on, stages_for
 from .optim import Average, Optimizer
 from .parallel import Group, shard, state_of
-from .worlds import DTYPES, World, check_alike, check_prompts, latent_size, load_network, load_student
+from .worlds import DTYPES, World, check_alike, check_lineage, check_prompts, latent_size, load_network, load_student
 
 Loss = Callable[[Draws, float], dict[str, Tensor]]
 
@@ -68,6 +68,7 @@ class WanTask(Task):
     def __init__(self, config: TrainConfig, world: World, group: Group, device: torch.device) -> None:
         self.config, self.world, self.group, self.device = config, world, group, device
         self.precision = DTYPES[config.precision]
+        check_lineage(config.model.student, world, "model.student")
         check_prompts(world, (config.data.negative, *config.log.samples))
         torch.manual_seed(config.seed)  # of new weights
         wan = load_student(config.model.student, world)
@@ -94,9 +95,14 @@ class WanTask(Task):
 
     def teacher(self, name: str) -> Network:
         """A frozen network that reads the same prompts and latents as the student."""
-        wan = load_network(name, DTYPES[self.config.model.frozen])
-        check_alike(self.student.config, wan.config, "model.teacher")
-        return self.network(wan)
+        return self.network(self.alike(name, "model.teacher", DTYPES[self.config.model.frozen]))
+
+    def alike(self, source: str, name: str, dtype: torch.dtype) -> WanModel:
+        """A network that reads the same prompts and latents as the student; raises ValueError for another."""
+        wan = load_network(source, dtype)
+        check_alike(self.student.config, wan.config, name)
+        check_lineage(source, self.world, name)
+        return wan
 
     def null(self, count: int) -> Tensor:
         """What guidance steers away from."""

@@ -31,7 +31,7 @@ from ..tiny.data import vocabulary
 from ..tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
 from .config import ModelConfig
 from .parallel import fill
-from .store import CHECKPOINT, load_checkpoint
+from .store import CHECKPOINT, fingerprint, load_checkpoint
 
 NEW = WanConfig(dim=160, ffn_dim=640, heads=5, layers=6, channels=CHANNELS, text_dim=TEXT_DIM, text_len=TEXT_LEN)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -183,6 +183,40 @@ def check_alike(student: WanConfig, other: WanConfig, name: str) -> None:
                 f"Got a {name} with {what} {theirs}; the student has {mine}. Both must read the same prompts and "
                 "latents: use models of one kind."
             )
+
+
+def check_lineage(source: str, world: World, name: str) -> None:
+    """Raises ValueError for a network of the tiny world that learnt other embeddings or latents than the world has."""
+    if not isinstance(world, TinyWorld) or source == "new":
+        return
+    theirs, ours = lineage_of(source), lineage(world.text.state_dict(), world.vae.state_dict())
+    for part in theirs:
+        if theirs[part] != ours[part]:
+            raise ValueError(
+                f"Got {name} {source}, which was trained with another {part} than this run has; its prompts and "
+                "latents would mean nothing here. Use networks of one lineage, and the model.vae they had."
+            )
+
+
+def lineage_of(source: str) -> dict[str, str]:
+    """`lineage` of a run's folder or of a file, as far as they tell it."""
+    path = tiny.WEIGHTS / "transformer.safetensors" if source == "built-in" else Path(source)
+    folder = path if path.is_dir() else path.parent
+    files = {"text": folder / "text_encoder.safetensors", "vae": folder / "autoencoder.safetensors"}
+    states = {part: tiny.read(file)[0] for part, file in files.items() if file.is_file()}
+    if (path / CHECKPOINT).is_file():
+        states["text"] = load_checkpoint(path)["text"]
+    return lineage(**states)
+
+
+def lineage(text: dict[str, Tensor] | None = None, vae: dict[str, Tensor] | None = None) -> dict[str, str]:
+    """What tells text encoders and autoencoders apart: hashes of their weights as they are exported."""
+    states = {"text encoder": text, "autoencoder": vae}
+    return {
+        part: fingerprint({name: value.bfloat16() for name, value in state.items()})
+        for part, state in states.items()
+        if state
+    }
 
 
 def tiny_text(student: str) -> TinyTextEncoder:

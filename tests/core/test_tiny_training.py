@@ -88,6 +88,17 @@ def test_export_writes_parts_that_load(trained, tmp_path, monkeypatch):
     assert metadata["command"] in (tmp_path / "README.md").read_text()
 
 
+def test_a_run_is_evaluated_with_its_own_autoencoder(trained, capsys):
+    def residual(*options):
+        assert main(["evaluate", "--prompts", "2", "--json", "--model", *map(str, options)]) == 0
+        return json.loads(capsys.readouterr().out)[0]["windows"][0]["residual"]
+
+    own, shipped = trained / "autoencoder" / "model.safetensors", tiny.WEIGHTS / "autoencoder.safetensors"
+    folder = residual(trained / "dmd")
+    assert folder == residual(trained / "dmd" / "model.safetensors", "--autoencoder", own)
+    assert folder != residual(trained / "dmd", "--autoencoder", shipped)
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_stage_without_the_one_before_is_refused(tmp_path, capsys, processes):
     assert main(["train", "tiny", "--out", str(tmp_path), "--stage", "causal", "--processes", processes]) == 2

@@ -277,6 +277,22 @@ def test_numbers_may_be_written_as_people_write_them(tmp_path):
     assert (read.optimizer.lr, read.steps, read.average.decay) == (1e-4, 2000, 0.5)
 
 
+def test_networks_of_another_lineage_are_refused(runs, tmp_path, capsys):
+    path = written("dmd", runs / "mixed")
+    line = refused(capsys, path, "--set", "model.teacher=built-in")
+    assert "Got model.teacher built-in, which was trained with another text encoder" in line
+    assert "Got model.critic built-in" in refused(capsys, path, "--set", "model.critic=built-in")
+    save_file({name: value + 0.1 for name, value in load_autoencoder().state_dict().items()}, tmp_path / "vae")
+    line = refused(capsys, path, "--set", f"model.vae={tmp_path / 'vae'}")
+    assert f"Got model.student {runs / 'causal'}, which was trained with another autoencoder" in line
+
+
+def test_the_file_of_a_run_is_of_the_lineage_of_its_folder(runs):
+    files = {name: str(runs / name / MODEL) for name in ("causal", "teacher")}
+    model = {"world": "tiny", "student": files["causal"], "teacher": files["teacher"], "critic": str(runs / "teacher")}
+    assert len(losses(trained("dmd", runs / "files", steps=1, model=model))) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
