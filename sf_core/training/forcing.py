@@ -121,7 +121,7 @@ class Adversarial(SelfForcing):
         self.gan = self.config.loss.gan
         torch.manual_seed(self.config.seed)  # of the discriminator's weights
         discriminator = Discriminator(self.critic.config, self.gan.layers)
-        self.discriminator = self.modules["discriminator"] = self.placed(discriminator)
+        self.discriminator = self.modules["discriminator"] = self.placed(discriminator, precision=torch.float32)
 
     def trained_judges(self) -> list[torch.nn.Module]:
         return [self.critic.wan, self.discriminator]

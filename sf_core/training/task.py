@@ -88,9 +88,10 @@ class WanTask(Task):
         stages = stages_for(self.config.shard, self.config.recompute)
         return Network(self.placed(wan, wan.blocks), self.precision, stages)
 
-    def placed(self, module: nn.Module, blocks=()) -> nn.Module:
+    def placed(self, module: nn.Module, blocks=(), precision: torch.dtype | None = None) -> nn.Module:
+        """A module on its device; a sharded one is computed in `precision`, that of the run unless given."""
         if self.config.shard:
-            return shard(module, blocks, self.precision, self.device)
+            return shard(module, blocks, precision or self.precision, self.device)
         return module.to(self.device)
 
     def teacher(self, name: str) -> Network:

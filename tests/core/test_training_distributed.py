@@ -64,6 +64,14 @@ def test_sharded_blocks_may_run_again(runs):
     alike(out, trained("gan", runs / "gan-alone", **changes))
 
 
+def test_a_sharded_discriminator_reads_bfloat16_tokens(runs):
+    out, changes = runs / "gan-bf16", {"steps": 1, "precision": "bfloat16"}
+    torchrun(written("gan", out, shard=True, **changes), 2)
+    alone = trained("gan", runs / "gan-bf16-alone", **changes)
+    for name in ("generator", "discriminator", "score"):
+        assert losses(out, name) == pytest.approx(losses(alone, name), rel=0.02)
+
+
 def test_a_checkpoint_loads_in_any_number_of_processes(runs):
     """Two sharded, then one, then two that are not: the losses of one process all along."""
     out = runs / "moved"
