@@ -61,14 +61,20 @@ class SelfRollout:
         return replace(sampling, window=self.window) if self.window else sampling
 
     def draw(self, sampling: Sampling, draws: Draws, purpose: str) -> Walk:
-        """Exit steps and extra chunks of one rollout; the whole batch has them in common."""
+        """Exit steps and extra chunks of one rollout; the whole batch has them in common.
+
+        Where the first chunk has steps of its own, so is its exit.
+        """
         late = torch.rand((), generator=draws.of_batch(f"{purpose} late")) < self.extra_share
         more = self.extra_chunks > 0 and bool(late)
         extra = 1 + draws.shared(f"{purpose} extra", self.extra_chunks)[0] if more else 0
         chunks = len(plan_spans(self.frames + extra * sampling.chunk, sampling))
-        steps = len(sampling.steps)
+        steps, first_steps = (len(sampling.steps_of(first)) for first in (False, True))
         exits = draws.shared(f"{purpose} exit", steps, chunks if self.exits == "per-chunk" else 1)
-        return Walk(tuple(exits) * (chunks // len(exits)), extra, self.gradient or self.frames, self.context_sigma)
+        exits = exits * (chunks // len(exits))
+        if first_steps != steps:
+            exits[:1] = draws.shared(f"{purpose} first exit", first_steps)
+        return Walk(tuple(exits), extra, self.gradient or self.frames, self.context_sigma)
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,15 @@ class Walk:
     gradient: int = 21
     context_sigma: float = 0.0
 
-    def course(self, total: int, training: bool, span: Span, context: Tensor | None = None) -> Course:
-        late = span.index >= self.extra
-        seen = None if context is None else context[:, :, span.start : span.start + span.frames]
-        carries = training and late and span.start + span.frames > total - self.gradient
-        return Course(self.exits[span.index] + 1 if late else None, carries, self.context_sigma, seen)
+    def course(self, begin: int, total: int, training: bool, span: Span, context: Tensor | None = None) -> Course:
+        """How a chunk is gone through, where frames begin .. total - 1 are judged.
+
+        Extra chunks need not end where these begin: a first chunk may be longer or shorter than the others.
+        """
+        judged = span.end > begin
+        seen = None if context is None else context[:, :, span.start : span.end]
+        carries = training and judged and span.end > total - self.gradient
+        return Course(self.exits[span.index] + 1 if judged else None, carries, self.context_sigma, seen)
 
 
 def roll_out(
@@ -104,13 +114,14 @@ def roll_out(
     context   clips of that size that enter the cache in the place of what was made
     """
     frames, height, width = size
-    total = frames + walk.extra * sampling.chunk
+    begin = walk.extra * sampling.chunk
+    total = begin + frames
     with network.arithmetic(embeds.device), torch.set_grad_enabled(training):
         chunks = rollout(
             network.wan, sampling, embeds, noise, total, height, width,
             cache_dtype=network.precision,
             attention=attention_on(embeds.device),
             stages=network.stages,
-            course=lambda span: walk.course(total, training, span, context),
+            course=lambda span: walk.course(begin, total, training, span, context),
         )  # fmt: skip
         return torch.cat([chunk.latents for chunk in chunks], 2)

@@ -151,6 +151,26 @@ def test_exit_steps_are_shared_or_one_per_chunk():
     assert sum(len(set(walk.exits)) > 1 for walk in single) > 30
 
 
+@pytest.mark.parametrize("exits", ["shared", "per-chunk"])
+def test_a_first_chunk_with_steps_of_its_own_exits_at_any_of_them(exits):
+    sampling = Sampling(chunk=CHUNK, first_steps=(1000, 800, 600, 400, 300, 200))
+    walks = [SelfRollout(frames=8, exits=exits).draw(sampling, Draws(0, step, (0,)), "") for step in range(80)]
+    assert {walk.exits[0] for walk in walks} == set(range(6))
+    assert {walk.exits[1] for walk in walks} == set(range(4))
+    roll(new_model(), sampling, Walk((5, 3, 3)), training=False)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 5])
+def test_whatever_the_first_chunk_all_judged_frames_carry_gradient(first):
+    sampling = Sampling(chunk=CHUNK, first_chunk=first)
+    frames = first + 2 * CHUNK
+    wan = new_model()
+    made = roll(wan, sampling, Walk((1,) * 6, extra=2, gradient=frames), frames=frames)
+    for frame in range(2 * CHUNK, frames + 2 * CHUNK):
+        gradient = torch.autograd.grad(made[:, :, frame].square().sum(), wan.head.head.weight, retain_graph=True)[0]
+        assert gradient.abs().sum() > 0
+
+
 def test_every_sample_draws_alone_and_every_step_anew():
     together, alone = Draws(7, 3, (0, 1, 2)), Draws(7, 3, (1,))
     assert torch.equal(together.normal("x", 2, 3)[1:2], alone.normal("x", 2, 3))
