@@ -6,9 +6,10 @@
     python -m benchmarks.compare --runs runs/tiny --out runs/compare --table
 
 From one bidirectional teacher, chunk-wise (3 latent frames) and frame-wise, for every seed: a causal model by teacher
-forcing, one by diffusion forcing; from the first, for equal updates, DMD on teacher-forced context and Self Forcing
-with DMD, SiD and GAN. Every model makes the same videos, longer than training clips were, and is scored as by
-`python -m sf_core evaluate`. A run that was stopped goes on where it was; what is done is not done again.
+forcing, one by diffusion forcing; from the first, for equal updates, DMD on teacher-forced context, DMD on its
+own output (nothing else differs), and Self Forcing as it ships, with DMD, SiD and GAN. Every model makes the same videos,
+longer than training clips were, and is scored as by `python -m sf_core evaluate`. A run that was stopped goes on where
+it was; what is done is not done again.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ ROWS = {
     "DMD, teacher-forced context": Row(
         "tiny-dmd", "teacher forcing", ("loss.context=teacher-forced", "rollout.extra_chunks=0")
     ),
+    "Self Forcing, DMD, no extra chunks": Row("tiny-dmd", "teacher forcing", ("rollout.extra_chunks=0",)),
     "Self Forcing, DMD": Row("tiny-dmd", "teacher forcing"),
     "Self Forcing, SiD": Row("tiny-sid", "teacher forcing"),
     "Self Forcing, GAN": Row("tiny-gan", "teacher forcing"),

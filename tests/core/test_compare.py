@@ -15,7 +15,7 @@ def arguments(out, *more):
 
 def test_parts_share_the_work_and_keep_what_depends_on_each_other_together():
     whole, halves = compare.cells(3, "1/1"), [compare.cells(3, f"{i}/2") for i in (1, 2)]
-    assert sorted(map(str, halves[0] + halves[1])) == sorted(map(str, whole)) and len(whole) == 36
+    assert sorted(map(str, halves[0] + halves[1])) == sorted(map(str, whole)) and len(whole) == 42
     assert len({(cell.layout, cell.seed) for half in halves for cell in half}) == 6
 
 
