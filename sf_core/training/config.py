@@ -192,6 +192,12 @@ class LoraConfig:
     alpha: float = 32.0
     layers: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(
+                f"Got lora.rank {self.rank}; adapters need a rank of 1 or more. Published ones use 16 to 128."
+            )
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -264,8 +270,14 @@ class TrainConfig:
                 f"Got {self.steps} steps, batch {self.batch}, micro_batch {self.micro_batch}, log.every "
                 f"{self.log.every}, log.save_every {self.log.save_every}; all must be 1 or more."
             )
+        if self.log.sample_every and not self.log.samples:
+            raise ValueError(
+                f"Got log.sample_every {self.log.sample_every} without prompts to sample. Give log.samples, a list of "
+                "prompts."
+            )
         self._check_data()
         self._check_networks()
+        self._check_context()
 
     @property
     def needs_clips(self) -> bool:
@@ -280,6 +292,8 @@ class TrainConfig:
                 f"Got {' and '.join(given) or 'nothing'} under data; a run is trained on one of prompts, clips and "
                 "procedural. Keep the one you mean."
             )
+        if data.pool < 1:
+            raise ValueError(f"Got data.pool {data.pool}; at least one clip must be drawn. The default is 16384.")
         if self.needs_clips and given == ["prompts"]:
             raise ValueError(
                 f"Got prompts alone for {self.method}; it needs clips to learn from. Give data.clips, a folder of "
@@ -292,10 +306,25 @@ class TrainConfig:
         distilled = ("dmd", "sid", "ode", "consistency")
         if self.method in distilled and not self.model.teacher:
             raise ValueError(f"Got no model.teacher; {self.method} learns from one. Name a file or a run's folder.")
+        networks = (self.model.student, self.model.teacher, self.model.critic)
+        if self.model.world == "wan" and "built-in" in networks:
+            raise ValueError("Got the built-in model in the wan world; it reads the tiny world's prompts. Name a file.")
+        if self.model.frozen == "bfloat16" and self.precision == "float32":
+            raise ValueError(
+                "Got model.frozen bfloat16 with precision float32; frozen weights are computed with in the run's "
+                "precision. Use precision: bfloat16, or model.frozen: float32."
+            )
         if self.shard and (self.optimizer.muon_lr or self.critic.optimizer.muon_lr):
             raise ValueError("Got Muon with sharded weights; it needs whole matrices. Leave out muon_lr, or shard.")
         if self.lora and self.method == "bidirectional" and self.model.student == "new":
             raise ValueError("Got LoRA on a new student; adapters need trained weights. Name a student, or leave out.")
+
+    def _check_context(self) -> None:
+        if self.loss.context == "teacher-forced" and self.rollout.extra_chunks:
+            raise ValueError(
+                f"Got rollout.extra_chunks {self.rollout.extra_chunks} with loss.context teacher-forced, whose clips "
+                "have no chunks before them. Use rollout.extra_chunks: 0."
+            )
 
 
 def read_config(source: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
@@ -350,7 +379,10 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"Got {name}: {value!r}; it is a list. Write [{value}].")
-        return tuple(_value(typing.get_args(hint)[0], item, name) for item in value)
+        kind, *rest = typing.get_args(hint)
+        if rest != [Ellipsis] and len(value) != 1 + len(rest):
+            raise ValueError(f"Got {name}: {list(value)}; it has {1 + len(rest)} entries. Give as many.")
+        return tuple(_value(kind, item, name) for item in value)
     return _plain(hint, value, name)
 
 
@@ -380,7 +412,10 @@ def _changed(content: dict[str, Any], change: str, yaml: types.ModuleType) -> di
     *path, last = name.split(".")
     here = content = dict(content)
     for key in path:
-        here[key] = dict(here.get(key) or {})
+        inner = here.get(key) or {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"Got --set {change}; {key} is {inner!r} and has no keys of its own. Write {key}=value.")
+        here[key] = dict(inner)
         here = here[key]
     here[last] = yaml.safe_load(value)
     return content

@@ -90,7 +90,7 @@ def check_memory(config: TrainConfig, processes: int, device: torch.device) -> N
     if there is not None and run.total * together > there:
         raise MemoryError(
             f"Got {there / GIB:.1f} GiB of memory; this run takes {run}. Use recompute: true, a smaller micro_batch or "
-            "clip, shard: true over more devices, or model.frozen: bfloat16."
+            "clip, shard: true over more devices, or model.frozen: bfloat16 (with precision: bfloat16)."
         )
 
 

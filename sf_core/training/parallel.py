@@ -84,10 +84,15 @@ class Group:
 
 
 def local_device(name: str) -> torch.device:
-    """The device of this process: of several GPUs, the one that torchrun gave it."""
+    """The device of this process: of several GPUs, the one that torchrun gave it. ValueError for one that is not."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"Got device {name!r}, which is none. Use auto, cpu or cuda.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("Got device cuda; this torch sees no GPU. Use device: cpu, or install a torch with CUDA.")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

@@ -21,7 +21,17 @@ from .lora import adapter_file, add_adapters, merged
 from .networks import Network, attention_on, stages_for
 from .optim import Average, Optimizer
 from .parallel import Group, shard, state_of
-from .worlds import DTYPES, World, check_alike, check_lineage, check_prompts, latent_size, load_network, load_student
+from .worlds import (
+    DTYPES,
+    NEW,
+    World,
+    check_alike,
+    check_lineage,
+    check_prompts,
+    latent_size,
+    load_network,
+    load_student,
+)
 
 Loss = Callable[[Draws, float], dict[str, Tensor]]
 
@@ -72,6 +82,8 @@ class WanTask(Task):
         check_prompts(world, (config.data.negative, *config.log.samples))
         torch.manual_seed(config.seed)  # of new weights
         wan = load_student(config.model.student, world)
+        if config.model.world == "tiny":
+            check_alike(NEW, wan.config, "model.student", config.model.student, "the tiny world")
         if config.lora:
             add_adapters(wan, config.lora, config.seed)
         self.student = self.network(wan)
@@ -101,7 +113,7 @@ class WanTask(Task):
     def alike(self, source: str, name: str, dtype: torch.dtype) -> WanModel:
         """A network that reads the same prompts and latents as the student; raises ValueError for another."""
         wan = load_network(source, dtype)
-        check_alike(self.student.config, wan.config, name)
+        check_alike(self.student.config, wan.config, name, source)
         check_lineage(source, self.world, name)
         return wan
 

@@ -174,13 +174,13 @@ def there(path: Path) -> Path:
     return path
 
 
-def check_alike(student: WanConfig, other: WanConfig, name: str) -> None:
-    """Raises ValueError unless two networks read the same prompts and latents."""
+def check_alike(expected: WanConfig, other: WanConfig, name: str, source: str, whose: str = "the student") -> None:
+    """Raises ValueError unless a network reads the prompts and latents that are expected of it."""
     for what in ("channels", "text_dim", "text_len"):
-        mine, theirs = getattr(student, what), getattr(other, what)
+        mine, theirs = getattr(expected, what), getattr(other, what)
         if mine != theirs:
             raise ValueError(
-                f"Got a {name} with {what} {theirs}; the student has {mine}. Both must read the same prompts and "
+                f"Got {name} {source} with {what} {theirs}; {whose} has {mine}. Both must be for the same prompts and "
                 "latents: use models of one kind."
             )
 

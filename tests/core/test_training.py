@@ -1,11 +1,12 @@
 """The trainer: every method runs, continues to the bit where it was killed, and says what is wrong."""
 
+import json
 import math
 import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sf_core.checkpoint import describe, load_model
 from sf_core.cli import main
 from sf_core.config import WanConfig
+from sf_core.model import WanModel
 from sf_core.noise import SeededNoise
 from sf_core.rollout import rollout
 from sf_core.tiny import load_autoencoder
@@ -26,7 +28,7 @@ from sf_core.training.optim import Average, rate_at
 from sf_core.training.parallel import Group
 from sf_core.training.store import LOSSES, MODEL, load_checkpoint, save_checkpoint
 from sf_core.training.trainer import Trainer, TrainingStopped
-from sf_core.training.worlds import check_alike, open_world
+from sf_core.training.worlds import open_world
 from sf_core.video import save_video
 from tests.core.runs import config, losses, trained, written
 
@@ -252,6 +254,20 @@ def refused(capsys, *argv):
         ("shard=true", "Start the run with torchrun"),
         ("lora={layers: [w]}", "Got lora.layers ['w'], which no block has"),
         ("nonsense", "write it as key=value"),
+        ("steps.x=1", "Got --set steps.x=1; steps is 3 and has no keys of its own"),
+        ("optimizer.betas=[0.9]", "Got optimizer.betas: [0.9]; it has 2 entries"),
+        ("log.sample_every=1", "Got log.sample_every 1 without prompts to sample"),
+        ("log.samples=[qwerty] --set log.sample_every=1", "Got the prompt 'qwerty'"),
+        ("data.negative=qwerty", "Got the prompt 'qwerty'"),
+        ("data.pool=0", "Got data.pool 0; at least one clip"),
+        ("lora={rank: 0}", "Got lora.rank 0"),
+        ("device=gpu", "Got device 'gpu', which is none"),
+        ("model.frozen=bfloat16", "Got model.frozen bfloat16 with precision float32"),
+        ("loss.context=teacher-forced --set rollout.extra_chunks=1", "Got rollout.extra_chunks 1 with loss.context"),
+        (
+            "model.world=wan --set data.procedural=null --set data.prompts=p --set model.critic=built-in",
+            "Got the built-in model in the wan world",
+        ),
         ("model.world=wan", "Got procedural data outside the tiny world"),
     ],
 )
@@ -336,8 +352,30 @@ def test_the_checkpoint_of_another_architecture_is_refused(runs, capsys):
     del saved["config"]
     save_checkpoint(out, saved)
     assert "whose student is of another architecture" in refused(capsys, path)
-    with pytest.raises(ValueError, match="Got a model.teacher with text_dim 4096; the student has 128"):
-        check_alike(replace(WanConfig(), text_dim=128, text_len=16), replace(WanConfig(), text_len=16), "model.teacher")
+
+
+@pytest.mark.parametrize("name", ["student", "critic", "teacher"])
+def test_a_network_for_other_prompts_is_refused(runs, tmp_path, capsys, name):
+    odd = replace(WanConfig(dim=24, heads=2, layers=1, ffn_dim=32), text_dim=64, text_len=16)
+    save_file(WanModel(odd).state_dict(), tmp_path / "odd.safetensors", {"wan": json.dumps(asdict(odd))})
+    path = written("dmd", runs / "odd")
+    line = refused(capsys, path, "--set", f"model.{name}={tmp_path / 'odd.safetensors'}")
+    owner = "the tiny world" if name == "student" else "the student"
+    assert f"Got model.{name} {tmp_path / 'odd.safetensors'} with text_dim 64; {owner} has 128" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(runs, capsys):
+    assert "Got device cuda; this torch sees no GPU" in refused(capsys, written("dmd", runs / "gpu", device="cuda"))
+
+
+def test_the_seed_decides_a_new_text_encoder(tmp_path):
+    texts = {}
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(noise)
+        task = make_task(config("bidirectional", tmp_path / str(seed), seed=seed), Group(), CPU)
+        texts[seed, noise] = task.world.text.embedding.weight
+    assert torch.equal(texts[0, 1], texts[0, 2]) and not torch.equal(texts[0, 1], texts[1, 1])
 
 
 def test_a_damaged_checkpoint_is_refused(runs, capsys):
