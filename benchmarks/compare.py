@@ -6,8 +6,8 @@
     python -m benchmarks.compare --runs runs/tiny --out runs/compare --table
 
 From one bidirectional teacher, chunk-wise (3 latent frames) and frame-wise, for every seed: a causal model by teacher
-forcing, one by diffusion forcing; from the first, for equal updates, DMD on teacher-forced context, DMD on its
-own output (nothing else differs), and Self Forcing as it ships, with DMD, SiD and GAN. Every model makes the same videos,
+forcing, one by diffusion forcing; from the first, for equal updates, DMD on teacher-forced context, DMD on its own
+output (nothing else differs), and Self Forcing as it ships, with DMD, SiD and GAN. Every model makes the same videos,
 longer than training clips were, and is scored as by `python -m sf_core evaluate`. A run that was stopped goes on where
 it was; what is done is not done again.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ from sf_core.tiny import evaluate
 from sf_core.training.command import MODEL, TEXT, train
 from sf_core.training.config import TrainConfig, read_config
 from sf_core.training.parallel import Group
+from sf_core.training.store import fingerprint
 from sf_core.training.worlds import tiny_autoencoder
 from sf_core.video import contact_sheet
 
 LAYOUTS = {"chunk-wise": 3, "frame-wise": 1}
 SCORES, TABLE, SHEET = "scores.json", "table.md", "videos.png"
-COLUMNS = ("all", "shape", "motion", "colour", "residual", "sharpness")
+COLUMNS = ("all", "shape", "motion", "colour", "background", "residual", "sharpness")
+TOLD = (1, 4, 10)  # windows of the table: as long as training clips were, and later
 SHOWN = 2  # videos of the picture
 SHIPPED = "the shipped model"
 
@@ -127,7 +130,8 @@ def measured(folder: Path, sampling: Sampling, args: argparse.Namespace) -> dict
 
 def score(folder: Path, out: Path, sampling: Sampling, args: argparse.Namespace) -> None:
     """Writes the scores of the model in `folder` and its first videos, once."""
-    settings = [args.prompts, args.windows]
+    files = sorted(folder.glob("*.safetensors"))  # other weights are other scores
+    settings = [args.prompts, args.windows, *(fingerprint(tiny.read(file)[0]) for file in files)]
     if (out / SCORES).is_file() and json.loads((out / SCORES).read_text())["settings"] == settings:
         return
     found = measured(folder, sampling, args)
@@ -144,18 +148,19 @@ def run(cell: Cell, args: argparse.Namespace) -> None:
 
 
 def table(args: argparse.Namespace) -> str:
-    """Markdown: mean and spread over seeds, of the first window and of the last."""
-    head = ["", *(f"{c}, first" for c in COLUMNS), *(f"{c}, last" for c in COLUMNS)]
+    """Markdown: mean and spread over seeds in some windows, and how the residual grew from the first to the last."""
+    told = sorted({min(number, args.windows) for number in TOLD})
+    head = ["", *(f"{c}, window {number}" for number in told for c in COLUMNS), "residual growth"]
     lines = [head, ["---"] * len(head)]
     shipped = args.out / "shipped" / SCORES
     if shipped.is_file():
-        lines.append(line_of(SHIPPED, [json.loads(shipped.read_text())["windows"]]))
+        lines.append(line_of(SHIPPED, [json.loads(shipped.read_text())["windows"]], told))
     for layout in LAYOUTS:
         for row in ROWS:
             files = [Cell(layout, seed, row).folder(args.out) / SCORES for seed in range(args.seeds)]
             scores = [json.loads(file.read_text())["windows"] for file in files if file.is_file()]
             if scores:
-                lines.append(line_of(f"{layout}: {row} ({len(scores)})", scores))
+                lines.append(line_of(f"{layout}: {row} ({len(scores)})", scores, told))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -179,14 +184,28 @@ def picture(layout: str, args: argparse.Namespace) -> Path | None:
     return args.out / f"{layout}.png"
 
 
-def line_of(name: str, scores: list[list[dict[str, float]]]) -> list[str]:
-    return [name, *(spread([windows[at][c] for windows in scores]) for at in (0, -1) for c in COLUMNS)]
+def line_of(name: str, scores: list[list[dict[str, float]]], told: list[int]) -> list[str]:
+    """The cells of a model, from the windows' scores for each seed; "-" where a window was not scored."""
+    least = min(map(len, scores))
+    cells = [
+        spread([windows[number - 1][c] for windows in scores]) if number <= least else "-"
+        for number in told
+        for c in COLUMNS
+    ]
+    return [name, *cells, spread([windows[-1]["residual"] - windows[0]["residual"] for windows in scores])]
 
 
 def spread(values: list[float]) -> str:
     """Mean, and the standard deviation over seeds where there are several."""
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) < 2 else f"{mean} ±{statistics.stdev(values):.3f}"
+
+
+def part(text: str) -> str:
+    """i/n with i in 1..n."""
+    if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", text) or int(text.partition("/")[0]) > int(text.partition("/")[2]):
+        raise argparse.ArgumentTypeError(f"Got {text!r}; it is i/n with i from 1 to n. Use e.g. 1/2 and 2/2.")
+    return text
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -201,7 +220,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--pool", type=int, default=4096, help="clips that are drawn once (4096)")
     add("--prompts", type=int, default=96)
     add("--windows", type=int, default=10, help="windows of 36 frames to score; the first is as long as training (10)")
-    add("--part", default="1/1", help="only part i/n of the work (1/1)")
+    add("--part", type=part, default="1/1", help="only part i/n of the work (1/1)")
     add("--table", action="store_true", help="only write the table of what is there")
     return parser
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks import compare
@@ -29,7 +30,7 @@ def test_every_row_is_a_configuration_that_starts_where_it_should(tmp_path):
 
 
 def test_the_table_has_mean_and_spread_and_the_picture_every_row(tmp_path):
-    args = arguments(tmp_path, "--seeds", "2")
+    args = arguments(tmp_path, "--seeds", "2", "--windows", "2")
     for seed, share in enumerate((0.4, 0.6)):
         folder = compare.Cell("chunk-wise", seed, "Self Forcing, DMD").folder(tmp_path)
         folder.mkdir(parents=True)
@@ -38,6 +39,8 @@ def test_the_table_has_mean_and_spread_and_the_picture_every_row(tmp_path):
         contact_sheet(torch.rand(4, 64, 64, 3), columns=4).save(folder / compare.SHEET)
     line = compare.table(args).splitlines()[2]
     assert line.startswith("| chunk-wise: Self Forcing, DMD (2) | 0.500 ±0.141 |") and "0.250 ±0.071" in line
+    assert line.endswith("| -0.250 ±0.071 |") and "background, window 2" in compare.table(args).splitlines()[0]
+    assert "window 4" in compare.table(arguments(tmp_path)) and "| - |" in compare.table(arguments(tmp_path))
     assert compare.picture("chunk-wise", args).is_file() and compare.picture("frame-wise", args) is None
 
 
@@ -45,6 +48,16 @@ def test_the_shipped_model_is_scored_once(tmp_path, monkeypatch):
     args = arguments(tmp_path, "--prompts", "2", "--windows", "1")
     compare.score(WEIGHTS, tmp_path / "shipped", compare.PRESETS["tiny"], args)
     written = json.loads((tmp_path / "shipped" / compare.SCORES).read_text())
-    assert written["settings"] == [2, 1] and written["windows"][0]["colour"] == 1
+    assert written["settings"][:2] == [2, 1] and written["windows"][0]["colour"] == 1
     monkeypatch.setattr(compare, "measured", None)
     compare.score(WEIGHTS, tmp_path / "shipped", compare.PRESETS["tiny"], args)
+    monkeypatch.setattr(compare, "fingerprint", lambda state: "others")
+    with pytest.raises(TypeError):  # it is measured again
+        compare.score(WEIGHTS, tmp_path / "shipped", compare.PRESETS["tiny"], args)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "a/b", "-1/2"])
+def test_a_part_that_is_none_is_refused(tmp_path, capsys, text):
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, f"--part={text}")
+    assert f"Got '{text}'; it is i/n with i from 1 to n" in capsys.readouterr().err
