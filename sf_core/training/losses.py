@@ -7,7 +7,7 @@ teacher, with guidance) and the fake score (the critic, trained on the generator
     SiD   (real - fake)((real - x) - alpha (real - fake)), through both nets  arXiv 2404.04057
     GAN   logits of a discriminator on the critic's features                  arXiv 2501.08316 (approximate R1 and R2)
 
-Clips are [B, C, F, H, W] in model space, prompts [B, tokens, text_dim]; `counted` marks the frames that count.
+Clips are [B, C, F, H, W] in model space, prompts [B, tokens, text_dim].
 """
 
 from __future__ import annotations
@@ -27,24 +27,18 @@ LEAST_SCALE = 1e-4  # of DMD's and SiD's normaliser, for clips that the real sco
 
 @dataclass(frozen=True)
 class Level:
-    """How noisy clips are judged: timestep told to the networks and sigma, [B]; `noise` has the clips' shape.
-
-    `read_as` is the sigma by which velocities become clean latents. It is sigma; the published code read velocities
-    by another table than it added noise with, which tests reproduce.
-    """
+    """How noisy clips are judged: timestep told to the networks and sigma, [B]; `noise` has the clips' shape."""
 
     timestep: Tensor
     sigma: Tensor
     noise: Tensor
-    read_as: Tensor | None = None
 
     def apply(self, clip: Tensor) -> Tensor:
         return add_noise(clip, self.noise, self._wide(self.sigma))
 
     def velocity(self, network: Network, noisy: Tensor, embeds: Tensor) -> Tensor:
         """A network's velocity, such that noisy - sigma velocity is what it thinks the clip was."""
-        v = network.velocity(noisy, self.timestep[:, None], embeds, network.whole(noisy))
-        return v if self.read_as is None else v * self._wide(self.read_as / self.sigma)
+        return network.velocity(noisy, self.timestep[:, None], embeds, network.whole(noisy))
 
     def x0(self, network: Network, noisy: Tensor, embeds: Tensor) -> Tensor:
         """What a network thinks the noisy clip was."""
@@ -52,8 +46,7 @@ class Level:
 
     def twice(self) -> Level:
         """For the same clips beside themselves."""
-        read_as = None if self.read_as is None else self.read_as.repeat(2)
-        return Level(self.timestep.repeat(2), self.sigma.repeat(2), self.noise, read_as)
+        return Level(self.timestep.repeat(2), self.sigma.repeat(2), self.noise)
 
     def _wide(self, sigma: Tensor) -> Tensor:
         return sigma.view(-1, 1, 1, 1, 1)
@@ -116,41 +109,28 @@ def normaliser(clip: Tensor, real: Tensor) -> Tensor:
     return (clip - real).detach().abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=LEAST_SCALE)
 
 
-def distribution_matching(
-    clip: Tensor, scores: Scores, prompts: Prompts, level: Level, counted: Tensor | None = None
-) -> Tensor:
+def distribution_matching(clip: Tensor, scores: Scores, prompts: Prompts, level: Level) -> Tensor:
     """DMD: half the squared distance to the clip moved along real - fake; its gradient is their difference."""
     with torch.no_grad():
         real, fake = scores.x0(level.apply(clip), level, prompts)
         target = clip - (fake - real) / normaliser(clip, real)
-    return 0.5 * frames_that_count((clip - target).square(), counted).mean()
+    return 0.5 * (clip - target).square().mean()
 
 
-def score_identity(
-    clip: Tensor,
-    scores: Scores,
-    prompts: Prompts,
-    level: Level,
-    alpha: float = 1.0,
-    counted: Tensor | None = None,
-) -> Tensor:
+def score_identity(clip: Tensor, scores: Scores, prompts: Prompts, level: Level, alpha: float = 1.0) -> Tensor:
     """SiD: gradient also goes through both scores to the clip."""
     real, fake = scores.x0(level.apply(clip), level, prompts)
     apart = real - fake
     loss = apart * ((real - clip) - alpha * apart) / normaliser(clip, real)
-    return frames_that_count(loss, counted).mean()
+    return loss.mean()
 
 
-def critic_flow(fake: Network, clip: Tensor, embeds: Tensor, level: Level, counted: Tensor | None = None) -> Tensor:
+def critic_flow(fake: Network, clip: Tensor, embeds: Tensor, level: Level) -> Tensor:
     """Flow matching of the fake score on the generator's clips."""
     clip = clip.detach()
     noisy = level.apply(clip)
     v = level.velocity(fake, noisy, embeds)
-    return frames_that_count((v - (level.noise - clip)).square(), counted).mean()
-
-
-def frames_that_count(x: Tensor, counted: Tensor | None) -> Tensor:
-    return x if counted is None else x[:, :, counted]
+    return (v - (level.noise - clip)).square().mean()
 
 
 def generator_gan(fake: Tensor, real: Tensor | None = None) -> Tensor:
