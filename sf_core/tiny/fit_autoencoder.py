@@ -17,7 +17,7 @@ CROP, FRAMES = 32, 17
 def decoder_loss(vae: TinyAutoencoder, frames: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared error and mean PSNR of reconstructed frames [B, 4k+1, H, W, 3]."""
     latents = vae.encode(frames).transpose(1, 2)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(frames.device.type, torch.bfloat16):
         decoded, _ = vae.decoder[0](latents, None)
     decoded = decoded[:, 3:].float().permute(0, 1, 3, 4, 2)  # of the first latent's frames the last counts
     return (decoded - frames).square().mean(), psnr(decoded.detach().clamp(0, 1), frames).mean()

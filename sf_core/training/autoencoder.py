@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..tiny.autoencoder import TinyAutoencoder, fit_linear
-from ..tiny.data import draw
-from ..tiny.fit_autoencoder import crops, decoder_loss, sample_blocks, whole_pictures
+from ..tiny.data import SIZE, draw
+from ..tiny.fit_autoencoder import CROP, crops, decoder_loss, sample_blocks, whole_pictures
 from .config import TrainConfig
 from .draws import Draws
 from .optim import Average, Optimizer
@@ -25,16 +25,17 @@ class FitAutoencoder(Task):
         fit_linear(vae, sample_blocks(torch.Generator().manual_seed(config.seed)))
         vae.requires_grad_(False)
         vae.decoder[0].net.requires_grad_(True)
-        self.vae = vae.to(device)
+        self.vae, self.device = vae.to(device), device
         self.modules = {"student": self.vae}
         self.averages = {"student": Average(self.vae, config.average.decay, config.average.start)}
         self.updates = [Update(Optimizer([self.vae], config.optimizer), self.loss)]
 
     def loss(self, draws: Draws, progress: float) -> dict[str, Tensor]:
-        generator = draws.of_samples("clips")[0]
+        """Crops of a clip for each sample; later whole pictures for every fourth, which have as many pixels."""
+        generators = draws.of_samples("clips")
         if progress > WHOLE_FROM:
-            frames = whole_pictures(draw(-(-len(draws.samples) // 4), generator, "all"))
+            frames = [whole_pictures(draw(1, one, "all")) for one in generators[:: (SIZE // CROP) ** 2]]
         else:
-            frames = crops(draw(len(draws.samples), generator, "all"), generator)
-        loss, quality = decoder_loss(self.vae, frames)
+            frames = [crops(draw(1, one, "all"), one) for one in generators]
+        loss, quality = decoder_loss(self.vae, torch.cat(frames).to(self.device))
         return {"loss": 1000 * loss, "dB": quality}

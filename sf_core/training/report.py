@@ -31,7 +31,7 @@ class Report:
         self.config, self.task, self.first = config, task, group.first
         self.bar = tqdm(total=config.steps, initial=done, disable=not group.first, desc=config.out.name, unit="step")
         self.losses = Losses(config.out, done) if group.first else None
-        self.board = _board(config.out) if config.log.tensorboard and group.first else None
+        self.board = _board(config.out, done) if config.log.tensorboard and group.first else None
         if config.log.plot:
             _pyplot()
 
@@ -105,14 +105,15 @@ def _add_video(board: Any, name: str, video: Tensor, number: int) -> None:
     board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), number)
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, done: int) -> Any:
+    """TensorBoard's writer; steps that were told before and will be taken again are forgotten."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ImportError(
             "Got log.tensorboard without TensorBoard. Install it (pip install tensorboard), or leave it out."
         ) from None
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter(folder / "tensorboard", purge_step=done + 1)
 
 
 def _pyplot() -> ModuleType:

@@ -13,8 +13,13 @@ from sf_core.cli import main
 from sf_core.config import PRESETS
 from sf_core.tiny import train
 from sf_core.tiny.data import draw, render
+from sf_core.training import autoencoder
+from sf_core.training.autoencoder import FitAutoencoder
+from sf_core.training.command import train as run
 from sf_core.training.config import ModelConfig
+from sf_core.training.draws import Draws
 from sf_core.training.optim import Muon, orthogonalise
+from sf_core.training.parallel import Group
 from sf_core.training.store import load_checkpoint, read_losses
 from sf_core.training.worlds import NEW, open_world
 
@@ -55,6 +60,28 @@ def test_every_stage_runs_and_stays_finite(trained):
         assert all(torch.isfinite(value).all() for value in saved["student"].values())
         losses = read_losses(trained / name)
         assert len(losses) == STEPS and all(math.isfinite(value) for line in losses for value in line.values())
+
+
+def test_the_autoencoder_sees_the_same_clips_however_a_batch_is_cut(tmp_path, monkeypatch):
+    task, seen = FitAutoencoder(train.stage_config("autoencoder", tmp_path), torch.device("cpu")), []
+
+    def watched(vae, frames):
+        seen.append(frames)
+        return frames.mean(), frames.mean()
+
+    monkeypatch.setattr(autoencoder, "decoder_loss", watched)
+    for progress in (0.5, 0.9):
+        seen.clear()
+        for samples in ((0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 2, 3), (4, 5, 6, 7)):
+            task.loss(Draws(0, 0, samples), progress)
+        assert torch.equal(seen[0], torch.cat(seen[1:])) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_autoencoder_is_trained_on_a_gpu(tmp_path):
+    changes = ("steps=2", "batch=4", "device=cuda")
+    run(train.stage_config("autoencoder", tmp_path, changes=changes), Group(), torch.device("cuda"))
+    assert load_checkpoint(tmp_path / "autoencoder")["step"] == 2
 
 
 def test_stages_start_from_the_ones_before(trained):

@@ -190,6 +190,19 @@ def test_tensorboard_plot_and_samples_are_written(runs):
     assert (out / "samples" / "000002-0.mp4").stat().st_size > 0
 
 
+def test_tensorboard_forgets_steps_that_are_taken_again(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = config("bidirectional", tmp_path, log={"tensorboard": True, "every": 1})
+    for done, last in ((0, 3), (1, 2)):
+        with report.Report(settings, None, Group(), done) as telling:
+            for step in range(done + 1, last + 1):
+                telling.step(step, {"loss": done})
+    told = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in told] == [(1, 0), (2, 1)]
+
+
 @pytest.mark.parametrize(("key", "package"), [("tensorboard", "torch.utils.tensorboard"), ("plot", "matplotlib")])
 def test_a_missing_package_is_named_before_the_first_step(runs, monkeypatch, key, package):
     monkeypatch.setitem(sys.modules, package, None)
