@@ -25,9 +25,19 @@ def new_model():
     return wan
 
 
-def roll(wan, sampling, walk, frames=6, noise=SeededNoise(0), recompute=False, training=True, precision=torch.float32):
+def roll(
+    wan,
+    sampling,
+    walk,
+    frames=6,
+    noise=SeededNoise(0),
+    recompute=False,
+    training=True,
+    precision=torch.float32,
+    context=None,
+):
     network = Network(wan, precision, stages_for(False, recompute))
-    return roll_out(network, sampling, PROMPT, noise, (frames, HEIGHT, WIDTH), walk, training)
+    return roll_out(network, sampling, PROMPT, noise, (frames, HEIGHT, WIDTH), walk, training, context)
 
 
 def gradients(wan, clip):
@@ -49,7 +59,7 @@ class Listed:
         return sdpa(q, torch.cat(keys, 2), torch.cat(values, 2))
 
 
-def written_out(wan, sampling, exits, chunks):
+def written_out(wan, sampling, exits, chunks, context=None):
     steps, noise, shape = sampling.steps_of(False), SeededNoise(0), (BATCH, CONFIG.channels, HEIGHT, WIDTH)
     before, made = [], []
     for chunk in range(chunks):
@@ -62,7 +72,8 @@ def written_out(wan, sampling, exits, chunks):
             if i < exits[chunk]:
                 x = add_noise(x0.detach(), noise(start, CHUNK, i + 1, shape), steps[i + 1].sigma)
         clean = Listed(start, window)
-        velocity(wan, x0.detach(), 0.0, encode_text(wan, PROMPT), clean)
+        seen = x0.detach() if context is None else context[:, :, start : start + CHUNK]
+        velocity(wan, seen, 0.0, encode_text(wan, PROMPT), clean)
         before.append(clean.own)
         made.append(x0)
     return torch.cat(made, 2)
@@ -76,6 +87,19 @@ def test_the_gradient_is_that_of_a_rollout_written_out(exits, window, recompute)
     expected = written_out(wan, sampling, exits, 4)
     made = roll(wan, sampling, Walk(exits, gradient=8), frames=8, recompute=recompute)
     torch.testing.assert_close(made, expected, rtol=0, atol=2e-5)
+    wanted = gradients(wan, expected)
+    assert (gradients(wan, made) - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_forced_context_is_what_later_chunks_see():
+    sampling, wan, exits = Sampling(chunk=CHUNK), new_model(), (1, 2, 0)
+    context = torch.randn(BATCH, CONFIG.channels, 6, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(2))
+    made = roll(wan, sampling, Walk(exits, gradient=6), context=context)
+    expected = written_out(wan, sampling, exits, 3, context)
+    torch.testing.assert_close(made, expected, rtol=0, atol=2e-5)
+    own = roll(wan, sampling, Walk(exits, gradient=6))
+    assert torch.equal(made[:, :, :CHUNK], own[:, :, :CHUNK])
+    assert all((made - own)[:, :, start : start + CHUNK].abs().max() > 1e-2 for start in (2, 4))
     wanted = gradients(wan, expected)
     assert (gradients(wan, made) - wanted).norm() < 1e-5 * wanted.norm()
 

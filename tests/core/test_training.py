@@ -19,7 +19,7 @@ from sf_core.model import WanModel
 from sf_core.noise import SeededNoise
 from sf_core.rollout import rollout
 from sf_core.tiny import load_autoencoder
-from sf_core.training import report
+from sf_core.training import forcing, report
 from sf_core.training.command import make_task
 from sf_core.training.config import METHODS, SHIPPED, ModelConfig, read_config
 from sf_core.training.data import ProceduralClips, open_data
@@ -90,9 +90,14 @@ def test_the_critic_may_learn_from_the_generators_own_clips(runs):
     assert losses(trained("dmd", runs / "own", **changes), "critic") != losses(runs / "dmd", "critic")
 
 
-def test_teacher_forced_context_is_another_run_from_the_same_start(runs):
-    forced = trained("dmd", runs / "forced", loss={"context": "teacher-forced"})
-    assert losses(forced, "generator")[0] != pytest.approx(losses(runs / "dmd", "generator")[0], rel=1e-6)
+def test_teacher_forced_chunks_see_the_clips_of_their_captions(runs, monkeypatch):
+    task = make_task(config("dmd", runs / "forced", loss={"context": "teacher-forced"}), Group(), CPU)
+    seen, roll_out = [], forcing.roll_out
+    monkeypatch.setattr(forcing, "roll_out", lambda *args: seen.append((args[2], args[-1])) or roll_out(*args))
+    draws = Draws(0, 0, (0, 1, 2, 3))
+    task.generator_step(draws, 0.0)
+    (embeds, context), batch = seen[0], task.data.batch(draws, "generator", 2, plain=True)
+    assert torch.equal(context, batch.clips) and torch.equal(embeds, task.world.embeds(batch.captions))
 
 
 def test_bfloat16_stays_near_float32(runs):

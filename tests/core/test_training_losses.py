@@ -1,16 +1,21 @@
 """Masks, flows and adversaries: what the baselines and the discriminator see."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from sf_core.config import Sampling
 from sf_core.model import Sequence, block_causal_mask
-from sf_core.training.config import LoraConfig
+from sf_core.schedule import add_noise
+from sf_core.training.config import GanConfig, LoraConfig
 from sf_core.training.discriminator import Discriminator
-from sf_core.training.few_step import Ode
+from sf_core.training.draws import Draws
+from sf_core.training.few_step import Consistency, Ode
 from sf_core.training.flow import chunk_rule, chunks_of, compiled_flex, counted_mean, forced_attention, masked
+from sf_core.training.forcing import Adversarial, Made
 from sf_core.training.lora import add_adapters, merged
-from sf_core.training.losses import Levels, logit_slope
+from sf_core.training.losses import Level, Levels, Prompts, logit_slope
 from sf_core.training.networks import Network, plain_attention, stages_for
 from tests.core.test_self_rollout import CHUNK, CONFIG, HEIGHT, PROMPT, WIDTH, new_model
 
@@ -72,6 +77,83 @@ def test_the_mean_does_not_depend_on_how_a_batch_is_cut():
     assert counted_mean(error, counts) == pytest.approx(sum(halves).item() / 2)
 
 
+class Stub:
+    """Anything with these attributes."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+def test_a_consistency_step_leads_along_the_teachers_way():
+    """With the true velocity, the nearer point is the clip with the same noise at the next, lower level."""
+    draws, clips = Draws(0, 0, (0, 1)), torch.randn(2, 4, 4, *SIZE)
+    noise, jumps = draws.normal("flow noise", *clips.shape[1:]), {}
+
+    class Straight(Consistency):
+        def __init__(self):
+            self.flow, self.chunks, self.student = Stub(teacher_steps=8, shift=3.0), chunks_of(4, SAMPLING), None
+            self.averages = {"target": Stub(in_place=nullcontext)}
+
+        def guided(self, clips, noisy, sigma, embeds):
+            return noise - clips
+
+        def jump(self, network, clips, noisy, sigma, embeds):
+            jumps[torch.is_grad_enabled()] = (noisy, sigma)
+            return noisy
+
+    loss = Straight().jump_loss(clips, PROMPT, draws)
+    for noisy, sigma in jumps.values():
+        torch.testing.assert_close(noisy, add_noise(clips, noise, sigma[:, None, :, None, None]))
+    (start, high), (target, low) = jumps[True], jumps[False]
+    assert (low < high).all() and loss == pytest.approx((start - target).square().mean().item())
+
+
+def test_an_ode_student_jumps_to_the_trajectorys_end():
+    draws, clips = Draws(0, 0, (0, 1)), torch.zeros(2, 4, 4, *SIZE)
+    end = draws.normal("trajectory", *clips.shape[1:]) - 1  # of a velocity of 1 everywhere
+
+    class Straight(Ode):
+        def __init__(self, off):
+            self.flow, self.chunks, self.student = Stub(teacher_steps=2, shift=1.0), chunks_of(4, SAMPLING), None
+            self.config, self.device, self.off = Stub(sampling=SAMPLING), CPU, off
+
+        def guided(self, clips, noisy, sigma, embeds):
+            return torch.ones_like(noisy)
+
+        def jump(self, network, clips, noisy, sigma, embeds):
+            torch.testing.assert_close(noisy, end + sigma[:, None, :, None, None])
+            return end + self.off
+
+    assert Straight(0.0).jump_loss(clips, PROMPT, draws).item() == pytest.approx(0, abs=1e-10)
+    assert Straight(0.5).jump_loss(clips, PROMPT, draws).item() == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("relativistic", [False, True])
+def test_each_penalty_is_the_slope_at_its_own_clips(relativistic):
+    """Logits with a slope of 2 on real clips and of 5 on generated ones."""
+    gan = GanConfig(relativistic=relativistic, critic_weight=0.5, r1=0.3, r2=0.7, score_weight=0.0)
+    real, fake = torch.full((2, 4, 2, *SIZE), 1.0), torch.full((2, 4, 2, *SIZE), -1.0)
+    draws, level = Draws(0, 0, (0, 1)), Level(torch.zeros(2), torch.zeros(2), torch.zeros_like(real))
+
+    class Linear(Adversarial):
+        def __init__(self):
+            self.gan = gan
+
+        def real(self, draws, purpose):
+            return real, PROMPT
+
+        def logits(self, noisy, level, embeds):
+            total = noisy.flatten(1).double().sum(1)
+            return torch.where(noisy.mean((1, 2, 3, 4)) > 0, 2 * total, 5 * total)
+
+    told = Linear().critic_losses(Made(fake, Prompts(PROMPT, PROMPT)), level, draws, "critic")
+    along = {name: draws.normal(f"critic {name}", *real.shape[1:]).flatten(1).sum(1) for name in ("r1", "r2")}
+    assert told["r1"].item() == pytest.approx((2 * along["r1"]).square().mean().item(), rel=1e-3)
+    assert told["r2"].item() == pytest.approx((5 * along["r2"]).square().mean().item(), rel=1e-3)
+    sum_of = 0.5 * told["discriminator"] + 0.15 * told["r1"] + 0.35 * told["r2"]
+    assert told["critic"].item() == pytest.approx(sum_of.item())
+
+
 def test_a_trajectory_with_one_even_step_is_eulers():
     """Between stops the points of a constant velocity lie on a line."""
 
@@ -81,8 +163,6 @@ def test_a_trajectory_with_one_even_step_is_eulers():
 
         def guided(self, clips, noisy, sigma, embeds):
             return torch.ones_like(noisy)
-
-    from sf_core.training.draws import Draws
 
     draws, clips = Draws(0, 0, (0,)), torch.zeros(1, 4, 2, 4, 6)
     points, end = Straight().trajectory(clips, PROMPT, draws, [1.0, 0.75, 0.25])
@@ -113,8 +193,6 @@ def test_the_slope_of_a_linear_logit_is_its_squared_weight():
 
 
 def test_levels_lie_between_their_bounds():
-    from sf_core.training.draws import Draws
-
     level = Levels(shift=5, lowest=100, highest=900).draw(
         torch.zeros(64, 1, 1, 1, 1), Draws(0, 0, tuple(range(64))), ""
     )
