@@ -96,14 +96,14 @@ class RolloutSampler(Sampler):
         Forcing Sampler.
         """
         job = self.job(guider, sigmas, extra_args.get("seed") or 0, noise.shape, latent_image, denoise_mask)
-        options = extra_args["model_options"]["transformer_options"]
+        patches = extra_args["model_options"]["transformer_options"]
         warn(job, self.node)
         report = _report(callback, disable_pbar)
 
         def sample() -> Tensor:
             host.load(job.model, job.needed)
             with host.threads_for(job.model):
-                return job.latents(report, options)
+                return job.latents(report, patches)
 
         latents = host.within_memory(sample, job.what, REMEDY)
         if callback is not None:  # ComfyUI's denoised output is what the callback has seen last
@@ -125,7 +125,7 @@ class RolloutSampler(Sampler):
         own = host.family_of(model).sampling
         sampling = at_sigmas(options.sampling_of(options.AUTO, own, 0, self.chunk, self.window, self.sink), sigmas)
         wan = host.wan_of(model)
-        conds = {name: [[cond["cross_attn"], cond] for cond in conds] for name, conds in guider.conds.items()}
+        conds = {name: [[entry["cross_attn"], entry] for entry in entries] for name, entries in guider.conds.items()}
         prefix = None if self.prefix is None else host.latents_of(self.prefix, wan, "prefix")
         return Job(
             model, sampling, host.prompts_of(conds["positive"], shape[0]), shape, seed,

@@ -91,14 +91,20 @@ class Job:
     def reencoder(self) -> comfy.sd.VAE | None:
         return host.family_of(self.model).reencoder
 
-    def chunks(self, on_step: Callable[[Progress], None], options: dict | None = None) -> Iterator[Chunk]:
-        """The rollout, with its model loaded; `options` are transformer_options in place of the MODEL's own."""
+    def chunks(
+        self, on_step: Callable[[Progress], None], options: dict | None = None, beside: int = 0
+    ) -> Iterator[Chunk]:
+        """The rollout, with its model loaded; Cancel is heard at each chunk, those of a prefix too.
+
+        options  transformer_options in place of the MODEL's own
+        beside   bytes to keep free for others
+        """
         model, compiled = self.model, self.compile != "off"
         batch, _, _, height, width = self.shape
         device, total = model.load_device, self.total
         spans = plan_spans(total, self.sampling, self.given)
         prompts = cues([(entrance, embeds.to(device)) for entrance, embeds in self.prompts], spans)
-        yield from rollout(
+        for chunk in rollout(
             self.wan, self.sampling, prompts, SeededNoise(self.seed), total, height, width,
             prefix=self._for_batch(self.prefix),
             whole_prefix=self.whole_prefix,
@@ -106,13 +112,15 @@ class Job:
             strength=self.denoise,
             negative=None if self.negative is None else self.negative.to(device),
             guidance=self.cfg,
-            reencode=None if self.reencoder is None else host.still_of(model, self.reencoder),
+            reencode=self.reencoder and host.still_of(model, self.reencoder, self.needed.work + beside),
             dtype=self.dtype,
             cache_dtype=self.cache_dtype,
             attention=host.attention_of(model, compiled, options),
             stages=host.stages_of(self.compile),
             on_step=on_step,
-        )  # fmt: skip
+        ):  # fmt: skip
+            host.check_cancelled()
+            yield chunk
 
     def _for_batch(self, latents: Tensor | None) -> Tensor | None:
         return None if latents is None else comfy.utils.repeat_to_batch_size(latents, self.shape[0])
@@ -204,7 +212,8 @@ def _content_of(samples: Tensor, denoise: float) -> Tensor:
 
 def chunk_warning(job: Job) -> str | None:
     """Why the chunk that was asked for will not look good, where it is not the one that the model was trained with."""
-    asked, trained = job.sampling.chunk, host.family_of(job.model).sampling.chunk
+    family = host.family_of(job.model)
+    asked, trained = job.sampling.chunk, family.trained or family.sampling.chunk
     if asked == trained:
         return None
     reason = (
