@@ -192,7 +192,7 @@ def job_of(
         model, sampling, host.prompts_of(positive, len(samples)), samples.shape, seed,
         prefix=None if prefix is None else into(host.latents_of(prefix, wan, "prefix")),
         whole_prefix=history == "all",
-        source=None if denoise == 1 else into(_content_of(samples, denoise)),
+        source=None if denoise == 1 else into(content_of(samples, f"denoise {denoise:g}", "set denoise to 1")),
         denoise=denoise,
         negative=None if cfg == 1 else host.negative_of(negative, len(samples)),
         cfg=cfg,
@@ -201,11 +201,12 @@ def job_of(
     )  # fmt: skip
 
 
-def _content_of(samples: Tensor, denoise: float) -> Tensor:
-    if not samples.any():
+def content_of(samples: Tensor | None, got: str, otherwise: str) -> Tensor:
+    """The clip in a latent. Raises ValueError, with what was `got` and what to do `otherwise`, if there is none."""
+    if samples is None or not samples.any():
         raise ValueError(
-            f"Got denoise {denoise:g} with an empty latent; below 1 there must be a clip in it to make another of. "
-            "Connect VAE Encode, or set denoise to 1."
+            f"Got {got} with an empty latent; below 1 there must be a clip in it to make another of. Connect VAE "
+            f"Encode, or {otherwise}."
         )
     return samples
 

@@ -13,20 +13,6 @@ def latent(call):
 
 
 @pytest.fixture
-def sample(call, tiny, latent):
-    """sample(seed=1, ...) runs Self Forcing Sampler on the built-in model and gives its latents [B, C, F, H, W]."""
-
-    def run(**changes) -> torch.Tensor:
-        inputs = {
-            "model": tiny.model, "positive": tiny.prompt, "latent": latent, "seed": 0, "preset": "auto",
-            "steps": 0, "chunk": 0, "window": 0, "sink": -1, **changes,
-        }  # fmt: skip
-        return call("Sampler", **inputs)["samples"]
-
-    return run
-
-
-@pytest.fixture
 def stream(call, tiny, latent):
     """stream(...) runs Self Forcing Stream and gives images and latents."""
 
