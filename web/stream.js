@@ -58,7 +58,9 @@ class Screen {
   async show(frame, number) {
     const picture = new Image();
     picture.src = `data:image/jpeg;base64,${frame}`;
+    this.newest = picture;
     await picture.decode();
+    if (this.newest !== picture) return; // a later frame was quicker
     if (this.canvas.width !== picture.width || this.canvas.height !== picture.height) {
       Object.assign(this.canvas, { width: picture.width, height: picture.height });
       this.canvas.style.imageRendering = picture.width < 256 ? "pixelated" : "auto";
