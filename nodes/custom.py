@@ -13,7 +13,9 @@ from torch import Tensor
 from ..sf_core.config import Sampling
 from ..sf_core.rollout import Progress
 from . import host, options
-from .job import REMEDY, Job, warn
+from .job import REMEDY, Job, content_of, warn
+
+SIGMAS_FROM_1 = "use sigmas that begin at 1"
 
 
 class SelfForcingSigmas(io.ComfyNode):
@@ -96,14 +98,14 @@ class RolloutSampler(Sampler):
         Forcing Sampler.
         """
         job = self.job(guider, sigmas, extra_args.get("seed") or 0, noise.shape, latent_image, denoise_mask)
-        options = extra_args["model_options"]["transformer_options"]
+        patches = extra_args["model_options"]["transformer_options"]
         warn(job, self.node)
         report = _report(callback, disable_pbar)
 
         def sample() -> Tensor:
             host.load(job.model, job.needed)
             with host.threads_for(job.model):
-                return job.latents(report, options)
+                return job.latents(report, patches)
 
         latents = host.within_memory(sample, job.what, REMEDY)
         if callback is not None:  # ComfyUI's denoised output is what the callback has seen last
@@ -125,13 +127,13 @@ class RolloutSampler(Sampler):
         own = host.family_of(model).sampling
         sampling = at_sigmas(options.sampling_of(options.AUTO, own, 0, self.chunk, self.window, self.sink), sigmas)
         wan = host.wan_of(model)
-        conds = {name: [[cond["cross_attn"], cond] for cond in conds] for name, conds in guider.conds.items()}
+        conds = {name: [[entry["cross_attn"], entry] for entry in entries] for name, entries in guider.conds.items()}
         prefix = None if self.prefix is None else host.latents_of(self.prefix, wan, "prefix")
         return Job(
             model, sampling, host.prompts_of(conds["positive"], shape[0]), shape, seed,
             prefix=None if prefix is None else model.model.process_latent_in(prefix),
             whole_prefix=self.history == "all",
-            source=None if sampling.steps[0] == 1000 else _content_of(latent_image, sampling.steps[0]),
+            source=None if sigmas[0] == 1 else content_of(latent_image, f"sigmas from {sigmas[0]:g} on", SIGMAS_FROM_1),
             negative=None if guider.cfg == 1 else host.negative_of(conds.get("negative"), shape[0]),
             cfg=guider.cfg,
             cache_dtype=options.CACHES[self.cache],
@@ -162,15 +164,6 @@ def _check(guider: CFGGuider, denoise_mask: Tensor | None) -> None:
             "Got a latent with a noise mask; a rollout makes whole frames. Remove the mask, and use prefix to keep "
             "frames at the beginning."
         )
-
-
-def _content_of(latent: Tensor | None, timestep: float) -> Tensor:
-    if latent is None or not latent.any():
-        raise ValueError(
-            f"Got sigmas from {timestep / 1000:g} on with an empty latent; below 1 there must be a clip in it to make "
-            "another of. Connect VAE Encode, or sigmas that begin at 1."
-        )
-    return latent
 
 
 def _report(callback: Callable | None, silent: bool) -> Callable[[Progress], None]:

@@ -92,7 +92,7 @@ class Decoder:
 
         One video after the other, with progress, previews and Cancel.
         """
-        self._make_room(samples.shape[3] * samples.shape[4] * 64, tile)
+        self.load(self.room(samples.shape[3] * samples.shape[4] * 64, tile))
         stream, bar = self.stream(tile), comfy.utils.ProgressBar(len(samples) * samples.shape[2])
         length = len(samples) * (4 * samples.shape[2] - 3)
         kept = Kept(length, length, dim=0)
@@ -116,9 +116,9 @@ class Decoder:
         numbers = self.memory.held(pixels, tile is not None) + self.memory.used(pixels, tile)
         return numbers * self.vae.vae_dtype.itemsize
 
-    def _make_room(self, pixels: int, tile: int | None) -> None:
-        whole = isinstance(self.vae.first_stage_model, tiny.HostAutoencoder)
-        room = self.room(pixels, tile)
+    def load(self, room: int) -> None:
+        """Brings the VAE to its device, with `room` bytes free beside it."""
+        whole = isinstance(self.vae.first_stage_model, tiny.HostAutoencoder)  # plain torch layers are not brought later
         management.load_models_gpu([self.vae.patcher], memory_required=room, force_full_load=whole)
 
 

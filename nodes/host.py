@@ -50,12 +50,14 @@ ENTRANCE = "self_forcing_entrance"  # key of a CONDITIONING entry: the storyboar
 class Family:
     """What a MODEL knows about its own sampling: it travels with the MODEL through LoRAs and other patches.
 
-    sampling   how it was trained to be sampled
+    sampling   how it is sampled
+    trained    latent frames of the chunks it was trained with; None: those of `sampling`
     preview    newest latents [B, C, F, H, W] in model space -> picture; None: ComfyUI's own preview for the latents
     reencoder  the VAE that makes stills for first-frame re-encode; None: without
     """
 
     sampling: Sampling = PRESETS["cli"]
+    trained: int | None = None
     preview: Callable[[Tensor], Image.Image] | None = None
     reencoder: comfy.sd.VAE | None = None
 
@@ -246,6 +248,12 @@ def entering(conditioning: list, entrance: Entrance) -> list:
     return [embeds, {**values, ENTRANCE: entrance, "start_percent": 1.0}]
 
 
+def in_order(conditioning: list) -> list:
+    """The first entry and those right after it that come in later; the rest is what others have combined with it."""
+    first, *others = conditioning
+    return [first, *takewhile(lambda entry: ENTRANCE in entry[1], others)]
+
+
 def prompts_of(conditioning: list, batch: int) -> list[tuple[Entrance, Tensor]]:
     """The first entry and those right after it that come in later, with embeddings [B, tokens, width] for `batch`.
 
@@ -253,8 +261,7 @@ def prompts_of(conditioning: list, batch: int) -> list[tuple[Entrance, Tensor]]:
     """
     if not conditioning:
         raise ValueError("Got empty conditioning; the sampler needs a prompt. Connect Self Forcing Prompt.")
-    first, *others = conditioning
-    later = takewhile(lambda entry: ENTRANCE in entry[1], others)
+    first, *later = in_order(conditioning)
     prompts = [(Entrance(), first[0]), *((values[ENTRANCE], embeds) for embeds, values in later)]
     return [(entrance, comfy.utils.repeat_to_batch_size(embeds, batch)) for entrance, embeds in prompts]
 
@@ -269,15 +276,15 @@ def negative_of(conditioning: list | None, batch: int) -> Tensor:
     return comfy.utils.repeat_to_batch_size(conditioning[0][0], batch)
 
 
-def still_of(patcher: ModelPatcher, vae: comfy.sd.VAE) -> Reencode:
-    """First-frame re-encode by a VAE of ComfyUI."""
+def still_of(patcher: ModelPatcher, vae: comfy.sd.VAE, free: int) -> Reencode:
+    """First-frame re-encode by a VAE of ComfyUI, after which the model has its place and `free` bytes again."""
 
     def still(latents: Tensor) -> Tensor:
         """Latents [B, C, F, H, W] in model space -> the latent [B, C, 1, H, W] of a still of their last frame."""
         raw = patcher.model.process_latent_out(latents[:, :, -4:])
         frames = [vae.decode(video)[0, -1:] for video in raw.split(1)]  # [1, 8H, 8W, 3] each
         stills = torch.cat([vae.encode(frame) for frame in frames])
-        management.load_models_gpu([patcher])  # the VAE may have taken its place
+        management.load_models_gpu([patcher], memory_required=free)  # the VAE may have taken its place
         return patcher.model.process_latent_in(stills).to(latents)
 
     return still

@@ -91,14 +91,20 @@ class Job:
     def reencoder(self) -> comfy.sd.VAE | None:
         return host.family_of(self.model).reencoder
 
-    def chunks(self, on_step: Callable[[Progress], None], options: dict | None = None) -> Iterator[Chunk]:
-        """The rollout, with its model loaded; `options` are transformer_options in place of the MODEL's own."""
+    def chunks(
+        self, on_step: Callable[[Progress], None], options: dict | None = None, beside: int = 0
+    ) -> Iterator[Chunk]:
+        """The rollout, with its model loaded; Cancel is heard at each chunk, those of a prefix too.
+
+        options  transformer_options in place of the MODEL's own
+        beside   bytes to keep free for others
+        """
         model, compiled = self.model, self.compile != "off"
         batch, _, _, height, width = self.shape
         device, total = model.load_device, self.total
         spans = plan_spans(total, self.sampling, self.given)
         prompts = cues([(entrance, embeds.to(device)) for entrance, embeds in self.prompts], spans)
-        yield from rollout(
+        for chunk in rollout(
             self.wan, self.sampling, prompts, SeededNoise(self.seed), total, height, width,
             prefix=self._for_batch(self.prefix),
             whole_prefix=self.whole_prefix,
@@ -106,13 +112,15 @@ class Job:
             strength=self.denoise,
             negative=None if self.negative is None else self.negative.to(device),
             guidance=self.cfg,
-            reencode=None if self.reencoder is None else host.still_of(model, self.reencoder),
+            reencode=self.reencoder and host.still_of(model, self.reencoder, self.needed.work + beside),
             dtype=self.dtype,
             cache_dtype=self.cache_dtype,
             attention=host.attention_of(model, compiled, options),
             stages=host.stages_of(self.compile),
             on_step=on_step,
-        )  # fmt: skip
+        ):  # fmt: skip
+            host.check_cancelled()
+            yield chunk
 
     def _for_batch(self, latents: Tensor | None) -> Tensor | None:
         return None if latents is None else comfy.utils.repeat_to_batch_size(latents, self.shape[0])
@@ -184,7 +192,7 @@ def job_of(
         model, sampling, host.prompts_of(positive, len(samples)), samples.shape, seed,
         prefix=None if prefix is None else into(host.latents_of(prefix, wan, "prefix")),
         whole_prefix=history == "all",
-        source=None if denoise == 1 else into(_content_of(samples, denoise)),
+        source=None if denoise == 1 else into(content_of(samples, f"denoise {denoise:g}", "set denoise to 1")),
         denoise=denoise,
         negative=None if cfg == 1 else host.negative_of(negative, len(samples)),
         cfg=cfg,
@@ -193,18 +201,20 @@ def job_of(
     )  # fmt: skip
 
 
-def _content_of(samples: Tensor, denoise: float) -> Tensor:
-    if not samples.any():
+def content_of(samples: Tensor | None, got: str, otherwise: str) -> Tensor:
+    """The clip in a latent. Raises ValueError, with what was `got` and what to do `otherwise`, if there is none."""
+    if samples is None or not samples.any():
         raise ValueError(
-            f"Got denoise {denoise:g} with an empty latent; below 1 there must be a clip in it to make another of. "
-            "Connect VAE Encode, or set denoise to 1."
+            f"Got {got} with an empty latent; below 1 there must be a clip in it to make another of. Connect VAE "
+            f"Encode, or {otherwise}."
         )
     return samples
 
 
 def chunk_warning(job: Job) -> str | None:
     """Why the chunk that was asked for will not look good, where it is not the one that the model was trained with."""
-    asked, trained = job.sampling.chunk, host.family_of(job.model).sampling.chunk
+    family = host.family_of(job.model)
+    asked, trained = job.sampling.chunk, family.trained or family.sampling.chunk
     if asked == trained:
         return None
     reason = (

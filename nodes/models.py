@@ -8,12 +8,13 @@ the quantised layers. What reads or writes the latents stays as it is; see fp8.p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import comfy.sd
 import torch
 from comfy.latent_formats import Wan21
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
@@ -69,24 +70,24 @@ def float8_of(patcher: ModelPatcher) -> ModelPatcher:
     Reads the weights anew by the MODEL's own loader, since those at work may have LoRAs in them. Raises ValueError for
     a MODEL whose loader gives no way to.
     """
-    if any(weight.dtype in SCALED or isinstance(weight, QuantizedTensor) for weight in _block_weights(patcher)):
+    blocks = host.wan_of(patcher).blocks
+    if any(weight.dtype in SCALED or isinstance(weight, QuantizedTensor) for weight in blocks.parameters()):
         return patcher
-    host.wan_of(patcher)
     if patcher.cached_patcher_init is None:
         raise ValueError(
             "Got a MODEL whose loader gives ComfyUI no way to read its weights again, which float8 is made from. Use "
             "Load Self Forcing Model or Load Diffusion Model, or leave this node out."
         )
     loader = patcher.cached_patcher_init
-    quantised = load_float8(loader)
-    clone = patcher.clone(model_override=quantised.get_clone_model_override())
+    if patcher.model not in _float8:
+        _float8[patcher.model] = load_float8(loader, disable_dynamic=not patcher.is_dynamic())
+    clone = patcher.clone(model_override=_float8[patcher.model].get_clone_model_override())
     clone.cached_patcher_init = (load_float8, (loader,))
     clone.size = 0  # it was counted for the other weights; ComfyUI counts again
     return clone
 
 
-def _block_weights(patcher: ModelPatcher) -> Iterator[Tensor]:
-    return patcher.model.diffusion_model.blocks.parameters()
+_float8: WeakKeyDictionary[BaseModel, ModelPatcher] = WeakKeyDictionary()  # made once, whatever LoRAs come and go
 
 
 def load_float8(loader: tuple, disable_dynamic: bool = False) -> ModelPatcher:

@@ -62,7 +62,11 @@ class SelfForcingNextPrompt(io.ComfyNode):
             "behind each other for longer stories.",
             search_aliases=["prompt schedule", "prompt travel", "combine conditioning", "story", "prompt switch"],
             inputs=[
-                io.Conditioning.Input("first", tooltip="The prompt, or several with their times, that come first."),
+                io.Conditioning.Input(
+                    "first",
+                    tooltip="The prompt, or several with their times, that come first. Of other conditioning the first "
+                    "entry is used.",
+                ),
                 io.Conditioning.Input("next", tooltip="The prompt that takes over. Its first entry is used."),
                 io.String.Input(
                     "start", default="4s",
@@ -91,7 +95,8 @@ class SelfForcingNextPrompt(io.ComfyNode):
         if not first or not next:
             raise ValueError("Got empty conditioning; both prompts are needed. Connect one to first and one to next.")
         how = f"blend {blend:g}s" if transition == "blend" else transition
-        return io.NodeOutput([*first, host.entering(next, entrance(start.strip() and f"{start.strip()} {how}", fps))])
+        new = host.entering(next, entrance(start.strip() and f"{start.strip()} {how}", fps))
+        return io.NodeOutput([*host.in_order(first), new])
 
 
 def encode(clip, text: str) -> list:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import comfy.model_management as management
 import torch
 
-from ..sf_core.checkpoint import memory_needed
+from ..sf_core.checkpoint import Memory, memory_needed
 from ..sf_core.config import Sampling, WanConfig
 from ..sf_core.fp8 import FLOAT8
 from ..sf_core.memory import gib
@@ -38,9 +38,21 @@ class Rollout:
 
     @property
     def bytes(self) -> int:
+        return self._videos * self._one.total
+
+    @property
+    def work(self) -> int:
+        """The part of these bytes that comes and goes: all but the cache."""
+        return self._videos * (self._one.total - self._one.cache)
+
+    @property
+    def _videos(self) -> int:
+        return self.batch * (2 if self.guided else 1)
+
+    @property
+    def _one(self) -> Memory:
         size = (8 * self.height, 8 * self.width, self.frames)
-        one = memory_needed(self.config, self.sampling, 0, *size, self.dtype, self.cache_dtype, self.rereads)
-        return self.batch * (2 if self.guided else 1) * one.total
+        return memory_needed(self.config, self.sampling, 0, *size, self.dtype, self.cache_dtype, self.rereads)
 
     @property
     def window(self) -> int:

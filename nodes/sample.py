@@ -50,7 +50,8 @@ class SelfForcingLatent(io.ComfyNode):
     def execute(cls, width, height, frames, seconds, fps, batch_size) -> io.NodeOutput:
         length = latent_frames(frames, seconds, fps)
         shape = [batch_size, 16, length, *latent_size(width, height)]
-        return io.NodeOutput({"samples": torch.zeros(shape, device=management.intermediate_device())})
+        # One zero, seen as so many: an hour of empty latents would be gigabytes of memory that nobody reads.
+        return io.NodeOutput({"samples": torch.zeros((), device=management.intermediate_device()).expand(shape)})
 
 
 def latent_frames(frames: int, seconds: float, fps: float) -> int:

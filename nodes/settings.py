@@ -82,7 +82,9 @@ class SelfForcingSettings(io.ComfyNode):
             first_steps=options.evenly(first_steps) or None,
         )
         model = model.clone()
-        host.set_family(model, replace(family, sampling=sampling, reencoder=reencode_vae or family.reencoder))
+        trained = family.trained or family.sampling.chunk
+        reencoder = reencode_vae or family.reencoder
+        host.set_family(model, replace(family, sampling=sampling, trained=trained, reencoder=reencoder))
         return io.NodeOutput(model)
 
 

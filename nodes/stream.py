@@ -91,10 +91,10 @@ class SelfForcingStream(io.ComfyNode):
         check_tile(tile)
         stream = Stream(job, decoder_of(vae, latent["samples"]), tile // 8 or None, fps, cls, keep, keep_prefix)
         warn(job, cls)
-        saved = destination(file.strip(), job) if file.strip() else None
-        host.within_memory(lambda: stream.run(saved), job.what, f"{REMEDY} {stream.decoder.remedy}")
         if drawn is not None:
             host.say(cls, f"seed {drawn}")
+        saved = destination(file.strip(), job) if file.strip() else None
+        host.within_memory(lambda: stream.run(saved), job.what, f"{REMEDY} {stream.decoder.remedy}")
         # Not as a preview (ui.PreviewVideo): the file is what the screen has shown.
         shown = None if saved is None else {"video": [_result(saved)]}
         return io.NodeOutput(stream.images.tensor, {"samples": stream.latents.tensor}, ui=shown)
@@ -154,6 +154,12 @@ class Stream:
         return 4 * self.job.shape[2] - 3
 
     @property
+    def beside(self) -> int:
+        """Bytes that the decoder takes beside the model."""
+        _, _, _, height, width = self.job.shape
+        return self.decoder.room(64 * height * width, self.tile)
+
+    @property
     def skipped(self) -> int:
         """Latent frames of a prefix that is left out."""
         return 0 if self.keep_prefix else self.job.given
@@ -178,17 +184,18 @@ class Stream:
 
     def run(self, file: Path | None) -> None:
         """Makes the video. With a file, what was made stays there whatever happens."""
-        vae, (_, _, _, height, width) = self.decoder.vae, self.job.shape
-        with self.job.loaded(self.decoder.room(64 * height * width, self.tile), vae.patcher):
+        self.decoder.load(self.beside)
+        with self.job.loaded(self.beside, self.decoder.vae.patcher):
             if file is None:
                 deque(self.frames(), maxlen=0)
             else:
-                save_video(file, self.frames(), self.fps, keep=True, metadata=_metadata(self.node))
+                written = {**_metadata(self.node), "seed": str(self.job.seed)}
+                save_video(file, self.frames(), self.fps, keep=True, metadata=written)
 
     def frames(self) -> Iterator[Tensor]:
         """The frames [T, H, W, 3] in 0..1 that are shown, chunk by chunk."""
         done, frames, stream = 0, self.job.shape[2], self.decoder.stream(self.tile)
-        for chunk in self.job.chunks(_steps()):
+        for chunk in self.job.chunks(_steps(), beside=self.beside):
             latents = chunk.latents[:, :, : frames - chunk.span.start]
             raw = self.job.model.model.process_latent_out(latents)
             piece = self.decoder.piece(stream, raw)

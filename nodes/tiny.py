@@ -31,7 +31,7 @@ def load_model(disable_dynamic: bool = False) -> ModelPatcher:
         wan.state_dict(), metadata=models.wan_metadata(wan.config), disable_dynamic=disable_dynamic
     )
     patcher.cached_patcher_init = (load_model, ())
-    host.set_family(patcher, host.Family(PRESETS[NAME], Preview()))
+    host.set_family(patcher, host.Family(PRESETS[NAME], preview=Preview()))
     return patcher
 
 

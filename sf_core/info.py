@@ -124,7 +124,8 @@ def _model() -> list[str]:
 def _sampling(sampling: Sampling) -> str:
     steps = ", ".join(f"{step:g}" for step in sampling.steps)
     window = "all" if sampling.window is None else sampling.window
-    return f"steps {steps}; shift {sampling.shift:g}; chunk {sampling.chunk}; window {window}; sink {sampling.sink}"
+    sink = f"{sampling.sink}, pinned" if sampling.pinned and sampling.sink else sampling.sink
+    return f"steps {steps}; shift {sampling.shift:g}; chunk {sampling.chunk}; window {window}; sink {sink}"
 
 
 def _devices() -> list[str]:

@@ -200,9 +200,8 @@ def rollout(
     noise          `SeededNoise(seed)`, or recorded noise
     height, width  latent size, even (8 latent pixels are 64 pixels)
     prefix         clean latents [B, C, P, H, W] in model space to start from; P < frames
-    whole_prefix   read all of a prefix that is longer than the window, and not only what the first new chunk sees. The
-                   keys of a generated video's end then are what they were, so that going on from it is as if it had
-                   never stopped
+    whole_prefix   the prefix is a video that was generated, and goes on as if it had never stopped: all of it is read,
+                   however long, at the context noise of generated frames
     source         latents [B, C, frames, H, W] in model space of a video to make another of
     strength       how much of the source gives way to noise before it is denoised, in (0, 1]; 1: all of it
     negative       embeddings [B, tokens, text_dim] to steer away from, where `guidance` (CFG) is not 1; that doubles
@@ -237,12 +236,15 @@ def rollout(
         cache = RollingCache.for_rollout(config, sampling, frames, **size)
         shape = (batch, config.channels, height, width)
         generated = [span for span in spans if not span.given]
-        total = sum(len(sampling.steps_of(span is generated[0], level)) for span in generated)
+        opening = 0 if whole_prefix else generated[0].start  # where the first chunk's own steps are taken
+        total = sum(len(sampling.steps_of(span.start == opening, level)) for span in generated)
         made = Made(cache.slots if script.rereads or reencode else 0)
         for span in spans:
             model, transition = prompted.at(span.start)
             if not span.read:
-                yield Chunk(span, _piece(prefix, span, device))
+                x0 = _piece(prefix, span, device)
+                yield Chunk(span, x0)
+                made.add(x0)
                 cache.cut(span.end)
                 continue
             if transition:
@@ -255,7 +257,7 @@ def rollout(
             if span.given:
                 x0 = _piece(prefix, span, device)
             else:
-                steps, report = sampling.steps_of(span is generated[0], level), _reporter(on_step, span, total)
+                steps, report = sampling.steps_of(span.start == opening, level), _reporter(on_step, span, total)
                 begun = None if source is None else _piece(source, span, device)
                 x0 = denoise(model, steps, draw, attend, going, report, begun)
             yield Chunk(span, x0)
@@ -263,9 +265,10 @@ def rollout(
             if not span.is_last:
                 context = x0.detach() if going.context is None else going.context
                 if going.context_sigma and not span.given:
-                    step = len(sampling.steps_of(span is generated[0]))  # a number that no step has
+                    step = len(sampling.steps_of(span.start == opening))  # a number that no step has
                     context = add_noise(context, draw(step), going.context_sigma)
-                model.commit(context, 0.0 if span.given else sampling.context_noise, attend)
+                as_it_is = span.given and not whole_prefix
+                model.commit(context, 0.0 if as_it_is else sampling.context_noise, attend)
 
     return generate() if course else torch.inference_mode()(generate)()
 
@@ -353,7 +356,8 @@ def refresh(
     reencode: Reencode,
 ) -> None:
     """Makes a clip of its own of the newest frames before `frame`: about half of the window, in whole chunks."""
-    kept = sampling.chunk * max(1, (cache.slots - sampling.chunk) // (2 * sampling.chunk))
+    half = sampling.chunk * max(1, (cache.slots - sampling.chunk) // (2 * sampling.chunk))
+    kept = min(half, made.latents.shape[2])
     newest = made.latents[:, :, -kept:]
     clip = torch.cat((reencode(made.latents[:, :, : made.latents.shape[2] - kept + 1]), newest[:, :, 1:]), dim=2)
     cache.restart(frame - kept)

@@ -8,7 +8,7 @@
  * again from the oldest that is kept.
  */
 
-const KEPT = 2400; // frames: two and a half minutes at 16 a second, some tens of MB as JPEGs
+const KEPT = 960; // frames: a minute at 16 a second, some tens of MB as JPEGs
 
 export class Player {
   constructor({ show, every }) {

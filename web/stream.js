@@ -6,7 +6,19 @@ import { Player } from "./player.js";
 
 const NODE = "SelfForcingStream";
 const EVENT = "self_forcing.frames";
-const screens = new Map(); // node id -> Screen
+const screens = new Map(); // node -> Screen
+
+/** The screen of the node that an event is about. In a subgraph the server says the ids of all graphs around it: 12:3. */
+function screenOf(id) {
+  const own = String(id).split(":").pop();
+  for (const [node, screen] of screens) {
+    if (node.graph && String(node.id) === own) return screen;
+    if (!node.graph) {
+      screen.player.stop?.(); // removed without a word, as when a whole graph is
+      screens.delete(node);
+    }
+  }
+}
 
 class Screen {
   constructor() {
@@ -32,8 +44,9 @@ class Screen {
 
   /** What the node has sent: { first, at, length, fps, frames: JPEGs in base64 }. */
   receive(data) {
-    if (data.at === data.first) {
-      this.player.begin(data);
+    if (data.at === data.first || this.player.length === undefined) {
+      // Or the page was loaded while it runs: then it begins with what comes next.
+      this.player.begin({ ...data, first: data.at });
       this.began = this.until = performance.now();
       this.counted = -data.frames.length; // the clock starts when the first chunk is there
     }
@@ -45,7 +58,9 @@ class Screen {
   async show(frame, number) {
     const picture = new Image();
     picture.src = `data:image/jpeg;base64,${frame}`;
+    this.newest = picture;
     await picture.decode();
+    if (this.newest !== picture) return; // a later frame was quicker
     if (this.canvas.width !== picture.width || this.canvas.height !== picture.height) {
       Object.assign(this.canvas, { width: picture.width, height: picture.height });
       this.canvas.style.imageRendering = picture.width < 256 ? "pixelated" : "auto";
@@ -61,8 +76,7 @@ class Screen {
   }
 }
 
-// Inside a subgraph the server says the ids of all graphs around it, too: 12:3.
-api.addEventListener(EVENT, ({ detail }) => screens.get(String(detail.node).split(":").pop())?.receive(detail));
+api.addEventListener(EVENT, ({ detail }) => screenOf(detail.node)?.receive(detail));
 for (const over of ["execution_success", "execution_error", "execution_interrupted"])
   api.addEventListener(over, () => screens.forEach((screen) => screen.player.end()));
 
@@ -76,19 +90,11 @@ app.registerExtension({
       getMinHeight: () => 180,
     });
     widget.serialize = false;
-    const { onAdded, onRemoved, onConfigure } = node;
-    const known = () => screens.set(String(node.id), screen);
-    node.onAdded = function (...args) {
-      known();
-      return onAdded?.apply(this, args);
-    };
-    node.onConfigure = function (...args) {
-      known();
-      return onConfigure?.apply(this, args);
-    };
+    screens.set(node, screen);
+    const { onRemoved } = node;
     node.onRemoved = function (...args) {
       screen.player.stop?.();
-      screens.delete(String(node.id));
+      screens.delete(node);
       return onRemoved?.apply(this, args);
     };
   },

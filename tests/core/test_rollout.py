@@ -21,7 +21,7 @@ from sf_core.model import (
     velocity,
 )
 from sf_core.noise import SeededNoise
-from sf_core.rollout import Course, plan_spans, rollout, whole_chunks
+from sf_core.rollout import Course, Denoiser, plan_spans, rollout, whole_chunks
 from sf_core.script import Cue
 
 SMALL = WanConfig(dim=24, heads=2, layers=2, ffn_dim=32, channels=4, freq_dim=16, text_dim=8, text_len=6)
@@ -163,6 +163,15 @@ def test_a_video_continued_from_its_whole_history_is_the_video_made_at_once(chun
     equal(roll(40, sampling, prefix=first, whole_prefix=True), whole)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"context_noise": 100}, {"steps": (1000, 500), "first_steps": (1000, 750, 500, 250)}]
+)
+def test_so_it_is_with_context_noise_and_with_first_steps_of_their_own(changes):
+    sampling = Sampling(window=9, sink=1, **changes)
+    whole = roll(24, sampling)
+    equal(roll(24, sampling, prefix=whole[:, :, :18], whole_prefix=True), whole)
+
+
 def test_a_long_prefix_is_read_as_far_as_the_first_new_chunk_sees():
     sampling = Sampling(window=9, sink=1)
     read = [span.start for span in plan_spans(24, sampling, prefix=18) if span.read and span.given]
@@ -182,12 +191,50 @@ def test_what_of_a_prefix_is_not_read_does_not_matter_but_comes_out():
     assert 0 < (near - ours)[:, :, 18:].norm() < 0.5 * near[:, :, 18:].norm()
 
 
-def test_a_new_prompt_right_after_a_long_prefix_reads_only_what_is_in_the_cache():
-    sampling, prefix = Sampling(window=9, sink=1), roll(18)
-    other = torch.randn(1, 4, SMALL.text_dim, generator=torch.Generator().manual_seed(2))
-    switched = roll(27, sampling, prompt=[Cue(0, PROMPT), Cue(21, other)], prefix=prefix)
-    assert torch.equal(switched[:, :, :21], roll(21, sampling, prefix=prefix))
-    assert switched.isfinite().all()
+OTHER = torch.randn(1, 4, SMALL.text_dim, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("sink", [0, 1, 3])
+@pytest.mark.parametrize("start", [24, 30, 33])
+def test_a_new_prompt_in_or_after_a_long_prefix_reads_the_newest_frames(sink, start, monkeypatch):
+    sampling, prefix = Sampling(window=9, sink=sink), roll(30)
+    read = []
+    commit = Denoiser.commit
+
+    def spy(self, x0, timestep, attend):
+        if x0.shape[2] > sampling.chunk:  # a chunk is committed alone, a window in one piece
+            read.append((attend.frames, x0))
+        commit(self, x0, timestep, attend)
+
+    monkeypatch.setattr(Denoiser, "commit", spy)
+    whole = roll(36, sampling, prompt=[Cue(0, PROMPT), Cue(start, OTHER)], prefix=prefix)
+    if not next(span for span in plan_spans(36, sampling, 30) if span.start == start).read:
+        assert not read  # what is read later is read under the new prompt anyway
+        return
+    ((frames, latents),) = read
+    assert frames[-1] == start - 1
+    assert torch.equal(latents, whole[:, :, frames[0] : start])
+
+
+@pytest.mark.parametrize("sink", [0, 1])
+def test_reencode_goes_on_from_a_long_prefix(sink):
+    asked, prefix = [], roll(24)
+    sampling = Sampling(window=9, sink=sink)
+    roll(36, sampling, prefix=prefix, reencode=lambda latents: asked.append(latents) or latents[:, :, -1:])
+    assert torch.equal(asked[0][:, :, -1], prefix[:, :, asked_for(24, sampling)])
+
+
+def asked_for(prefix, sampling):
+    """The frame that is made a still first: three before the first chunk that is read and finds the window full."""
+    first = next(span for span in plan_spans(36, sampling, prefix) if span.read and span.end > sampling.window)
+    return first.start - 3
+
+
+@pytest.mark.parametrize(("window", "options"), [(3, {"first_chunk": 1}), (3, {}), (4, {})])
+def test_reencode_needs_no_more_frames_than_there_are(window, options):
+    prefix = None if options else roll(window - 2)
+    latents = roll(9, Sampling(window=window, **options), prefix=prefix, reencode=lambda latents: latents[:, :, -1:])
+    assert latents.isfinite().all()
 
 
 def test_strength_decides_how_much_of_a_source_stays():

@@ -83,6 +83,22 @@ def tiny(call):
     return SimpleNamespace(model=model, clip=clip, vae=vae, prompt=prompt)
 
 
+@pytest.fixture
+def sample(call, tiny, latent):
+    """sample(seed=1, ...) runs Self Forcing Sampler on the built-in model, on the `latent` of the file's own, and gives
+    its latents [B, C, F, H, W].
+    """
+
+    def run(**changes) -> torch.Tensor:
+        inputs = {
+            "model": tiny.model, "positive": tiny.prompt, "latent": latent, "seed": 0, "preset": "auto",
+            "steps": 0, "chunk": 0, "window": 0, "sink": -1, **changes,
+        }  # fmt: skip
+        return call("Sampler", **inputs)["samples"]
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def inference_mode():
     """The host runs nodes in inference mode."""

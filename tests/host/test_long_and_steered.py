@@ -13,20 +13,6 @@ def latent(call):
 
 
 @pytest.fixture
-def sample(call, tiny, latent):
-    """sample(seed=1, ...) runs Self Forcing Sampler on the built-in model and gives its latents [B, C, F, H, W]."""
-
-    def run(**changes) -> torch.Tensor:
-        inputs = {
-            "model": tiny.model, "positive": tiny.prompt, "latent": latent, "seed": 0, "preset": "auto",
-            "steps": 0, "chunk": 0, "window": 0, "sink": -1, **changes,
-        }  # fmt: skip
-        return call("Sampler", **inputs)["samples"]
-
-    return run
-
-
-@pytest.fixture
 def stream(call, tiny, latent):
     """stream(...) runs Self Forcing Stream and gives images and latents."""
 
@@ -258,6 +244,19 @@ def test_a_continued_video_is_the_video_made_at_once(call, sample, settings):
     assert 1e-4 < (quick - whole)[:, :, 12:].abs().max() < 10
 
 
+def test_cancel_is_heard_while_a_prefix_is_read(call, sample, monkeypatch):
+    import comfy.model_management as management
+    from any_folder_name.sf_core.rollout import Denoiser
+
+    prefix, longer = {"samples": sample()}, call("Latent", 64, 64, 81, 0.0, 16.0, 1)
+    commit, read = Denoiser.commit, []
+    monkeypatch.setattr(Denoiser, "commit", lambda *args: read.append(args[1]) or commit(*args))
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        sample(prefix=prefix, latent=longer)
+    assert not read
+
+
 def test_a_prefix_can_be_left_out_of_the_output(sample):
     prefix = {"samples": sample()[:, :, :4]}
     assert torch.equal(sample(prefix=prefix, keep_prefix=False), sample(prefix=prefix)[:, :, 4:])
@@ -351,6 +350,15 @@ def test_a_chunk_the_model_was_not_trained_with_is_told_with_its_reason(sample, 
     assert "trained with" not in caplog.text
 
 
+def test_so_it_is_where_settings_say_the_chunk(sample, settings, caplog):
+    framewise = settings(chunk=1)
+    sample(model=framewise)
+    assert "trained with chunks of 3" in caplog.text
+    caplog.clear()
+    sample(model=framewise, chunk=3)
+    assert "trained with" not in caplog.text
+
+
 def test_a_window_smaller_than_sink_and_chunk_is_refused(settings):
     with pytest.raises(ValueError, match="window of 4 latent frames with sink 2 and chunk 3"):
         settings(window=4, sink=2)
@@ -378,6 +386,19 @@ def test_fp8_keeps_loras_and_settings(call, tiny, settings, sample):
     assert not torch.equal(sample(model=lora), sample())
 
 
+def test_fp8_is_made_once_whatever_loras_come(call, tiny):
+    one, two = (call("FP8", model, True) for model in (tiny.model, tiny.model.clone()))
+    assert one.model is two.model is not tiny.model.model
+
+
+def test_fp8_of_another_kind_of_model_is_refused(call):
+    from types import SimpleNamespace
+
+    other = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="this node samples Wan video models"):
+        call("FP8", other, True)
+
+
 def test_fp8_of_a_model_that_cannot_be_read_again_is_refused(call, tiny):
     model = tiny.model.clone()
     model.cached_patcher_init = None
@@ -399,6 +420,15 @@ def test_joined_prompts_are_those_of_a_text_with_lines(call, tiny, sample):
     three = call("NextPrompt", two, third, " 4s ", "blend", 1.0)
     assert torch.equal(sample(positive=three, **longer), sample(positive=text, **longer))
     assert len(first) == 1 and len(two) == 2  # inputs are left alone
+
+
+def test_of_combined_conditioning_the_first_entry_comes_first(call, tiny, sample):
+    longer = {"latent": call("Latent", 64, 64, 81, 0.0, 16.0, 1)}
+    first, second, other = (call("Prompt", tiny.clip, words) for words in ("a red circle", "a blue square", "a star"))
+    expected = sample(positive=call("NextPrompt", first, second, "2s", "cut", 1.5), **longer)
+    assert torch.equal(
+        sample(positive=call("NextPrompt", [*first, *other], second, "2s", "cut", 1.5), **longer), expected
+    )
 
 
 @pytest.mark.parametrize(

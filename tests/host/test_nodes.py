@@ -14,20 +14,6 @@ def latent(call):
     return call("Latent", 64, 64, FRAMES, 0.0, 16.0, 1)
 
 
-@pytest.fixture
-def sample(call, tiny, latent):
-    """sample(seed=1, ...) runs the sampler on the built-in model and gives its latents [B, C, F, H, W]."""
-
-    def run(**changes) -> torch.Tensor:
-        inputs = {
-            "model": tiny.model, "positive": tiny.prompt, "latent": latent, "seed": 0, "preset": "auto",
-            "steps": 0, "chunk": 0, "window": 0, "sink": -1, **changes,
-        }  # fmt: skip
-        return call("Sampler", **inputs)["samples"]
-
-    return run
-
-
 def caches_alive() -> int:
     gc.collect()
     return sum(type(thing).__name__ == "RollingCache" for thing in gc.get_objects())
