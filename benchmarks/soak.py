@@ -1,6 +1,6 @@
 """A very long video of the built-in model, streamed to a file: is memory flat, is time per chunk flat, does it drift?
 
-    python benchmarks/soak.py [--frames 10000] [--sink 3 --pinned]
+    python benchmarks/soak.py [--frames 10000] [--sink 3 --no-pinned]
 
 `--frames` are latent frames, four pixel frames each. Time is the processor's, so that other work on the machine counts
 little. Drift is read off by the detectors of `evaluate`, in windows of 36 frames.
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=10_000, help="latent frames (10000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sink", type=int, default=PRESETS["tiny"].sink)
-    parser.add_argument("--pinned", action="store_true", default=PRESETS["tiny"].pinned)
+    parser.add_argument("--pinned", action=argparse.BooleanOptionalAction, default=PRESETS["tiny"].pinned)
     args = parser.parse_args()
     torch.set_num_threads(1)
     sampling = replace(PRESETS["tiny"], sink=args.sink, pinned=args.pinned)

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fp8-cache", action="store_true", help="float8 cache")
     add("--window", type=window, default=given, help="latent frames attended to, or all (9)")
     add("--sink", type=whole(0, 1000), default=given, help="first latent frames that never leave the window (0)")
-    add("--pinned", action="store_true", default=given, help="sinks move along with the window")
+    add("--pinned", action=argparse.BooleanOptionalAction, default=given, help="sinks move along with the window")
     add("--context-noise", type=float, default=given, help="timestep told when a chunk enters the cache (0)")
     add("--reencode", action="store_true", help="turn the first frame of a full window into a still")
     add("--sheet", type=Path, metavar="PNG", help="write a contact sheet: a row for each of the first videos")
