@@ -137,7 +137,8 @@ class Adversarial(SelfForcing):
         real = None
         if self.gan.relativistic:
             clips, embeds = self.real(draws, "generator")
-            real = self.logits(level.apply(clips), level, embeds)
+            with torch.no_grad():
+                real = self.logits(level.apply(clips), level, embeds)
         return self.gan.generator_weight * generator_gan(fake, real)
 
     def critic_losses(self, made: Made, level: Level, draws: Draws, purpose: str) -> dict[str, Tensor]:

@@ -67,11 +67,13 @@ class Trainer:
         return told
 
     def update(self, update: Update, step: int) -> dict[str, float]:
-        update.optimizer.forget()  # another update's loss may have gone through these weights
+        update.optimizer.forget()  # where weights are sharded, another update's loss may have left gradients
         progress, sums = step / self.config.steps, {}
         for samples in self.passes:
             losses = update.loss(Draws(self.config.seed, step, samples), progress)
-            (next(iter(losses.values())) / len(self.passes)).backward()
+            loss = next(iter(losses.values())) / len(self.passes)
+            # Judges get no gradients here; but autograd knows sharded weights under other names.
+            loss.backward(inputs=None if self.config.shard else update.optimizer.params)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float() / len(self.passes)
         told = {name: self.group.mean(value).item() for name, value in sums.items()}

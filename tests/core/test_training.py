@@ -90,6 +90,23 @@ def test_the_critic_may_learn_from_the_generators_own_clips(runs):
     assert losses(trained("dmd", runs / "own", **changes), "critic") != losses(runs / "dmd", "critic")
 
 
+@pytest.mark.parametrize("method", ["sid", "gan"])
+def test_an_update_makes_gradients_of_its_own_weights_alone(runs, method, monkeypatch):
+    settings = config(method, runs / f"{method}-alone")
+    task = make_task(settings, Group(), CPU)
+    trainer, update = Trainer(settings, task, Group()), task.updates[0]
+    reached = {}
+
+    def told():
+        for name, module in task.modules.items():
+            reached[name] = any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(update.optimizer, "clip", told)
+    trainer.update(update, 0)
+    assert reached.pop("student") and reached and not any(reached.values())
+
+
 def test_teacher_forced_chunks_see_the_clips_of_their_captions(runs, monkeypatch):
     task = make_task(config("dmd", runs / "forced", loss={"context": "teacher-forced"}), Group(), CPU)
     seen, roll_out = [], forcing.roll_out
