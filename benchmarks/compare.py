@@ -8,8 +8,8 @@
 From one bidirectional teacher, chunk-wise (3 latent frames) and frame-wise, for every seed: a causal model by teacher
 forcing, one by diffusion forcing; from the first, for equal updates, DMD on teacher-forced context, DMD on its own
 output (nothing else differs), and Self Forcing as it ships, with DMD, SiD and GAN. Every model makes the same videos,
-longer than training clips were, and is scored as by `python -m sf_core evaluate`. A run that was stopped goes on where
-it was; what is done is not done again.
+longer than training clips were, and is scored as by `python -m sf_core evaluate`, and so are the shipped model and any
+other that was exported (`--model`). A run that was stopped goes on where it was; what is done is not done again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SCORES, TABLE, SHEET = "scores.json", "table.md", "videos.png"
 COLUMNS = ("all", "shape", "motion", "colour", "background", "residual", "sharpness")
 TOLD = (1, 4, 10)  # windows of the table: as long as training clips were, and later
 SHOWN = 2  # videos of the picture
-SHIPPED = "the shipped model"
+EXPORTED = "chunk-wise"  # the layout of exported models
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ ROWS = {
     "DMD, teacher-forced context": Row(
         "tiny-dmd", "teacher forcing", ("loss.context=teacher-forced", "rollout.extra_chunks=0")
     ),
-    "Self Forcing, DMD, no extra chunks": Row("tiny-dmd", "teacher forcing", ("rollout.extra_chunks=0",)),
     "Self Forcing, DMD": Row("tiny-dmd", "teacher forcing"),
     "Self Forcing, SiD": Row("tiny-sid", "teacher forcing"),
     "Self Forcing, GAN": Row("tiny-gan", "teacher forcing"),
+    "Self Forcing, DMD, no extra chunks": Row("tiny-dmd", "teacher forcing", ("rollout.extra_chunks=0",)),
 }
 
 
@@ -114,10 +114,9 @@ def config_of(cell: Cell, args: argparse.Namespace) -> TrainConfig:
 def measured(folder: Path, sampling: Sampling, args: argparse.Namespace) -> dict:
     """Scores of a model per window, and the first videos of them, [SHOWN, T, 64, 64, 3] in bytes."""
     clips, prompts = evaluate.ask(args.prompts, seed=0)
-    shipped = folder == tiny.WEIGHTS
-    wan = tiny.load_model(path=folder / ("transformer.safetensors" if shipped else MODEL))
+    wan = tiny.load_model(path=evaluate.transformer(folder))
     text = tiny.load_text_encoder(folder / TEXT)
-    vae = tiny.load_autoencoder() if shipped else tiny_autoencoder(args.runs / "autoencoder")
+    vae = tiny_autoencoder(evaluate.beside(folder / MODEL, "autoencoder") or args.runs / "autoencoder")
     shown: list[Tensor] = []
 
     def watched():
@@ -147,28 +146,43 @@ def run(cell: Cell, args: argparse.Namespace) -> None:
     score(config.out, config.out, config.sampling, args)
 
 
+def exported(args: argparse.Namespace) -> dict[str, Path]:
+    """Where the scores of exported models are, by name."""
+    return {name: args.out / "models" / name.replace(" ", "-") for name, _ in args.model}
+
+
 def table(args: argparse.Namespace) -> str:
-    """Markdown: mean and spread over seeds in some windows, and how the residual grew from the first to the last."""
-    told = sorted({min(number, args.windows) for number in TOLD})
-    head = ["", *(f"{c}, window {number}" for number in told for c in COLUMNS), "residual growth"]
-    lines = [head, ["---"] * len(head)]
-    shipped = args.out / "shipped" / SCORES
-    if shipped.is_file():
-        lines.append(line_of(SHIPPED, [json.loads(shipped.read_text())["windows"]], told))
+    """Markdown, a table for each layout and each of some windows: mean and spread over seeds.
+
+    The last column says how the residual grew since the first window.
+    """
+    tables = []
     for layout in LAYOUTS:
-        for row in ROWS:
-            files = [Cell(layout, seed, row).folder(args.out) / SCORES for seed in range(args.seeds)]
-            scores = [json.loads(file.read_text())["windows"] for file in files if file.is_file()]
-            if scores:
-                lines.append(line_of(f"{layout}: {row} ({len(scores)})", scores, told))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        files = {row: [Cell(layout, seed, row).folder(args.out) for seed in range(args.seeds)] for row in ROWS}
+        if layout == EXPORTED:
+            files = {name: [folder] for name, folder in exported(args).items()} | files
+        found = {
+            name: [json.loads(f.read_text())["windows"] for f in scored(folders)] for name, folders in files.items()
+        }
+        for number in sorted({min(number, args.windows) for number in TOLD}):
+            named = {name: of for name, of in found.items() if of and min(map(len, of)) >= number}
+            head = [f"{layout}, window {number}", "seeds", *COLUMNS, "residual growth"]
+            lines = [head, ["---"] * len(head), *(line_of(name, scores, number) for name, scores in named.items())]
+            if named:
+                tables.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+    return "\n".join(tables)
+
+
+def scored(folders: list[Path]) -> list[Path]:
+    return [folder / SCORES for folder in folders if (folder / SCORES).is_file()]
 
 
 def picture(layout: str, args: argparse.Namespace) -> Path | None:
     """The first videos of the first seed's models, one below the other under their names: LAYOUT.png."""
     sheets = {row: Cell(layout, 0, row).folder(args.out) / SHEET for row in ROWS}
-    named = [(SHIPPED, args.out / "shipped" / SHEET), *sheets.items()]
-    images = [(name, Image.open(file)) for name, file in named if file.is_file()]
+    if layout == EXPORTED:
+        sheets = {name: folder / SHEET for name, folder in exported(args).items()} | sheets
+    images = [(name, Image.open(file)) for name, file in sheets.items() if file.is_file()]
     if not images:
         return None
     line = 20
@@ -184,15 +198,11 @@ def picture(layout: str, args: argparse.Namespace) -> Path | None:
     return args.out / f"{layout}.png"
 
 
-def line_of(name: str, scores: list[list[dict[str, float]]], told: list[int]) -> list[str]:
-    """The cells of a model, from the windows' scores for each seed; "-" where a window was not scored."""
-    least = min(map(len, scores))
-    cells = [
-        spread([windows[number - 1][c] for windows in scores]) if number <= least else "-"
-        for number in told
-        for c in COLUMNS
-    ]
-    return [name, *cells, spread([windows[-1]["residual"] - windows[0]["residual"] for windows in scores])]
+def line_of(name: str, scores: list[list[dict[str, float]]], number: int) -> list[str]:
+    """A model in one window, from the windows' scores for each seed."""
+    now, first = ([windows[i] for windows in scores] for i in (number - 1, 0))
+    growth = [later["residual"] - before["residual"] for later, before in zip(now, first, strict=True)]
+    return [name, str(len(scores)), *(spread([values[c] for values in now]) for c in COLUMNS), spread(growth)]
 
 
 def spread(values: list[float]) -> str:
@@ -208,6 +218,16 @@ def part(text: str) -> str:
     return text
 
 
+def named(text: str) -> tuple[str, Path]:
+    """NAME=FOLDER of an exported model."""
+    name, _, folder = text.partition("=")
+    if not name or not (Path(folder) / "transformer.safetensors").is_file():
+        raise argparse.ArgumentTypeError(
+            f"Got {text!r}; it is NAME=FOLDER of a model that `train tiny --stage export --weights FOLDER` wrote."
+        )
+    return name, Path(folder)
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -220,8 +240,10 @@ def arguments() -> argparse.ArgumentParser:
     add("--pool", type=int, default=4096, help="clips that are drawn once (4096)")
     add("--prompts", type=int, default=96)
     add("--windows", type=int, default=10, help="windows of 36 frames to score; the first is as long as training (10)")
+    add("--model", type=named, action="append", metavar="NAME=FOLDER", help="one more exported model")
     add("--part", type=part, default="1/1", help="only part i/n of the work (1/1)")
     add("--table", action="store_true", help="only write the table of what is there")
+    parser.set_defaults(model=[("the shipped model", tiny.WEIGHTS)])
     return parser
 
 
@@ -230,7 +252,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if not args.table:
         if args.part.startswith("1/"):
-            score(tiny.WEIGHTS, args.out / "shipped", PRESETS["tiny"], args)
+            for (_, folder), out in zip(args.model, exported(args).values(), strict=True):
+                score(folder, out, PRESETS["tiny"], args)
         for cell in cells(args.seeds, args.part):
             run(cell, args)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -37,10 +37,12 @@ def test_the_table_has_mean_and_spread_and_the_picture_every_row(tmp_path):
         windows = [dict.fromkeys(compare.COLUMNS, share), dict.fromkeys(compare.COLUMNS, share / 2)]
         (folder / compare.SCORES).write_text(json.dumps({"settings": [1, 2], "windows": windows}))
         contact_sheet(torch.rand(4, 64, 64, 3), columns=4).save(folder / compare.SHEET)
-    line = compare.table(args).splitlines()[2]
-    assert line.startswith("| chunk-wise: Self Forcing, DMD (2) | 0.500 ±0.141 |") and "0.250 ±0.071" in line
-    assert line.endswith("| -0.250 ±0.071 |") and "background, window 2" in compare.table(args).splitlines()[0]
-    assert "window 4" in compare.table(arguments(tmp_path)) and "| - |" in compare.table(arguments(tmp_path))
+    near, far = compare.table(args).split("\n\n")
+    assert near.startswith("| chunk-wise, window 1 | seeds | all |") and far.startswith("| chunk-wise, window 2 |")
+    assert near.splitlines()[2].startswith("| Self Forcing, DMD | 2 | 0.500 ±0.141 |")
+    assert near.splitlines()[2].endswith("| 0.000 ±0.000 |")
+    assert "| 0.250 ±0.071 |" in far and far.splitlines()[2].endswith("| -0.250 ±0.071 |")
+    assert compare.table(arguments(tmp_path, "--seeds", "2")) == near.rstrip("\n") + "\n"  # others were not scored
     assert compare.picture("chunk-wise", args).is_file() and compare.picture("frame-wise", args) is None
 
 
@@ -54,6 +56,14 @@ def test_the_shipped_model_is_scored_once(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "fingerprint", lambda state: "others")
     with pytest.raises(TypeError):  # it is measured again
         compare.score(WEIGHTS, tmp_path / "shipped", compare.PRESETS["tiny"], args)
+
+
+def test_other_exported_models_stand_beside_the_shipped_one(tmp_path, capsys):
+    args = arguments(tmp_path, "--model", f"as it was={WEIGHTS}")
+    assert list(compare.exported(args)) == ["the shipped model", "as it was"]
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, "--model", f"nothing={tmp_path}")
+    assert "it is NAME=FOLDER of a model that" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "a/b", "-1/2"])
