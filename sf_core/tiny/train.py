@@ -1,8 +1,8 @@
 """Trains the built-in model from nothing: autoencoder, teacher, causal model, few-step model, export.
 
 Each stage is a shipped configuration of the training library (sf_core/training/configs/tiny-*.yaml) and starts from
-the one before; a stage that was stopped continues from its checkpoint. Two processes share every batch; on networks
-this small that is the only use of a second core that pays.
+the one before; a stage that was stopped continues from its checkpoint. A GPU is used where there is one. On a CPU two
+processes share every batch; on networks this small that is the only use of a second core that pays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..config import PRESETS
 from ..training.command import MODEL, TEXT, describe, train
 from ..training.config import TrainConfig, read_config
 from ..training.memory import check_memory
-from ..training.parallel import Group
+from ..training.parallel import Group, local_device
 from ..training.store import load_checkpoint, save_model
 from ..training.trainer import as_saved
 from . import evaluate
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs/tiny"), help=out)
     add("--stage", choices=(*STAGES, "export"), help="do only this stage (all, then export)")
     add("--steps", type=int, metavar="N", help="steps of the stage, instead of the recipe's")
-    add("--processes", type=int, default=2, help="processes that share each batch (2)")
+    add("--processes", type=int, default=2, help="processes that share each batch on a CPU (2)")
     add("--seed", type=int, default=0, help="of weights, data and noise (0); an export has that of its run")
     add("--weights", type=Path, default=tiny.WEIGHTS, help="folder that the model is exported to (the package's own)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="change a value of the stages")
@@ -111,9 +111,10 @@ def stage_config(stage: str, out: Path, seed: int = 0, changes: Sequence[str] = 
 
 
 def fit(config: TrainConfig, processes: int) -> None:
-    """One stage, in as many processes as asked for (the autoencoder in one)."""
-    if processes == 1 or config.method == "autoencoder":
-        return train(config, Group(), CPU)
+    """One stage, on a CPU in as many processes as asked for (the autoencoder in one)."""
+    device = local_device(config.device)
+    if device.type != "cpu" or processes == 1 or config.method == "autoencoder":
+        return train(config, Group(), device)
     check_memory(config, processes, CPU)  # here, where an error is one line
     with tempfile.TemporaryDirectory() as folder:
         try:
