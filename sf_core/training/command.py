@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from dataclasses import asdict
 
 import torch
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> str:
 def train(config: TrainConfig, group: Group, device: torch.device) -> None:
     """The whole run: from the configuration, or from the checkpoint of its folder, to the exported model."""
     use_threads(device)
+    # Autocast leaves the weights of norms in float32, which is meant; torch warns of the kernel it cannot use for it.
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     check_memory(config, group.size, device)
     task = make_task(config, group, device)
     Trainer(config, task, group).run()
