@@ -13,7 +13,7 @@ from torch import Tensor
 from ..sf_core.config import Sampling
 from ..sf_core.rollout import Progress
 from . import host, options
-from .job import REMEDY, Job, content_of, warn
+from .job import REMEDY, Job, check_mask, content_of, notes_of
 
 SIGMAS_FROM_1 = "use sigmas that begin at 1"
 
@@ -99,12 +99,12 @@ class RolloutSampler(Sampler):
         """
         job = self.job(guider, sigmas, extra_args.get("seed") or 0, noise.shape, latent_image, denoise_mask)
         patches = extra_args["model_options"]["transformer_options"]
-        warn(job, self.node)
+        notes_of(job, self.node, own_steps=False)
         report = _report(callback, disable_pbar)
 
         def sample() -> Tensor:
             host.load(job.model, job.needed)
-            with host.threads_for(job.model):
+            with host.threads_for(job.model, 64 * job.shape[3] * job.shape[4]):
                 return job.latents(report, patches)
 
         latents = host.within_memory(sample, job.what, REMEDY)
@@ -121,7 +121,9 @@ class RolloutSampler(Sampler):
         latent_image: Tensor | None,
         denoise_mask: Tensor | None,
     ) -> Job:
-        _check(guider, denoise_mask)
+        sigmas = torch.where(torch.isclose(sigmas, torch.ones_like(sigmas)), 1.0, sigmas)  # schedulers round
+        _check_guider(guider)
+        check_mask(denoise_mask)
         model = guider.model_patcher
         model = model if self.compile == "off" else host.for_compiling(model)
         own = host.family_of(model).sampling
@@ -153,16 +155,11 @@ def at_sigmas(sampling: Sampling, sigmas: Tensor) -> Sampling:
     return replace(sampling, steps=tuple(1000 * level for level in levels[:-1]), shift=1.0, warp=True, first_steps=None)
 
 
-def _check(guider: CFGGuider, denoise_mask: Tensor | None) -> None:
+def _check_guider(guider: CFGGuider) -> None:
     if type(guider).predict_noise is not CFGGuider.predict_noise:
         raise ValueError(
             f"Got the guider {type(guider).__name__}; the rollout combines positive and negative prompts itself. Use "
             "BasicGuider or CFGGuider."
-        )
-    if denoise_mask is not None:
-        raise ValueError(
-            "Got a latent with a noise mask; a rollout makes whole frames. Remove the mask, and use prefix to keep "
-            "frames at the beginning."
         )
 
 

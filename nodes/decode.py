@@ -14,7 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sf_core import memory, taehv, vae
-from . import host, options, tiny
+from . import host, options, room, tiny
 from .job import Kept
 
 SMALLEST_TILE = 128  # pixels; tiles also look at 24 pixels on each side, so smaller ones do little else
@@ -47,7 +47,7 @@ class SelfForcingDecode(io.ComfyNode):
         if decoder is None:
             return io.NodeOutput(vae.decode(samples).flatten(0, -4))
         what = f"{samples.shape[2]} latent frames of {8 * samples.shape[4]} x {8 * samples.shape[3]} pixels to decode"
-        with host.threads_for(vae.patcher):
+        with host.threads_for(vae.patcher, 64 * samples.shape[3] * samples.shape[4]):
             frames = host.within_memory(lambda: decoder.decode(samples, tile // 8 or None), what, decoder.remedy)
         return io.NodeOutput(frames.flatten(0, 1))
 
@@ -92,9 +92,10 @@ class Decoder:
 
         One video after the other, with progress, previews and Cancel.
         """
-        self.load(self.room(samples.shape[3] * samples.shape[4] * 64, tile))
+        pixels, length = samples.shape[3] * samples.shape[4] * 64, len(samples) * (4 * samples.shape[2] - 3)
+        room.check_frames(length, pixels, "Use Self Forcing Stream with a file, and set its keep to 81.")
+        self.load(self.room(pixels, tile))
         stream, bar = self.stream(tile), comfy.utils.ProgressBar(len(samples) * samples.shape[2])
-        length = len(samples) * (4 * samples.shape[2] - 3)
         kept = Kept(length, length, dim=0)
         for video in samples.split(1):
             stream.reset()

@@ -29,9 +29,9 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..sf_core.compile import compile_stages
 from ..sf_core.config import PRESETS, Sampling, WanConfig
-from ..sf_core.model import Attention, Stages, WanLayers
+from ..sf_core.machine import ran_out
+from ..sf_core.model import Attention, WanLayers
 from ..sf_core.rollout import Progress, Reencode
 from ..sf_core.storyboard import Entrance
 from . import room
@@ -39,8 +39,9 @@ from . import room
 Result = TypeVar("Result")
 Preview = tuple[str, Image.Image, int]  # format, picture, largest side
 
-SMALL = 64 * 1024**2
+SMALL, SMALL_FRAME = 64 * 1024**2, 256 * 256  # bytes of a model, pixels
 SECONDS_BETWEEN_PICTURES = 0.1  # as often as ComfyUI itself tells of progress
+MOST_WAITING = 64  # messages; a run that nobody is slow to watch has a few
 PREVIEW_SIZE = 256  # pixels, at least where a picture can be enlarged by a whole factor
 FAMILY = "self_forcing_family"
 ENTRANCE = "self_forcing_entrance"  # key of a CONDITIONING entry: the storyboard.Entrance of a prompt after the first
@@ -138,12 +139,6 @@ def attention_of(patcher: ModelPatcher, compiled: bool = False, options: dict | 
     return PatchedAttention(patcher.model_options["transformer_options"] if options is None else options, kernel)
 
 
-@lru_cache
-def stages_of(compile: str) -> Stages:
-    """The parts of a block, compiled or not. Made once, so that what was compiled serves later runs too."""
-    return compile_stages(compile)
-
-
 def loaded_again(loader: tuple) -> ModelPatcher:
     """A MODEL with weights of its own, as its `cached_patcher_init` (function, arguments, index of several) says."""
     load, arguments, *index = loader
@@ -191,7 +186,7 @@ def loaded(
     load(patcher, needed, beside, others)
     patcher.pre_run()
     try:
-        with threads_for(patcher):
+        with threads_for(patcher, 64 * needed.height * needed.width):
             yield
     finally:
         patcher.cleanup()
@@ -205,7 +200,7 @@ def within_memory(work: Callable[[], Result], what: str, remedy: str) -> Result:
     try:
         return work()
     except RuntimeError as error:
-        if not management.is_oom(error):
+        if not management.is_oom(error) and not ran_out(error):
             raise
     # Outside of the except block, where nothing refers to the tensors that were being worked with any more.
     management.soft_empty_cache()
@@ -213,10 +208,10 @@ def within_memory(work: Callable[[], Result], what: str, remedy: str) -> Result:
 
 
 @contextmanager
-def threads_for(patcher: ModelPatcher) -> Iterator[None]:
-    """One thread for a model so small that, on a CPU, handing work between threads takes longer than the work."""
+def threads_for(patcher: ModelPatcher, pixels: int) -> Iterator[None]:
+    """One thread for a model and frames so small that, on a CPU, handing work over takes longer than the work."""
     threads = torch.get_num_threads()
-    if patcher.load_device.type == "cpu" and patcher.model_size() < SMALL:
+    if patcher.load_device.type == "cpu" and patcher.model_size() < SMALL and pixels <= SMALL_FRAME:
         torch.set_num_threads(1)
     try:
         yield
@@ -301,13 +296,29 @@ def say(node: type[io.ComfyNode], text: str) -> None:
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 
+class Notes:
+    """Lines of text on the node that runs, one below the other: a text that is said takes the place of the last."""
+
+    def __init__(self, node: type[io.ComfyNode]) -> None:
+        self.node, self.lines = node, []
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        say(self.node, "\n".join(self.lines))
+
+
 def send(node: type[io.ComfyNode], event: str, data: Callable[[], dict]) -> None:
-    """Sends an event about the node that runs to the browser it was started from, if there is one."""
+    """Sends an event about the node that runs to the browser it was started from, if that is there and keeps up.
+
+    ComfyUI queues messages without end and sends them one after the other: those for a slow connection would hold up
+    everybody's, and grow. So while MOST_WAITING wait this one is dropped.
+    """
     if node.hidden is not None and node.hidden.unique_id:
         from server import PromptServer
 
         server = PromptServer.instance
-        server.send_sync(event, {"node": node.hidden.unique_id, **data()}, server.client_id)
+        if server.client_id in server.sockets and server.messages.qsize() < MOST_WAITING:
+            server.send_sync(event, {"node": node.hidden.unique_id, **data()}, server.client_id)
 
 
 def check_cancelled() -> None:
@@ -318,21 +329,21 @@ def check_cancelled() -> None:
 class SamplingProgress:
     """A step of a rollout on the node's progress bar, with a picture of the newest frames; Cancel is heard here.
 
-    `compiling` says on the node that the first steps take longer, and then how long they took.
+    `compiling` notes that the first step takes longer, and then how long it took.
     """
 
-    def __init__(self, patcher: ModelPatcher, node: type[io.ComfyNode], compiling: bool) -> None:
+    def __init__(self, patcher: ModelPatcher, notes: Notes, compiling: bool) -> None:
         self.bar, self.done, self.shown = comfy.utils.ProgressBar(1), 0, -math.inf
         self.preview = family_of(patcher).preview
         self.previewer = previewer_of(patcher)
-        self.node, self.began = node, time.monotonic() if compiling else None
+        self.notes, self.began = notes, time.monotonic() if compiling else None
         if compiling:
-            say(node, "Compiling. The first step takes longer.")
+            notes.add("Compiling. The first step takes longer.")
 
     def __call__(self, progress: Progress) -> None:
         check_cancelled()
         if self.began is not None:
-            say(self.node, f"First step with compiling: {time.monotonic() - self.began:.0f} s")
+            self.notes.add(f"First step with compiling: {time.monotonic() - self.began:.0f} s")
             self.began = None
         self.done += 1
         self.bar.update_absolute(self.done, progress.total, self.picture(progress.x0))

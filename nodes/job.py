@@ -15,6 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..sf_core.compile import compile_stages
 from ..sf_core.config import Sampling
 from ..sf_core.model import WanLayers
 from ..sf_core.noise import SeededNoise
@@ -116,7 +117,7 @@ class Job:
             dtype=self.dtype,
             cache_dtype=self.cache_dtype,
             attention=host.attention_of(model, compiled, options),
-            stages=host.stages_of(self.compile),
+            stages=compile_stages(self.compile),
             on_step=on_step,
         ):  # fmt: skip
             host.check_cancelled()
@@ -187,6 +188,7 @@ def job_of(
     model = model if compile == "off" else host.for_compiling(model)
     wan = host.wan_of(model)
     samples = host.latents_of(latent, wan)
+    check_mask(latent.get("noise_mask"))
     into = model.model.process_latent_in
     return Job(
         model, sampling, host.prompts_of(positive, len(samples)), samples.shape, seed,
@@ -211,6 +213,15 @@ def content_of(samples: Tensor | None, got: str, otherwise: str) -> Tensor:
     return samples
 
 
+def check_mask(mask: Tensor | None) -> None:
+    """Raises ValueError for a noise mask."""
+    if mask is not None:
+        raise ValueError(
+            "Got a latent with a noise mask; a rollout makes whole frames. Remove the mask, and use prefix to keep "
+            "frames at the beginning."
+        )
+
+
 def chunk_warning(job: Job) -> str | None:
     """Why the chunk that was asked for will not look good, where it is not the one that the model was trained with."""
     family = host.family_of(job.model)
@@ -225,8 +236,21 @@ def chunk_warning(job: Job) -> str | None:
     return f"chunk {asked}, but this model was trained with chunks of {trained}: {reason}. 0 takes the model's own."
 
 
-def warn(job: Job, node: type) -> None:
-    """Tells on the node and in the log what will not look good."""
-    if message := chunk_warning(job):
-        log.warning("Self Forcing: %s", message)
-        host.say(node, message)
+def shift_warning(job: Job) -> str | None:
+    """Why a node that sets the shift for stock samplers changes nothing, where there is one."""
+    if "model_sampling" not in job.model.object_patches:
+        return None
+    return "the shift of ModelSamplingSD3 (or its like) does nothing here. Set it in Self Forcing Settings."
+
+
+def notes_of(job: Job, node: type, own_steps: bool = True) -> host.Notes:
+    """The node's notes, which begin with what will not go as expected; the log has it, too.
+
+    own_steps  whether the job's steps are not those of a stock scheduler, which knows the MODEL's shift
+    """
+    notes = host.Notes(node)
+    for message in (chunk_warning(job), shift_warning(job) if own_steps else None):
+        if message:
+            log.warning("Self Forcing: %s", message)
+            notes.add(message)
+    return notes

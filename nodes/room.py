@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import comfy.model_management as management
+import psutil
 import torch
 
 from ..sf_core.checkpoint import Memory, memory_needed
@@ -84,6 +85,21 @@ def check(rollout: Rollout, device: torch.device) -> None:
         f"Got {rollout.frames} latent frames of {8 * rollout.width} x {8 * rollout.height} pixels, {rollout.window} of "
         f"them in the window, which take {gib(rollout.bytes)} beside the model; this device has {gib(limit)}. {remedy}"
     )
+
+
+def check_frames(frames: int, pixels: int, remedy: str) -> None:
+    """Raises ValueError, with the remedy, where so many frames have no room in one tensor.
+
+    The system gives more than it has, and ends ComfyUI when that is used.
+    """
+    device, needed = management.intermediate_device(), 3 * frames * pixels * management.intermediate_dtype().itemsize
+    there = management.get_free_memory(device)
+    if device.type == "cpu":
+        there += psutil.swap_memory().free
+    if needed > there:
+        raise ValueError(
+            f"Got {frames} frames to hand on, which take {gib(needed)} in one piece; {gib(there)} are free. {remedy}"
+        )
 
 
 def smaller(rollout: Rollout, limit: int) -> Iterator[str]:

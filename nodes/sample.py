@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from . import host, options
-from .job import REMEDY, job_of, warn
+from .job import REMEDY, job_of, notes_of
 
 
 class SelfForcingLatent(io.ComfyNode):
@@ -102,8 +102,7 @@ class SelfForcingSampler(io.ComfyNode):
             model, sampling, positive, latent, seed, prefix, history, denoise, negative, cfg, options.CACHES[cache],
             compile,
         )  # fmt: skip
-        warn(job, cls)
-        progress = host.SamplingProgress(job.model, cls, compile != "off")
+        progress = host.SamplingProgress(job.model, notes_of(job, cls), compile != "off")
 
         def sample() -> torch.Tensor:
             with job.loaded():

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ..sf_core.rollout import Progress
 from ..sf_core.video import save_video
-from . import host, options
+from . import host, options, room
 from .decode import Decoder, check_channels, check_tile, streaming_decoder
-from .job import REMEDY, Job, Kept, job_of, warn
+from .job import REMEDY, Job, Kept, job_of, notes_of
 
 EVENT = "self_forcing.frames"  # what web/stream.js listens to
 QUALITY = 92  # of the JPEGs it shows; as many pixels of colour as of brightness, since small frames are enlarged
@@ -90,9 +90,9 @@ class SelfForcingStream(io.ComfyNode):
         )  # fmt: skip
         check_tile(tile)
         stream = Stream(job, decoder_of(vae, latent["samples"]), tile // 8 or None, fps, cls, keep, keep_prefix)
-        warn(job, cls)
+        notes = notes_of(job, cls)
         if drawn is not None:
-            host.say(cls, f"seed {drawn}")
+            notes.add(f"seed {drawn}")
         saved = destination(file.strip(), job) if file.strip() else None
         host.within_memory(lambda: stream.run(saved), job.what, f"{REMEDY} {stream.decoder.remedy}")
         # Not as a preview (ui.PreviewVideo): the file is what the screen has shown.
@@ -184,6 +184,8 @@ class Stream:
 
     def run(self, file: Path | None) -> None:
         """Makes the video. With a file, what was made stays there whatever happens."""
+        pixels = 64 * self.job.shape[3] * self.job.shape[4]
+        room.check_frames(self.images.total - self.images.first, pixels, "Give file a name, and set keep to 81.")
         self.decoder.load(self.beside)
         with self.job.loaded(self.beside, self.decoder.vae.patcher):
             if file is None:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        print("sf_core: stopped; nothing was written", file=sys.stderr)
+        print("sf_core: stopped", file=sys.stderr)
         return STOPPED
     except (ValueError, OSError, MemoryError, ImportError) as error:
         print("sf_core: error:", " ".join(str(error).split()), file=sys.stderr)

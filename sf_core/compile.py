@@ -1,16 +1,18 @@
 """torch.compile for the two parts of a block around self-attention.
 
 Their shapes are those of a chunk, whatever the cache holds, and every block has the same layers: each part is compiled
-once per chunk size and dtype and then serves all blocks of all chunks. Attention itself stays a call of the kernel.
+once per chunk size and dtype and then serves all blocks of all chunks, and of later rollouts. Attention itself stays a
+call of the kernel.
 
-Compiling needs a working compiler (Triton on GPUs, a C++ compiler on CPUs), which shows only when it is first used.
-Where there is none, one warning says so and the parts run as they are.
+Compiling needs a working compiler (Triton on GPUs, a C++ compiler on CPUs), and layers that can be traced, which shows
+only when it is first used. Where it does not work, one warning says so and the parts of that rollout run as they are.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,11 +21,13 @@ from .model import EAGER, Stages
 
 MODES = ("off", "default", "max-autotune")
 
+SIZES = 64  # of chunks that are kept compiled; with Dynamo's own 8 the ninth size would run as it is, unsaid
+
 log = logging.getLogger(__name__)
 
 
 def compile_stages(mode: str = "default", backend: str | Callable = "inductor") -> Stages:
-    """The stages of a block, compiled when first used; `mode` is one of MODES.
+    """The stages of a block for a rollout, compiled when first used; `mode` is one of MODES.
 
     max-autotune tries more kernels: slower to start (minutes at full size), faster afterwards. Raises ValueError for
     another mode.
@@ -32,13 +36,22 @@ def compile_stages(mode: str = "default", backend: str | Callable = "inductor") 
         raise ValueError(f"Got compile mode {mode!r}; there is {', '.join(MODES)}. Use default, or off.")
     if mode == "off":
         return EAGER
+    guard, (before, after) = Guard(), compiled(mode, backend)
+    return Stages(guard.wrap(EAGER.before, before), guard.wrap(EAGER.after, after))
+
+
+@lru_cache
+def compiled(mode: str, backend: str | Callable) -> tuple[Callable, Callable]:
+    """Both parts. Made once, so that what was compiled serves later rollouts, too."""
     # CUDA graphs would copy every chunk's tokens; the kernels are long enough without.
     inductor = "max-autotune-no-cudagraphs" if mode == "max-autotune" else None
     options = {"mode": inductor} if backend == "inductor" else {}
-    guard = Guard()
-    options |= {"backend": backend, "dynamic": False}
-    before, after = (guard.wrap(stage, torch.compile(stage, **options)) for stage in (EAGER.before, EAGER.after))
-    return Stages(before, after)
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, SIZES)
+    before, after = (
+        torch.compile(stage, backend=backend, dynamic=False, **options) for stage in (EAGER.before, EAGER.after)
+    )
+    return before, after
 
 
 class Guard:

@@ -32,7 +32,7 @@ from .compile import MODES, compile_stages
 from .config import PRESETS, Sampling
 from .families import FAMILIES
 from .fp8 import FLOAT8
-from .machine import device_named, memory_of, peak_memory_mib, release
+from .machine import device_named, memory_of, peak_memory_mib, ran_out, release
 from .memory import Plan, advice, gib
 from .model import EAGER, Attention, sdpa
 from .model import Stages as Blocks
@@ -41,7 +41,7 @@ from .noise import MAX_SEED, SeededNoise
 from .rollout import Progress, Span, plan_spans, rollout, whole_chunks
 from .script import REREADING, Cue
 from .storyboard import Prompt, cues, parse, starts
-from .video import check_destination, check_folder, contact_sheet, fitted, read_video, save_video
+from .video import check_destination, check_folder, contact_sheet, read_video, save_video
 
 MAX_FRAMES = 1_000_000  # 17 hours
 TILES = 12  # frames on the contact sheet
@@ -359,11 +359,11 @@ def _parts(plan: Plan) -> str:
 
 @contextmanager
 def _told_memory(plan: Plan, device: torch.device) -> Iterator[None]:
-    """Out of memory, as an error with remedies, and all that was made is freed; a CPU tells it by the words alone."""
+    """Out of memory, as an error with remedies, and all that was made is freed."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not ran_out(error):
             raise
         traceback.clear_frames(error.__traceback__)
         release(device)
@@ -447,7 +447,8 @@ def _request(args: argparse.Namespace, source: Source) -> Request:
     changes = {name: value for name, value in vars(args).items() if name in ("steps", "chunk", "window", "sink")}
     dtype = DTYPES.get(args.dtype, torch.float32 if args.device.type == "cpu" else torch.bfloat16)
     height, width = args.height or source.height, args.width or source.width
-    start, clip = (None if path is None else _read_clip(path, height, width) for path in (args.start, args.source))
+    clips = ((args.start, None), (args.source, args.frames))
+    start, clip = (path and _read_clip(path, most, (height, width), args.fps) for path, most in clips)
     return Request(
         prompt=args.prompt if args.prompt_file is None else _read_prompt(args.prompt_file),
         fps=args.fps,
@@ -478,10 +479,10 @@ def _usual_length(start: Tensor | None, clip: Tensor | None) -> int:
     return 81 if start is None else len(start) + 80
 
 
-def _read_clip(path: Path, height: int, width: int) -> Tensor:
-    """The frames [T, H, W, 3] of an image or video, at the video's size."""
+def _read_clip(path: Path, most: int | None, size: tuple[int, int], fps: float) -> Tensor:
+    """The frames [T, H, W, 3] of an image or video, at the size and rate of the video to make."""
     try:
-        return fitted(read_video(path), height, width)
+        return read_video(path, most, size, fps)
     except OSError as error:
         reason = error.strerror or "it is no image or video that can be read"
         raise OSError(f"Got {path}, but {reason.lower()}. Give an image, a video, or a folder of PNGs.") from None

@@ -39,6 +39,11 @@ def memory_of(device: torch.device) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
 
 
+def ran_out(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out; a CPU tells it by the words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def release(device: torch.device) -> None:
     """Gives memory that is no longer used back to the device."""
     if device.type == "cuda":

@@ -331,10 +331,13 @@ def switch(
         cache.cut(frame)
     if transition not in REREADING:
         return
-    start = frame - made.latents.shape[2]
+    latents = made.latents
     if transition == "renew":
-        cache.restart(start)
-    model.commit(made.latents, sampling.context_noise, cache.chunk(start, frame - start, attention))
+        cache.restart(frame - latents.shape[2])
+    elif frame - latents.shape[2] > cache.first:
+        latents = latents[:, :, -cache.ring :]  # sinks stay: what they hold is older, and there is no slot for more
+    start = frame - latents.shape[2]
+    model.commit(latents, sampling.context_noise, cache.chunk(start, frame - start, attention))
 
 
 Reencode = Callable[[Tensor], Tensor]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 FRAME_NAME = re.compile(r"frame_\d{5,}\.png")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SAME_RATE = 0.05  # of a rate; nobody sees it, and containers round
 NAMES = "Use a name that ends in .mp4, .webm or .gif, or in / for a folder of PNGs."
 
 
@@ -62,24 +63,43 @@ def save_video(
     return count
 
 
-def read_video(path: str | Path, most: int | None = None) -> Tensor:
+def read_video(
+    path: str | Path, most: int | None = None, size: tuple[int, int] | None = None, fps: float | None = None
+) -> Tensor:
     """The frames [T, H, W, 3] of a video file, a folder of images or one image, float32 in 0..1; the first `most`.
+
+    size   (H, W) they are `fitted` to, each as it is read, so that a large video is never held at its own size
+    fps    frames are left out or repeated so that it has this rate at the same speed; images have no rate
 
     Raises OSError when it cannot be read, ValueError when it holds no frames.
     """
-    path = Path(path)
+    path, rate = Path(path), None
     if _kind(path) in PICTURES:
-        frames = iter([imageio.imread(path, mode="RGB")])
+        images = iter([imageio.imread(path, mode="RGB")])
     elif path.is_dir():
-        frames = (imageio.imread(file, mode="RGB") for file in sorted(path.glob("*.png")))
+        images = (imageio.imread(file, mode="RGB") for file in sorted(path.glob("*.png")))
     elif _kind(path) == ".gif":
-        frames = imageio.imiter(path, plugin="pillow", mode="RGB")
+        images = imageio.imiter(path, plugin="pillow", mode="RGB")
+        rate = 1000 / (imageio.immeta(path, plugin="pillow").get("duration") or 100)  # ms; 100 is what browsers take
     else:
-        frames = imageio.imiter(path, plugin="pyav")
-    images = list(islice(frames, most))
-    if not images:
+        images = imageio.imiter(path, plugin="pyav")
+        rate = imageio.immeta(path, plugin="pyav").get("fps")
+    if rate and fps and abs(rate / fps - 1) > SAME_RATE:
+        images = _at_rate(images, rate / fps)
+    pictures = (torch.from_numpy(image).float().div_(255)[None] for image in islice(images, most))
+    frames = [fitted(picture, *size) if size else picture for picture in pictures]
+    if not frames:
         raise ValueError(f"Got {path}, which holds no frames. Give a video file or a folder of PNGs.")
-    return torch.from_numpy(np.stack(images)).float() / 255
+    return torch.cat(frames)
+
+
+def _at_rate(images: Iterator[np.ndarray], step: float) -> Iterator[np.ndarray]:
+    """The image that is shown at each of the times 0, step, 2 step, ..., counted in images."""
+    wanted = 0
+    for number, image in enumerate(images):
+        while int(wanted * step + 1e-6) == number:  # a rate is seldom exact
+            yield image
+            wanted += 1
 
 
 def fitted(frames: Tensor, height: int, width: int) -> Tensor:

@@ -8,16 +8,26 @@ const NODE = "SelfForcingStream";
 const EVENT = "self_forcing.frames";
 const screens = new Map(); // node -> Screen
 
-/** The screen of the node that an event is about. In a subgraph the server says the ids of all graphs around it: 12:3. */
+/** The screen of the node that an event is about. In a subgraph the server says the ids of all nodes around it: 12:3. */
 function screenOf(id) {
-  const own = String(id).split(":").pop();
-  for (const [node, screen] of screens) {
-    if (node.graph && String(node.id) === own) return screen;
-    if (!node.graph) {
-      screen.player.stop?.(); // removed without a word, as when a whole graph is
+  let node;
+  let graph = app.rootGraph;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(Number(part));
+    graph = node?.subgraph;
+  }
+  return screens.get(node);
+}
+
+/** Ends the screens of nodes that are in no graph any more. A graph that is loaded anew drops them without a word. */
+function forget() {
+  const graphs = [app.rootGraph, ...app.rootGraph.subgraphs.values()];
+  const there = new Set(graphs.flatMap((graph) => graph.nodes));
+  for (const [node, screen] of screens)
+    if (!there.has(node)) {
+      screen.player.stop?.();
       screens.delete(node);
     }
-  }
 }
 
 class Screen {
@@ -77,6 +87,7 @@ class Screen {
 }
 
 api.addEventListener(EVENT, ({ detail }) => screenOf(detail.node)?.receive(detail));
+api.addEventListener("execution_start", forget);
 for (const over of ["execution_success", "execution_error", "execution_interrupted"])
   api.addEventListener(over, () => screens.forEach((screen) => screen.player.end()));
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..tiny.data import Clips, caption, draw, render
-from ..video import fitted, read_video
+from ..video import read_video
 from .config import DataConfig, TrainConfig
 from .draws import Draws
 from .parallel import Group
@@ -187,13 +187,13 @@ def _folder_latents(videos: list[Path], frames: int, config: TrainConfig, world:
     needed, model = 1 + 4 * (frames - 1), config.model
 
     def encode(video: Path) -> Tensor:
-        pixels = read_video(video, most=needed)
+        pixels = read_video(video, needed, (model.height, model.width))
         if len(pixels) < needed:
             raise ValueError(
                 f"Got {video} with {len(pixels)} frames; a clip of {frames} latent frames takes {needed}. Give longer "
                 "clips, or set flow.frames and rollout.frames lower."
             )
-        return world.encode(fitted(pixels, model.height, model.width)[None])
+        return world.encode(pixels[None])
 
     about = [video.stat() for video in videos]
     files = [[video.name, one.st_size, one.st_mtime_ns] for video, one in zip(videos, about)]

@@ -63,6 +63,29 @@ def test_without_a_compiler_one_warning_and_the_same_video(caplog):
     assert "does not work here" in caplog.text and "triton" in caplog.text
 
 
+def test_nine_sizes_of_chunks_are_all_compiled():
+    count = Counting()
+    for chunk in range(1, 10):
+        roll(chunk, Sampling(chunk=chunk), stages=compile_stages("default", count))
+    assert count.graphs == 18
+    roll(2, Sampling(chunk=2), stages=compile_stages("default", count))
+    assert count.graphs == 18  # what was compiled serves later rollouts
+
+
+def test_a_rollout_that_cannot_be_compiled_leaves_others_alone():
+    calls = []
+
+    def once(module, inputs):
+        calls.append(module)
+        if len(calls) == 1:
+            raise RuntimeError("these layers cannot be traced")
+        return module
+
+    for _ in range(2):
+        roll(3, stages=compile_stages("default", once))
+    assert len(calls) == 3  # before, and then both parts
+
+
 def test_off_is_eager_and_other_modes_are_refused():
     assert compile_stages("off") is EAGER
     with pytest.raises(ValueError, match="Got compile mode 'fast'"):

@@ -6,7 +6,7 @@ import torch
 from sf_core.config import Sampling
 from sf_core.model import Sequence, encode_text, velocity
 from sf_core.noise import SeededNoise
-from sf_core.rollout import rollout
+from sf_core.rollout import Denoiser, rollout
 from sf_core.script import TRANSITIONS, Cue, Script
 from tests.core.test_rollout import PROMPT, SMALL, WAN, equal, roll
 
@@ -34,6 +34,20 @@ def test_transitions_differ():
 
 def test_a_switch_waits_for_the_next_chunk():
     assert torch.equal(roll(12, WINDOW, prompt=cues("cut", 4)), roll(12, WINDOW, prompt=cues("cut", 6)))
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize(("start", "frames"), [(13, range(7, 13)), (10, range(4, 10)), (7, range(7))])
+def test_a_recache_reads_sinks_again_only_while_they_are_the_first_frames(monkeypatch, pinned, start, frames):
+    read, commit = [], Denoiser.commit
+
+    def spy(self, x0, timestep, attend):
+        read.append(attend.frames)
+        commit(self, x0, timestep, attend)
+
+    monkeypatch.setattr(Denoiser, "commit", spy)
+    roll(19, Sampling(window=9, sink=3, pinned=pinned, first_chunk=1), prompt=cues("recache", start))
+    assert max(read, key=len) == frames
 
 
 def test_a_cut_without_sinks_starts_afresh():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sf_core import video
-from sf_core.video import check_destination, contact_sheet, read_video, save_video
+from sf_core.video import check_destination, contact_sheet, fitted, read_video, save_video
 
 NAMES = ["clip.mp4", "clip.webm", "clip.gif", "clip/"]
 LOSS = {"clip.mp4": 0.02, "clip.webm": 0.02, "clip.gif": 0.01, "clip/": 1 / 255}  # mean error
@@ -34,6 +34,21 @@ def test_what_is_written_can_be_read(tmp_path, name):
     assert read.shape == clip.shape and read.dtype == torch.float32
     assert (read - clip).abs().mean() < LOSS[name]
     assert os.listdir(tmp_path) == [name.strip("/")]
+
+
+@pytest.mark.parametrize(("fps", "numbers"), [(32, [0, 2, 4, 6, 8, 10]), (8, [0, 0, 1, 1, 2, 2]), (16.5, range(12))])
+def test_a_video_of_another_rate_keeps_its_speed(tmp_path, fps, numbers):
+    save_video(tmp_path / "clip.mp4", moving_square(), fps=fps)
+    read = read_video(tmp_path / "clip.mp4")
+    assert torch.equal(read_video(tmp_path / "clip.mp4", len(numbers), fps=16), read[list(numbers)])
+    save_video(f"{tmp_path}/frames/", moving_square(), fps=fps)
+    assert len(read_video(tmp_path / "frames", fps=16)) == 12  # a folder has no rate
+
+
+def test_a_video_is_fitted_as_it_is_read(tmp_path):
+    save_video(tmp_path / "clip.mp4", moving_square(), fps=16)
+    read = read_video(tmp_path / "clip.mp4", size=(32, 32))
+    torch.testing.assert_close(read, fitted(read_video(tmp_path / "clip.mp4"), 32, 32))
 
 
 def test_mp4_is_what_every_player_plays(tmp_path):

@@ -573,19 +573,17 @@ def test_out_of_memory_frees_the_cache_and_leaves_the_host_usable(sample, model,
 
 
 def test_compiled_parts_serve_all_blocks_chunks_and_runs(sample, model, monkeypatch):
-    from any_folder_name.nodes import host
+    from any_folder_name.nodes import job
     from any_folder_name.sf_core.compile import compile_stages
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
-    monkeypatch.setattr(host, "compile_stages", lambda mode: compile_stages(mode, backend=counter))
-    host.stages_of.cache_clear()
+    monkeypatch.setattr(job, "compile_stages", lambda mode: compile_stages(mode, backend=counter))
     nine = {"latent": {"samples": torch.zeros(1, 16, 9, 4, 4)}}
     compiled = sample(model, **nine, compile="default")
     first = counter.frame_count
     assert torch.allclose(compiled, sample(model, **nine), atol=1e-4)
     sample(model, **nine, compile="default", seed=1)
-    host.stages_of.cache_clear()
     assert first == counter.frame_count == 3  # before, between and after the two attentions
 
 
