@@ -60,15 +60,36 @@ def test_workflow_opens_without_a_missing_node_or_an_error(page, name):
     assert complaints(page) == []
 
 
+SAID = "[...document.querySelectorAll('div')].map((e) => e.textContent).find((t) => /^frame \\d+ of 161/.test(t))"
+
+
 def test_the_live_screen_plays_what_is_made(page):
     open_workflow(page, "tiny_stream")
     page.evaluate("app.queuePrompt(0, 1)")
-    said = "[...document.querySelectorAll('div')].map((e) => e.textContent).find((t) => /^frame \\d+ of 161/.test(t))"
-    page.wait_for_function(said, timeout=120_000)
-    first = page.evaluate(said)
+    page.wait_for_function(SAID, timeout=120_000)
+    first = page.evaluate(SAID)
     colours = """new Set([...document.querySelectorAll('canvas')].filter((c) => c.width === 64).flatMap((c) =>
         [...new Uint32Array(c.getContext('2d').getImageData(0, 0, 64, 64).data.buffer)])).size"""
     assert page.evaluate(colours) > 20
     page.wait_for_timeout(500)
-    assert page.evaluate(said) != first
+    assert page.evaluate(SAID) != first
     assert complaints(page) == []
+
+
+def test_a_screen_in_a_subgraph_plays_when_the_graph_was_loaded_again(page):
+    open_workflow(page, "tiny_stream")
+    page.evaluate(
+        """async () => {
+            const node = app.graph.nodes.find((node) => node.type === "SelfForcingStream");
+            node.widgets.find((widget) => widget.name === "seed").value = 12345; // or nothing would run again
+            app.graph.convertToSubgraph(new Set([node]));
+            await app.loadGraphData(app.graph.serialize(), true, true, "again");
+            app.canvas.setGraph(app.graph.nodes.find((node) => node.subgraph).subgraph);
+        }"""
+    )
+    page.wait_for_timeout(500)
+    assert not page.evaluate(SAID)
+    page.evaluate("app.queuePrompt(0, 1)")
+    page.wait_for_function(SAID, timeout=120_000)
+    assert complaints(page) == []
+    page.evaluate("app.canvas.setGraph(app.graph)")

@@ -1,5 +1,8 @@
 """Settings, streams, SAMPLER, guidance, prefixes and sources: the nodes around the rollout, inside ComfyUI."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +66,86 @@ def output_folder(monkeypatch, tmp_path):
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """ComfyUI's server as nodes see it, with one browser: .events it was sent, .waiting messages, .client_id."""
+    events = []
+    instance = SimpleNamespace(
+        events=events, waiting=0, client_id="browser", sockets={"browser": None},
+        send_sync=lambda event, data, client: events.append((event, data, client)),
+        send_progress_text=lambda text, node: events.append((text, node)),
+    )  # fmt: skip
+    instance.messages = SimpleNamespace(qsize=lambda: instance.waiting)
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
+    return instance
+
+
+# --- What nodes tell -------------------------------------------------------------------------------------------------
+
+
+def test_live_frames_go_to_the_browser_that_asked_while_it_keeps_up(pack, server):
+    from any_folder_name.nodes import host
+
+    node, made = SimpleNamespace(hidden=SimpleNamespace(unique_id="7")), []
+    data = lambda: made.append(1) or {"frames": []}  # noqa: E731
+    host.send(node, "frames", data)
+    assert server.events == [("frames", {"node": "7", "frames": []}, "browser")]
+    server.waiting = host.MOST_WAITING
+    host.send(node, "frames", data)
+    server.waiting, server.client_id = 0, None  # a script, which no browser waits for
+    host.send(node, "frames", data)
+    assert len(server.events) == len(made) == 1
+
+
+def test_notes_on_a_node_do_not_hide_each_other(pack, server):
+    from any_folder_name.nodes import host
+
+    notes = host.Notes(SimpleNamespace(hidden=SimpleNamespace(unique_id="7")))
+    notes.add("chunk 1, but")
+    notes.add("seed 5")
+    assert server.events[-1] == ("chunk 1, but\nseed 5", "7")
+
+
+def test_a_shift_for_stock_samplers_is_said_to_do_nothing(call, tiny, latent, sample, custom, caplog):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    (shifted,) = ModelSamplingSD3().patch(tiny.model, 5.0)
+    assert torch.equal(sample(model=shifted), sample()) and "Set it in Self Forcing Settings" in caplog.text
+    caplog.clear()
+    custom(call("SamplerSelect", 0, 0, -1), call("Sigmas", shifted, "auto", 0), model=shifted)
+    assert not caplog.records  # stock schedulers know the shift
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_frames_without_room_are_refused_before_anything_is_made(call, tiny, latent, stream, sample, monkeypatch):
+    import comfy.model_management as management
+    import psutil
+
+    samples = sample()
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=0))
+    frame = 64 * 64 * 3 * 4
+    monkeypatch.setattr(management, "get_free_memory", lambda *_: 20 * frame)
+    monkeypatch.setattr(management, "load_models_gpu", None)
+    with pytest.raises(ValueError, match="33 frames to hand on.*Give file a name, and set keep to 81"):
+        stream()
+    with pytest.raises(ValueError, match="33 frames to hand on.*Self Forcing Stream with a file"):
+        call("Decode", {"samples": samples}, tiny.vae)
+    monkeypatch.undo()
+    images, _ = stream(keep=20)
+    assert len(images) == 20
+
+
+def test_memory_that_a_cpu_has_not_got_is_out_of_memory(pack):
+    from any_folder_name.nodes import host
+
+    with pytest.raises(torch.OutOfMemoryError, match="Got a video, for which.*Make a smaller one"):
+        host.within_memory(lambda: torch.empty(2**60), "a video", "Make a smaller one.")
+    with pytest.raises(RuntimeError, match="size"):
+        host.within_memory(lambda: torch.ones(2) @ torch.ones(3), "a video", "Make a smaller one.")
 
 
 # --- Stream ----------------------------------------------------------------------------------------------------------
@@ -168,7 +251,15 @@ def test_other_sigmas_are_refused(call, custom, sigmas):
         custom(call("SamplerSelect", 0, 0, -1), torch.tensor(sigmas))
 
 
-def test_masks_and_other_guiders_are_refused(call, tiny, latent, custom):
+@pytest.mark.parametrize("first", [1 - 1e-7, 1 + 1e-7])
+def test_schedulers_may_round(call, tiny, custom, first):
+    sampler, sigmas = call("SamplerSelect", 0, 0, -1), call("Sigmas", tiny.model, "auto", 0)
+    rounded = sigmas.clone()
+    rounded[0] = first
+    assert torch.equal(custom(sampler, rounded)[0], custom(sampler, sigmas)[0])
+
+
+def test_masks_and_other_guiders_are_refused(call, tiny, latent, custom, sample):
     from comfy_extras.nodes_custom_sampler import DualCFGGuider, RandomNoise, SamplerCustomAdvanced
 
     sampler, sigmas = call("SamplerSelect", 0, 0, -1), call("Sigmas", tiny.model, "auto", 0)
@@ -176,6 +267,8 @@ def test_masks_and_other_guiders_are_refused(call, tiny, latent, custom):
         custom(sampler, sigmas, start={**latent, "noise_mask": torch.ones(1, 1, 9, 8, 8)})
     with pytest.raises(ValueError, match="empty latent"):
         custom(sampler, sigmas[1:])
+    with pytest.raises(ValueError, match="noise mask"):
+        sample(latent={**latent, "noise_mask": torch.ones(1, 1, 9, 8, 8)})
     prompts = (tiny.prompt, tiny.prompt, tiny.prompt)
     guider = DualCFGGuider.execute(tiny.model, *prompts, 2.0, 2.0, "regular").args[0]
     with pytest.raises(ValueError, match="Use BasicGuider or CFGGuider"):
