@@ -73,7 +73,8 @@ def page(frames: np.ndarray) -> Image.Image:
 
 def save_gif(path: Path) -> None:
     video = clips(PROMPTS).mul(255).round().byte().numpy()
-    pages = [page(video[:, i]).quantize(128, dither=Image.Dither.NONE) for i in range(0, FRAMES, 2)]
+    choice = {"method": Image.Quantize.MAXCOVERAGE, "kmeans": 1, "dither": Image.Dither.NONE}
+    pages = [page(video[:, i]).quantize(**choice) for i in range(0, FRAMES, 2)]
     pages[0].save(path, save_all=True, append_images=pages[1:], duration=125, loop=0)
 
 

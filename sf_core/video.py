@@ -27,6 +27,7 @@ from torch import Tensor
 
 FRAME_NAME = re.compile(r"frame_\d{5,}\.png")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SMALL = 128 * 128  # pixels of an image that takes little time, whatever is done with it
 SAME_RATE = 0.05  # of a rate; nobody sees it, and containers round
 NAMES = "Use a name that ends in .mp4, .webm or .gif, or in / for a folder of PNGs."
 
@@ -228,13 +229,21 @@ def _write_gif(path: Path, images: Iterator[np.ndarray], fps: float, metadata: d
     def picture(image: np.ndarray) -> Image.Image:
         nonlocal count
         count += 1
-        return Image.fromarray(image).quantize(dither=Image.Dither.NONE)
+        return indexed(Image.fromarray(image))
 
     pictures = map(picture, images)
     first = next(pictures, None)
     _check_any(count)
     first.save(path, save_all=True, append_images=pictures, duration=round(1000 / fps), loop=0)
     return count
+
+
+def indexed(image: Image.Image) -> Image.Image:
+    """The image in 256 colours. Pillow's median cut forgets small areas; where there is time, in small images, colours
+    are chosen so that all are covered, and moved to the middle of what they stand for."""
+    small = image.width * image.height <= SMALL
+    choice = {"method": Image.Quantize.MAXCOVERAGE, "kmeans": 1} if small else {}
+    return image.quantize(dither=Image.Dither.NONE, **choice)
 
 
 def _write_folder(path: Path, images: Iterator[np.ndarray], fps: float, metadata: dict[str, str]) -> int:

@@ -51,6 +51,17 @@ def test_a_video_is_fitted_as_it_is_read(tmp_path):
     torch.testing.assert_close(read, fitted(read_video(tmp_path / "clip.mp4"), 32, 32))
 
 
+def test_a_gif_keeps_the_colours_of_small_things(tmp_path):
+    """Sixteen patches of four pixels in pure colours, on grain that has all the others."""
+    generator = torch.Generator().manual_seed(0)
+    clip = 0.25 + 0.5 * torch.rand(1, 64, 64, 3, generator=generator)
+    colours = 0.05 + 0.9 * torch.rand(4, 4, 3, generator=generator).round()
+    for y, x in ((2, 2), (2, 3), (3, 2), (3, 3)):
+        clip[0, y::16, x::16] = colours
+    save_video(tmp_path / "clip.gif", clip)
+    assert (read_video(tmp_path / "clip.gif")[0, 2::16, 2::16] - colours).abs().amax() < 0.02
+
+
 def test_mp4_is_what_every_player_plays(tmp_path):
     save_video(tmp_path / "clip.mp4", moving_square(), fps=16)
     with av.open(str(tmp_path / "clip.mp4")) as file:
