@@ -14,6 +14,7 @@ from ..sf_core.config import PRESETS, Sampling
 from ..sf_core.families import FAMILIES
 from ..sf_core.fp8 import FLOAT8
 from ..sf_core.noise import MAX_SEED
+from ..sf_core.schedule import evenly
 
 CATEGORY = "Self Forcing"
 AUTO = "auto"
@@ -169,8 +170,3 @@ def sampling_of(name: str, own: Sampling, steps: int, chunk: int, window: int, s
         window=window or sampling.window,
         sink=sampling.sink if sink < 0 else sink,
     )
-
-
-def evenly(steps: int) -> tuple[float, ...]:
-    """So many timesteps, evenly spaced from 1000 down, before the shift."""
-    return tuple(1000 * (steps - i) / steps for i in range(steps))

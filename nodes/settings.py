@@ -7,6 +7,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..sf_core.config import Sampling
+from ..sf_core.schedule import evenly
 from . import host, models, options
 
 AS_MADE, PINNED = "as made", "pinned"
@@ -79,7 +80,7 @@ class SelfForcingSettings(io.ComfyNode):
             context_noise=None if context_noise < 0 else context_noise,
             shift=shift or None,
             first_chunk=first_chunk or None,
-            first_steps=options.evenly(first_steps) or None,
+            first_steps=evenly(first_steps) or None,
         )
         model = model.clone()
         trained = family.trained or family.sampling.chunk

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from .schedule import evenly
+
 MAX_SIZE = 2048  # pixels
 
 
@@ -35,8 +37,7 @@ def steps(text: str) -> tuple[float, ...]:
             return tuple(float(step) for step in text.split(",") if step.strip())
         except ValueError:
             raise argparse.ArgumentTypeError(f"got {text}; use numbers like 1000,750,500,250") from None
-    count = whole(1, 1000)(text)
-    return tuple(1000 - 1000 * i / count for i in range(count))
+    return evenly(whole(1, 1000)(text))
 
 
 def share(text: str) -> float:

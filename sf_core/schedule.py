@@ -30,6 +30,11 @@ def shift_sigma(u: float, shift: float) -> float:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def evenly(steps: int) -> tuple[float, ...]:
+    """So many timesteps, evenly spaced from 1000 down, before the shift."""
+    return tuple(1000 * (steps - i) / steps for i in range(steps))
+
+
 @lru_cache
 def sigma_table(shift: float) -> tuple[float, ...]:
     """The 1000 sigmas, falling from 1."""
