@@ -94,7 +94,7 @@ class Decoder:
         """
         pixels, length = samples.shape[3] * samples.shape[4] * 64, len(samples) * (4 * samples.shape[2] - 3)
         room.check_frames(length, pixels, "Use Self Forcing Stream with a file, and set its keep to 81.")
-        self.load(self.room(pixels, tile))
+        self.load(self.held(pixels, tile) + self.used(pixels, tile))
         stream, bar = self.stream(tile), comfy.utils.ProgressBar(len(samples) * samples.shape[2])
         kept = Kept(length, length, dim=0)
         for video in samples.split(1):
@@ -112,10 +112,17 @@ class Decoder:
         frames = stream.decode(self.to_model_space(raw.to(self.vae.device)))[0]
         return frames.to(management.intermediate_device(), management.intermediate_dtype())
 
-    def room(self, pixels: int, tile: int | None) -> int:
-        """Bytes it takes for frames of so many pixels, beside the weights that ComfyUI loads."""
-        numbers = self.memory.held(pixels, tile is not None) + self.memory.used(pixels, tile)
-        return numbers * self.vae.vae_dtype.itemsize
+    def held(self, pixels: int, tile: int | None) -> int:
+        """Bytes it keeps for frames of so many pixels, beside the weights that ComfyUI loads.
+
+        Weights in dynamic memory come and go, so the stream has a copy of them.
+        """
+        copied = 0 if self.vae.patcher.is_dynamic() else self.memory.weights
+        return (self.memory.held(pixels, tile is not None) - copied) * self.vae.vae_dtype.itemsize
+
+    def used(self, pixels: int, tile: int | None) -> int:
+        """Bytes that it takes while it decodes."""
+        return self.memory.used(pixels, tile) * self.vae.vae_dtype.itemsize
 
     def load(self, room: int) -> None:
         """Brings the VAE to its device, with `room` bytes free beside it."""

@@ -63,8 +63,8 @@ class SelfForcingLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision", options=list(models.PRECISIONS), default=AUTO,
-                    tooltip="auto: as the file has it and the device likes it; bf16, fp16; fp8: the matrices of the "
-                    "blocks in float8 with scales, half the memory and faster on GPUs with float8 units.",
+                    tooltip="auto: as ComfyUI loads any Wan model, in float16 on most NVIDIA cards; bf16, as these "
+                    "models were trained; fp16; fp8: the blocks' matrices in float8 with scales, half the memory.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The video model, a native Wan MODEL that knows how it is sampled.")],

@@ -3,6 +3,9 @@
 The core finds the weights in the file; ComfyUI builds the network around them, so that LoRAs, offloading and saving
 work as with its own loaders. Float8 is ComfyUI's own format too: one scale for each matrix, and metadata that names
 the quantised layers. What reads or writes the latents stays as it is; see fp8.py.
+
+On GPUs with float8 units ComfyUI also turns activations to float8, with a scale of 1 unless the file has another.
+What is quantised here is exempt from that, since it costs more than the weights do; so are files that ask for it.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ from torch import Tensor
 from ..sf_core.checkpoint import Checkpoint, dequantised, load_checkpoint, plain_dtype
 from ..sf_core.config import WanConfig
 from ..sf_core.fp8 import FLOAT8, LARGEST
-from ..sf_core.recognise import is_scale
+from ..sf_core.recognise import is_scale, metadata_entry
 from ..sf_core.taehv import TAEHV
 from ..sf_core.tensorfiles import map_tensors, read_header
 from . import host
 
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FLOAT8}
+IN_FULL = "full_precision_matrix_mult"  # as ComfyUI calls it
 SCALED = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}  # ComfyUI's names
 
 
@@ -49,7 +53,8 @@ def from_checkpoint(
     dtype = PRECISIONS[source[2]]
     metadata, options = wan_metadata(checkpoint.config), {}
     if dtype is FLOAT8 or (dtype is None and checkpoint.dtype in SCALED):
-        state, layers = in_float8(checkpoint.state_dict, plain_dtype(checkpoint.dtype), quantise=dtype is FLOAT8)
+        plain = plain_dtype(checkpoint.dtype)
+        state, layers = in_float8(checkpoint.state_dict, plain, dtype is FLOAT8, multiplies_in_full(source[0]))
         metadata |= quantisation(layers)
     elif dtype is None:
         state = dict(checkpoint.state_dict)
@@ -94,12 +99,23 @@ def load_float8(loader: tuple, disable_dynamic: bool = False) -> ModelPatcher:
     """What a MODEL's own loader gives, with the matrices of the blocks in float8."""
     network = host.loaded_again(loader).model.diffusion_model
     state = network.state_dict()
-    state, layers = in_float8(state, state["blocks.0.self_attn.q.weight"].dtype, quantise=True)
+    state, layers = in_float8(state, state["blocks.0.self_attn.q.weight"].dtype, True)
     metadata = wan_metadata(host.wan_config(network)) | quantisation(layers)
     return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=disable_dynamic)
 
 
-def quantisation(layers: dict[str, dict[str, str]]) -> dict[str, str]:
+def multiplies_in_full(path: Path) -> bool:
+    """Whether a float8 file asks for products in full precision, in any of the three forms that ComfyUI knows."""
+    file = read_header(path)
+    layers = metadata_entry(file.metadata, "_quantization_metadata").get("layers", {}).values()
+    marks = [name for name in file.tensors if name.endswith("comfy_quant")]
+    told = (json.loads(bytes(mark.tolist())) for mark in map_tensors(file, marks).values())
+    return any(layer.get(IN_FULL, False) for layer in (*layers, *told)) or any(
+        name.endswith("scaled_fp8") and tensor.numel() == 2 for name, tensor in file.tensors.items()
+    )
+
+
+def quantisation(layers: dict[str, dict]) -> dict[str, str]:
     """The metadata that names quantised layers."""
     return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
 
@@ -118,12 +134,13 @@ def wan_metadata(config: WanConfig) -> dict[str, str]:
 
 
 def in_float8(
-    state: dict[str, Tensor], dtype: torch.dtype, quantise: bool
-) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+    state: dict[str, Tensor], dtype: torch.dtype, quantise: bool, in_full: bool = False
+) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """A state dict in ComfyUI's form of float8, and for each quantised layer its format.
 
     Matrices that are float8 stay what they are, except that scales per row, which ComfyUI has not, become one scale
     per matrix. `quantise` makes float8 of the other matrices of the blocks. Other float8 tensors are turned to `dtype`.
+    `in_full` keeps activations as they are for the matrices that stay; for those made here they always are.
     """
     done: dict[str, Tensor] = {}
     layers = {}
@@ -134,12 +151,12 @@ def in_float8(
         matrix = tensor.ndim == 2 and name.endswith(".weight")
         if matrix and tensor.dtype in SCALED and not scale.ndim:
             done |= {name: tensor, f"{name}_scale": scale}
-            layers[layer] = {"format": SCALED[tensor.dtype]}
+            layers[layer] = {"format": SCALED[tensor.dtype]} | ({IN_FULL: True} if in_full else {})
             if (inputs := state.get(f"{layer}.input_scale")) is not None:
                 done[f"{layer}.input_scale"] = inputs
         elif matrix and (tensor.dtype in SCALED or (quantise and name.startswith("blocks."))):
             done |= scaled(name, dequantised({name: tensor, f"{name}_scale": scale}, torch.float32)[name])
-            layers[layer] = {"format": SCALED[FLOAT8]}
+            layers[layer] = {"format": SCALED[FLOAT8], IN_FULL: True}
         else:
             done[name] = tensor.to(dtype) if tensor.dtype in SCALED else tensor
     return done, layers

@@ -42,6 +42,11 @@ class Rollout:
         return self._videos * self._one.total
 
     @property
+    def activations(self) -> int:
+        """The part of these bytes that a forward takes."""
+        return self._videos * self._one.activations
+
+    @property
     def work(self) -> int:
         """The part of these bytes that comes and goes: all but the cache."""
         return self._videos * (self._one.total - self._one.cache)

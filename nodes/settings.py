@@ -101,8 +101,8 @@ class SelfForcingFP8(io.ComfyNode):
             node_id="SelfForcingFP8",
             display_name="Self Forcing FP8",
             category=options.CATEGORY,
-            description="Turns the weights of a model's blocks into float8 with scales: half the memory, and faster on "
-            "GPUs with float8 units (Ada, Hopper and later).",
+            description="Turns the weights of a model's blocks into float8 with scales: half the memory, nearly the "
+            "same video.",
             search_aliases=["fp8", "float8", "quantize", "quantise", "low vram", "e4m3"],
             inputs=[
                 io.Model.Input("model", tooltip="A causal Wan text-to-video model, with or without LoRAs."),

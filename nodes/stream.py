@@ -155,9 +155,11 @@ class Stream:
 
     @property
     def beside(self) -> int:
-        """Bytes that the decoder takes beside the model."""
+        """Bytes that the decoder takes beside the model, with which it takes turns."""
         _, _, _, height, width = self.job.shape
-        return self.decoder.room(64 * height * width, self.tile)
+        pixels = 64 * height * width
+        more = self.decoder.used(pixels, self.tile) - self.job.needed.activations
+        return self.decoder.held(pixels, self.tile) + max(0, more)
 
     @property
     def skipped(self) -> int:

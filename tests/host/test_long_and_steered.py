@@ -139,6 +139,19 @@ def test_frames_without_room_are_refused_before_anything_is_made(call, tiny, lat
     assert len(images) == 20
 
 
+def test_stream_asks_for_the_larger_of_a_forward_and_a_decoding(pack, tiny, latent, monkeypatch):
+    from any_folder_name.nodes import stream as module
+    from any_folder_name.nodes.job import job_of
+    from any_folder_name.sf_core.config import PRESETS
+
+    job = job_of(tiny.model, PRESETS["tiny"], tiny.prompt, latent, 0)
+    decoder = module.decoder_of(tiny.vae, latent["samples"])
+    made = module.Stream(job, decoder, None, 16.0, None, 0, True)
+    held, used = decoder.held(64 * 64, None), decoder.used(64 * 64, None)
+    assert made.beside == held + max(0, used - job.needed.activations) < held + used
+    assert held == 4 * 64 * 64 * decoder.memory.kept  # the weights are ComfyUI's to count
+
+
 def test_memory_that_a_cpu_has_not_got_is_out_of_memory(pack):
     from any_folder_name.nodes import host
 
@@ -334,7 +347,7 @@ def test_a_continued_video_is_the_video_made_at_once(call, sample, settings):
     torch.testing.assert_close(sample(model=model, history="all", **longer), whole, rtol=0, atol=2e-3)
     quick = sample(model=model, **longer)
     torch.testing.assert_close(quick[:, :, :12], whole[:, :, :12])
-    assert 1e-4 < (quick - whole)[:, :, 12:].abs().max() < 10
+    assert 1e-4 < (quick - whole)[:, :, 12:].norm() / whole[:, :, 12:].norm() < 0.5
 
 
 def test_cancel_is_heard_while_a_prefix_is_read(call, sample, monkeypatch):

@@ -205,6 +205,27 @@ def test_fp8_files_keep_their_weights(call, folder):
     assert torch.equal(kept.view(torch.uint8), weights[name].view(torch.uint8))
 
 
+def in_full(model) -> set[bool]:
+    """Whether the float8 layers of a MODEL multiply in full precision."""
+    layers = model.model.diffusion_model.blocks.modules()
+    return {layer._full_precision_mm_config for layer in layers if getattr(layer, "layout_type", None) is not None}
+
+
+def test_float8_made_here_and_files_that_ask_for_it_are_multiplied_in_full(call, folder):
+    made = call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", "fp8")
+    assert in_full(made) == {True}
+    weights, asks = fp8_file(wan_weights()), json.dumps({"full_precision_matrix_mult": True})
+    files = {
+        "plain": ({}, {}, False),
+        "old mark": ({"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}, {}, True),
+        "mark": ({"blocks.0.ffn.0.comfy_quant": torch.tensor(list(asks.encode()), dtype=torch.uint8)}, {}, True),
+        "metadata": ({}, {"_quantization_metadata": f'{{"layers": {{"blocks.0.ffn.0": {asks}}}}}'}, True),
+    }
+    for name, (more, metadata, expected) in files.items():
+        file = save(folder, f"self_forcing_{name}.safetensors", weights | more, CAUSAL | metadata)
+        assert in_full(call("LoadModel", file, "auto", "auto")) == {expected}, name
+
+
 def test_fp8_leaves_what_reads_or_writes_the_latents_alone(call, folder):
     model = call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", "fp8")
     float8 = {name for name, w in model.model.diffusion_model.state_dict().items() if w.dtype == torch.float8_e4m3fn}
