@@ -395,6 +395,10 @@ NAMES = {
     "Reward-Forcing-T2V-1.3B/rewardforcing.pt": "reward-forcing",
     "rolling_forcing_dmd.pt": "rolling-forcing",
     "LongLive/self_forcing_dmd.pt": "self-forcing",
+    "autoregressive_checkpoint/model.pt": "causvid",
+    "autoregressive_checkpoint.pt": "causvid",
+    "Wan2_1-T2V-1_3B-CausVid_fp16.safetensors": "causvid",
+    "autoregressive_checkpoint_warp_4step_cfg2/model.pt": "causvid-4step",
 }
 
 
@@ -418,8 +422,20 @@ def test_chosen_family_wins_over_the_name(tmp_path):
 
 
 def test_every_pattern_leads_to_a_family():
-    assert {family for _, family in PATTERNS} <= FAMILIES.keys()
+    assert {family for _, family in PATTERNS} == FAMILIES.keys()
     assert guess_family("model_final_v2.safetensors") == ("self-forcing", None)
+
+
+def test_bidirectional_causvid_is_not_taken_for_the_causal_one():
+    assert guess_family("Wan21_CausVid_bidirect2_T2V_1_3B.safetensors").evidence is None
+
+
+def test_causvids_steps_are_told_to_the_network_as_they_stand():
+    steps = FAMILIES["causvid"].sampling.steps_of(first=True)
+    assert [step.timestep for step in steps] == [1000, 757, 522]
+    # Noise levels of the entries of CausVid's table, shift 8, that lie nearest to them.
+    table = [8 * u / (1 + 7 * u) for u in (1 - i / 1000 for i in range(1000))]
+    assert [step.sigma for step in steps] == [min(table, key=lambda s: abs(s - t)) for t in (1, 0.757, 0.522)]
 
 
 def test_model_that_nothing_calls_causal_gets_a_warning(tmp_path):
