@@ -92,7 +92,7 @@ class BuiltIn:
 
 @dataclass(frozen=True)
 class Files:
-    """A user's files. `vae` is a Wan VAE or, with `tiny_decoder`, a TAEHV."""
+    """A user's files. `vae` is a Wan VAE or, with `tiny_decoder`, a TAEHV; `lora` is merged into the model."""
 
     model: Path
     text: Path
@@ -100,13 +100,15 @@ class Files:
     tiny_decoder: bool = False
     tokenizer: Path | None = None
     family: str | None = None
+    lora: Path | None = None
+    lora_strength: float = 1.0
 
     width, height = 832, 480
 
     @cached_property
     def about(self) -> Description:
         """What the model is, from its header. Raises as `checkpoint.describe`."""
-        return describe(self.model, self.family)
+        return describe(self.model, self.family, self.lora, self.lora_strength)
 
     @property
     def name(self) -> str:
@@ -161,10 +163,11 @@ class Files:
     def wan(self, request: Request) -> WanModel:
         device, dtype = request.device, request.dtype
         if self.about.dtype is FLOAT8:
-            return float8_model(load_checkpoint(self.model, self.family), device, dtype)
+            return float8_model(load_checkpoint(self.model, self.family), device, dtype)  # takes no LoRA
+        lora = {"lora": self.lora, "strength": self.lora_strength}
         if request.fp8:
-            return in_float8(load_model(self.model, family=self.family)[0], device, dtype)
-        return load_model(self.model, device, dtype, self.family)[0]
+            return in_float8(load_model(self.model, family=self.family, **lora)[0], device, dtype)
+        return load_model(self.model, device, dtype, self.family, **lora)[0]
 
     def left_out(self, text: nn.Module, prompt: str) -> Iterator[tuple[list[str], str]]:
         """(words, why they will not count)."""

@@ -34,7 +34,7 @@ GET_ONE = (
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 LAYER = re.compile(r"(?:^|\.)(text_embedding|time_projection|blocks|head)\.")
 SIGNATURE = ("text_embedding.0.weight", "time_projection.1.weight", "blocks.0.self_attn.q.weight", "head.modulation")
-TEACHERS = re.compile(r"(^|\.)(critic|fake_score|real_score|discriminator)\.")
+TEACHERS = re.compile(r"(^|\.)(critic|fake_score|real_score|discriminator)(_lora)?\.")
 EMA = re.compile(r"(^|[._])ema([._]|$)")
 SCALES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}  # other names of the same
 MARKERS = ("scaled_fp8", "comfy_quant", "freqs")  # tensors that say nothing the others do not
@@ -209,7 +209,7 @@ def _refuse_loras(tensors: dict[str, Tensor], title: str) -> None:
         raise CheckpointError(
             f"{title}, a LoRA or a model with LoRA layers not merged into it",
             f"{NEEDED}, whole (the step-distilled 'self forcing' LoRAs make a model faster, not causal)",
-            f"Add a LoRA to a loaded model with LoraLoaderModelOnly. {GET_ONE}",
+            f"Add a LoRA to a model: with LoraLoaderModelOnly in ComfyUI, with --lora in generate. {GET_ONE}",
         )
 
 

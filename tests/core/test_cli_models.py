@@ -125,6 +125,21 @@ def test_family_preset_and_options_decide_the_sampling(make, options, expected):
     assert {name: report["sampling"][name] for name in expected} == expected
 
 
+def test_a_lora_is_merged_into_the_model(make, files):
+    q = "blocks.0.ffn.0"
+    pair = {
+        f"base_model.model.{q}.lora_A.weight": torch.ones(2, 128),
+        f"base_model.model.{q}.lora_B.weight": torch.ones(64, 2),
+    }
+    torch.save({"generator_lora": pair}, files / "lora.pt")
+    _, plain, _ = make(*MODEL, *TINY)
+    report, frames, said = make(*MODEL, *TINY, "--lora", "lora.pt", "--lora-strength", "0.5", name="lora/")
+    assert report["lora"] == {"file": "lora.pt", "strength": 0.5} and "With lora.pt merged into it" in said
+    assert not torch.equal(frames, plain)
+    _, same, _ = make(*MODEL, *TINY, "--lora", "lora.pt", "--lora-strength", "0", name="none/")
+    assert torch.equal(same, plain)
+
+
 def test_size_is_wans_unless_told(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generate, "memory_of", lambda device: 1)
     line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *MODEL, *VAE)
@@ -293,6 +308,7 @@ WRONG = {
     "a VAE for the TAEHV": (["--taehv", "Wan2.1_VAE.pth"], "do not make up a TAEHV"),
     "a TAEHV of Wan 2.2": (["--taehv", "taew2_2.safetensors"], "48 channels; the model makes 16"),
     "a text file for the autoencoder": (["--vae", "notes.txt"], "a text file"),
+    "a model for the LoRA": (["--lora", "longlive.safetensors"], "no part of a plain LoRA"),
     "an unknown family": (["--family", "stable-forcing"], "known are self-forcing"),
     "tiles with TAEHV": (["--taehv", "taew2_1.safetensors", "--tile", "256"], "Leave --tile out"),
     "tiles that are too small": (["--vae", "Wan2.1_VAE.pth", "--tile", "32"], "Use 64 or more"),
