@@ -31,6 +31,7 @@ from .tensorfiles import map_tensors, read_header
 from .text import load_text_encoder
 
 ROOM = 2**30  # bytes that a text encoder takes beside its weights, roughly
+TOGETHER = 16  # frames of a clip that are encoded at a time: 4 latents, what a tile takes in one turn
 
 
 class Request(Protocol):
@@ -136,13 +137,18 @@ class Files:
         return "lighttae" in self.vae.name.lower()
 
     def encode(self, request: Request, frames: Tensor) -> Tensor:
-        """Frames [1, 1 + 4k, H, W, 3] in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU."""
+        """Frames [1, 1 + 4k, H, W, 3] in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU.
+
+        No more than `TOGETHER` frames are on the device at a time.
+        """
         autoencoder = self.autoencoder(request)
-        if not self.tiny_decoder:
-            return autoencoder.encode(frames, _tile(request.tile, autoencoder.margin)).cpu()
-        still = frames[:, :1].expand(-1, 3, -1, -1, -1)  # a TAEHV makes latents of 4 frames each; the first is a still
-        latents = autoencoder.encode(torch.cat((still, frames), dim=1)).cpu()
-        return vae.to_model_space(latents) if self.light else latents
+        if self.tiny_decoder:
+            stream = taehv.EncoderStream(autoencoder)
+            stream.encode(frames[:, :1].expand(-1, 3, -1, -1, -1))  # its first latent is of 4 frames too: a still
+        else:
+            stream = vae.EncoderStream(autoencoder, _tile(request.tile, autoencoder.margin))
+        latents = torch.cat([stream.encode(piece).cpu() for piece in frames.split(TOGETHER, 1)], 2)
+        return vae.to_model_space(latents) if self.tiny_decoder and self.light else latents
 
     def decoder(self, request: Request) -> vae.DecoderStream | taehv.DecoderStream:
         decoder = self.autoencoder(request)

@@ -392,6 +392,30 @@ def test_lighttae_reads_the_latents_of_the_wan_vae():
     assert torch.equal(light, taehv.DecoderStream(autoencoder).decode(vae.from_model_space(latents)))
 
 
+@pytest.mark.parametrize("kind", ["vae", "vae in tiles", "taehv", "lighttae"])
+def test_a_clip_is_encoded_in_pieces_to_the_latents_of_the_whole(files, monkeypatch, kind):
+    tiny, light = "tae" in kind, kind == "lighttae"
+    name = {"taehv": "taew2_1.safetensors", "lighttae": "lighttaew2_1.safetensors"}.get(kind, "Wan2.1_VAE.pth")
+    save_file(taehv_state(), files / "lighttaew2_1.safetensors")
+    source = models.Files(Path("longlive.safetensors"), Path("umt5.safetensors"), Path(name), tiny)
+    tile = 8 if "tiles" in kind else None
+    request = type("Request", (), {"device": torch.device("cpu"), "dtype": torch.float32, "tile": tile})
+    frames = torch.rand(1, 41, 64 if tile else 16, 16, 3, generator=torch.Generator().manual_seed(0))
+
+    whole, given = source.autoencoder(request), []
+    if tiny:
+        expected = whole.encode(torch.cat([frames[:, :1].expand(-1, 3, -1, -1, -1), frames], 1))
+        expected = vae.to_model_space(expected) if light else expected
+    else:
+        expected = whole.encode(frames, tile)
+    for stream in (vae.EncoderStream, taehv.EncoderStream):
+        encode = stream.encode
+        monkeypatch.setattr(stream, "encode", lambda s, x, run=encode: given.append(x.shape[1]) or run(s, x))
+    latents = source.encode(request, frames)
+    assert torch.equal(latents, expected) and latents.shape[2] == 11
+    assert max(given) == models.TOGETHER and sum(given) == 41 + 3 * tiny
+
+
 def test_the_file_name_tells_lighttae_from_taew(files):
     kinds = {"lighttaew2_1.safetensors": models.LightDecoderStream, "taew.safetensors": taehv.DecoderStream}
     for name, kind in kinds.items():
