@@ -28,7 +28,7 @@ from .machine import memory_of
 from .memory import Decoder, Plan
 from .model import WanModel
 from .tensorfiles import map_tensors, read_header
-from .text import load_text_encoder
+from .text import bytes_loaded, load_text_encoder
 
 ROOM = 2**30  # bytes that a text encoder takes beside its weights, roughly
 TOGETHER = 16  # frames of a clip that are encoded at a time: 4 latents, what a tile takes in one turn
@@ -160,7 +160,7 @@ class Files:
     def text_encoder(self, request: Request) -> nn.Module:
         """UMT5, on the device if it fits there, else on the CPU."""
         room = memory_of(request.device)
-        fits = room is None or _bytes_of(self.text) + ROOM < room
+        fits = room is None or bytes_loaded(self.text) + ROOM < room
         return load_text_encoder(self.text, self.tokenizer, request.device if fits else "cpu")
 
     def negative(self, text: nn.Module, prompt: str) -> Tensor:
@@ -269,10 +269,3 @@ def _tile(tile: int | None, margin: int) -> int | None:
 def _refuse_tiles(tile: int | None, decoder: str) -> None:
     if tile is not None:
         raise ValueError(f"Got --tile with {decoder}, which takes little memory and has no tiles. Leave --tile out.")
-
-
-def _bytes_of(path: Path) -> int:
-    """Bytes of a file with its other shards, or of all files in a folder."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return read_header(path).nbytes

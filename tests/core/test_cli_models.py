@@ -161,6 +161,17 @@ def test_text_encoder_is_gone_before_the_model_comes(make, monkeypatch):
     make(*MODEL, *TINY)
 
 
+def test_the_text_encoder_goes_where_it_fits_once_loaded(files, monkeypatch):
+    loaded, gpu = texts.bytes_loaded("umt5.safetensors"), torch.device("cuda")
+    assert loaded < 0.6 * Path("umt5.safetensors").stat().st_size  # float32 on the disk
+    source = models.Files(Path("longlive.safetensors"), Path("umt5.safetensors"), Path("taew2_1.safetensors"), True)
+    request = type("Request", (), {"device": gpu})
+    monkeypatch.setattr(models, "load_text_encoder", lambda path, tokenizer, device: torch.device(device))
+    for room, device in ((loaded + 1, gpu), (loaded, torch.device("cpu")), (None, gpu)):
+        monkeypatch.setattr(models, "memory_of", lambda device, room=room: room and room + models.ROOM)
+        assert source.text_encoder(request) == device
+
+
 def test_words_without_room_are_told(files, tmp_path, capsys):
     argv = ["generate", "a red circle " * 500, "--out", f"{tmp_path}/clip.gif", *SIZE, *MODEL, *TINY]
     assert main(argv) == 0
