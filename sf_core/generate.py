@@ -32,7 +32,7 @@ from .compile import MODES, compile_stages
 from .config import PRESETS, Sampling
 from .families import FAMILIES
 from .fp8 import FLOAT8
-from .machine import device_named, memory_of, peak_memory_mib, ran_out, release
+from .machine import device_named, memory_of, peak_memory_mib, ran_out, release, synchronise, usual_dtype
 from .memory import Plan, advice, gib
 from .model import EAGER, Attention, sdpa
 from .model import Stages as Blocks
@@ -130,8 +130,7 @@ class Stages:
         started = time.perf_counter()
         try:
             yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            synchronise(self.device)
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
@@ -449,7 +448,7 @@ def _source(args: argparse.Namespace) -> Source:
 
 def _request(args: argparse.Namespace, source: Source) -> Request:
     changes = {name: value for name, value in vars(args).items() if name in ("steps", "chunk", "window", "sink")}
-    dtype = DTYPES.get(args.dtype, torch.float32 if args.device.type == "cpu" else torch.bfloat16)
+    dtype = DTYPES.get(args.dtype, usual_dtype(args.device))
     height, width = args.height or source.height, args.width or source.width
     clips = ((args.start, None), (args.source, args.frames))
     start, clip = (path and _read_clip(path, most, (height, width), args.fps) for path, most in clips)
