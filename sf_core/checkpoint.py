@@ -99,7 +99,8 @@ def memory_needed(
 class Description:
     """What a file's header says.
 
-    dtype       of its linear layers; torch.float8_e4m3fn or torch.float8_e5m2 for quantised ones
+    dtype       of its linear layers; where any weight is float8, torch.float8_e4m3fn or else torch.float8_e5m2, since
+                such a file has to be taken apart layer by layer, however many of them are float8
     family      a name in FAMILIES; `note` says, for people, how it was known and what else to know
     sampling    the family's, or what a model of our own training says of itself
     source      which weights of the file these are, for people
@@ -237,13 +238,14 @@ def _describe(
     file: TensorFile, found: Found, chosen: str | None, lora: str | Path | None, strength: float
 ) -> Description:
     weights = [file.tensors[at] for name, at in found.names.items() if not is_scale(name)]
+    float8 = [dtype for dtype in FLOAT8 if any(tensor.dtype is dtype for tensor in weights)]
     guess = Guess(chosen, "chosen") if chosen else _guess(file)
     own = None if chosen else _own_sampling(file)
     notes = ["Sampled as its metadata says."] if own else _notes(file, found, guess, chosen is not None)
     notes += [] if lora is None else [f"With {Path(lora).name} merged into it, strength {strength:g}."]
     return Description(
         config=found.config,
-        dtype=file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,
+        dtype=float8[0] if float8 else file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,
         family=guess.family,
         sampling=own or FAMILIES[guess.family].sampling,
         note=" ".join(notes),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import memory, taehv, tiny, vae
 from .checkpoint import Checkpoint, Description, dequantised, describe, load_checkpoint, load_model
 from .config import PRESETS, Sampling, WanConfig
-from .fp8 import FLOAT8, Fp8Linear, quantise_block
+from .fp8 import FLOAT8, Fp8Linear, quantise, quantise_block
 from .machine import memory_of
 from .memory import Decoder, Plan
 from .model import WanModel
@@ -169,7 +169,8 @@ class Files:
     def wan(self, request: Request) -> WanModel:
         device, dtype = request.device, request.dtype
         if self.about.dtype is FLOAT8:
-            return float8_model(load_checkpoint(self.model, self.family), device, dtype)  # takes no LoRA
+            wan = float8_model(load_checkpoint(self.model, self.family), device, dtype)  # takes no LoRA
+            return quantise(wan) if request.fp8 else wan  # what the file has in another dtype
         lora = {"lora": self.lora, "strength": self.lora_strength}
         if request.fp8:
             return in_float8(load_model(self.model, family=self.family, **lora)[0], device, dtype)

@@ -264,6 +264,19 @@ def test_dequantised_is_weight_times_scale(tmp_path, per_row, dtype):
         torch.testing.assert_close(plain[name], tensor, rtol=step, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float8_e4m3fn,), (torch.float8_e5m2,), (torch.float8_e5m2, torch.float8_e4m3fn)]
+)
+def test_one_float8_layer_makes_a_float8_file(tmp_path, dtypes):
+    state = weights(dtype=torch.bfloat16)
+    state |= {f"blocks.1.ffn.{2 * i}.weight": state[f"blocks.1.ffn.{2 * i}.weight"].to(d) for i, d in enumerate(dtypes)}
+    save_file(state, tmp_path / "mixed.safetensors")
+    about = describe(tmp_path / "mixed.safetensors")
+    assert about.dtype == dtypes[-1] and plain_dtype(about.dtype) == torch.bfloat16
+    model, _ = load_model(tmp_path / "mixed.safetensors")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 def test_float8_without_scales_is_taken_at_its_word(tmp_path):
     state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights().items()}
     save_file(state, tmp_path / "wan_fp8_e4m3fn.safetensors")

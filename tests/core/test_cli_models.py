@@ -201,6 +201,17 @@ def test_float8_file_stays_float8_and_means_the_same(files):
     torch.testing.assert_close(checkpoints.forward(model), checkpoints.forward(plain), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_file_with_a_few_float8_layers(files, fp8):
+    half = {name: tensor.bfloat16() for name, tensor in checkpoints.weights().items()}
+    save_file(half | {"blocks.1.ffn.0.weight": half["blocks.1.ffn.0.weight"].to(FLOAT8)}, files / "mixed.safetensors")
+    source = models.Files(files / "mixed.safetensors", files / "umt5.safetensors", files / "taew2_1.safetensors", True)
+    request = type("Request", (), {"device": torch.device("cpu"), "dtype": torch.bfloat16, "fp8": fp8})
+    layers = [layer for layer in source.wan(request).blocks.modules() if isinstance(layer, Fp8Linear)]
+    assert len(layers) == (2 * 10 if fp8 else 1)
+    (files / "mixed.safetensors").unlink()
+
+
 def test_float8_file_makes_a_video(make):
     model = ("--model", "self_forcing_fp8_scaled.safetensors", "--text-encoder", "umt5.safetensors")
     report, frames, _ = make(*model, *TINY, "--fp8", "--dtype", "bfloat16")
