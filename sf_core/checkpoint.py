@@ -274,11 +274,16 @@ def _source(file: TensorFile, found: Found) -> str:
 
 
 def _guess(file: TensorFile) -> Guess:
-    """The family, by the file's name; by its folder too where that leaves it open ("framewise/causal_forcing.pt")."""
+    """The family, by the file's name; by its folder too where that leaves it open ("framewise/causal_forcing.pt").
+
+    A Diffusers pipeline has its name one folder further up, over "transformer".
+    """
     path = file.paths[0]
     guess = guess_family(path.name)
     if guess.evidence is None or guess.family == "causal-forcing":
-        return guess_family(f"{path.absolute().parent.name} {path.name}", *file.metadata.values())
+        folder = path.absolute().parent
+        folder = folder.parent if folder.name == "transformer" else folder
+        return guess_family(f"{folder.name} {path.name}", *file.metadata.values())
     return guess
 
 

@@ -104,7 +104,7 @@ PATTERNS = (
     (r"frame-?wise.*\b1-?step|causal-?forcing.*\b1-?step", "causal-forcing-1step"),
     (r"causal-?forcing.*frame-?wise|frame-?wise.*causal-?forcing|frame-?wise", "causal-forcing-framewise"),
     (r"causal-?forcing|chunk-?wise", "causal-forcing"),
-    (r"self-?forcing", "self-forcing"),
+    (r"self-?forcing|sfwan", "self-forcing"),
     (r"causvid.*4-?step|autoregressive-?checkpoint-?warp", "causvid-4step"),
     (r"causvid(?!.*bidirect)|autoregressive-?checkpoint", "causvid"),  # bidirectional ones are published beside them
 )

@@ -10,6 +10,7 @@ whatever dicts and prefixes:
     base_model.model.blocks.0.self_attn.q.lora_B.weight      up [out, rank]; lora_B.default.weight, lora_up.weight
     diffusion_model.blocks.0.self_attn.q.alpha               [], where the file has it
     lora_unet_blocks_0_self_attn_q.lora_down.weight          with underscores for dots
+    transformer.blocks.0.attn1.to_q.lora_A.weight            Diffusers' layers
 
 PEFT keeps alpha in a configuration beside the file. Where the file has none it is taken to be the rank, as it is for
 LongLive's lora.pt (NVlabs/LongLive, configs/longlive_inference.yaml: adapter rank 256, alpha 256). For another, ask for
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .recognise import FLOAT8, TEACHERS, WRAPPERS
+from .recognise import FLOAT8, TEACHERS, WRAPPERS, wan_name
 from .tensorfiles import CheckpointError, map_tensors, read_header
 
 NEEDED = "a LoRA made for this model is needed"
@@ -128,8 +129,8 @@ def _weight_named(layer: str, model: Mapping[str, Tensor]) -> str | None:
     if UNDERSCORED.match(layer):
         plain = UNDERSCORED.sub("", layer)
         return next((name for name in model if name.removesuffix(".weight").replace(".", "_") == plain), None)
-    parts = layer.split(".")
-    names = (".".join(parts[i:]) + ".weight" for i in range(len(parts)))
+    parts = wan_name(f"{layer}.weight").split(".")
+    names = (".".join(parts[i:]) for i in range(len(parts)))
     return next((name for name in names if name in model), None)
 
 

@@ -168,6 +168,54 @@ def test_shards_load_by_index_by_shard_and_by_folder(tmp_path, index, given):
     assert checkpoint.file_bytes == sum(path.stat().st_size for path in paths)
 
 
+DIFFUSERS_LAYERS = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "patch_embedding": "patch_embedding",
+    "proj_out": "head.head",
+}
+DIFFUSERS_BLOCK = {
+    **{f"attn1.to_{x}": f"self_attn.{x}" for x in "qkv"}, "attn1.to_out.0": "self_attn.o",
+    **{f"attn2.to_{x}": f"cross_attn.{x}" for x in "qkv"}, "attn2.to_out.0": "cross_attn.o",
+    "attn1.norm_q": "self_attn.norm_q", "attn1.norm_k": "self_attn.norm_k",
+    "attn2.norm_q": "cross_attn.norm_q", "attn2.norm_k": "cross_attn.norm_k",
+    "norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+}  # fmt: skip
+
+
+def diffusers(state: dict) -> dict:
+    """The same tensors under Diffusers' names."""
+    layers = dict(DIFFUSERS_LAYERS)
+    for i in range(SMALL.layers):
+        layers |= {f"blocks.{i}.{theirs}": f"blocks.{i}.{wans}" for theirs, wans in DIFFUSERS_BLOCK.items()}
+    names = {f"{theirs}.{end}": f"{wans}.{end}" for theirs, wans in layers.items() for end in ("weight", "bias")}
+    names |= {f"blocks.{i}.scale_shift_table": f"blocks.{i}.modulation" for i in range(SMALL.layers)}
+    names["scale_shift_table"] = "head.modulation"
+    renamed = {theirs: state[wans] for theirs, wans in names.items() if wans in state}
+    assert len(renamed) == len(state)
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "model.diffusion_model."])
+def test_diffusers_names_are_wans(tmp_path, prefix):
+    save_file(prefixed(diffusers(weights()), prefix), tmp_path / "wan.safetensors")
+    checkpoint = load_checkpoint(tmp_path / "wan.safetensors")
+    assert checkpoint.config == SMALL and same(checkpoint.state_dict, weights())
+
+
+def test_a_diffusers_folder_loads_and_its_name_tells_the_family(tmp_path):
+    folder = tmp_path / "SFWan2.1-T2V-1.3B-Diffusers" / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    shard(diffusers(weights()), folder)
+    checkpoint = load_checkpoint(folder)
+    assert same(checkpoint.state_dict, weights())
+    assert checkpoint.family == "self-forcing" and 'its name says "sfwan"' in checkpoint.note
+
+
 def test_a_folder_with_one_checkpoint_stands_for_it(tmp_path):
     (tmp_path / "README.md").write_text("words")
     save_file(weights(), tmp_path / "wan.safetensors")
@@ -580,10 +628,6 @@ BAD = {
     "vace.safetensors": (
         lambda p: changed(p, vace_blocks__0__ffn__0__weight=torch.ones(2)),
         "a Wan variant with other layers",
-    ),
-    "diffusers.safetensors": (
-        lambda p: named(p, "patch_embedding.weight", "blocks.0.attn1.to_q.weight", "proj_out.weight"),
-        "a Wan model with Diffusers' layer names",
     ),
     "critic.pt": (lambda p: torch.save({"critic": weights()}, p), "a critic without its generator"),
     "sd15.safetensors": (

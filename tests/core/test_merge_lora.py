@@ -105,6 +105,19 @@ def test_lora_of_our_own_training_gives_its_merged_model(base):
     assert all(torch.allclose(got[name], want[name], atol=1e-6) for name in want)
 
 
+def test_diffusers_layers_are_wans(base):
+    lora = base.with_name("lora.safetensors")
+    save_file({diffusers_name(name): tensor for name, tensor in written(prefix="transformer.").items()}, lora)
+    check(base, lora)
+
+
+def diffusers_name(name):
+    renames = {"self_attn.q": "attn1.to_q", "cross_attn.o": "attn2.to_out.0", "ffn.0": "ffn.net.0.proj"}
+    for wans, theirs in (renames | {"ffn.2": "ffn.net.2"}).items():
+        name = name.replace(wans, theirs)
+    return name
+
+
 def test_sums_are_float32_and_rounded_once(base, tmp_path):
     half, lora = tmp_path / "half.safetensors", tmp_path / "lora.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in BASE.items()}, half)
