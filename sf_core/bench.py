@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from .compile import MODES, compile_stages
 from .config import WAN_1_3B, Sampling, WanConfig
 from .fp8 import FLOAT8, quantise
-from .generate import DTYPES, device_named, peak_memory_mib
+from .generate import DTYPES
+from .machine import device_named, peak_memory_mib, synchronise, usual_dtype
 from .model import WanModel
 from .noise import Noise, SeededNoise
 from .rollout import Progress, plan_spans, rollout
@@ -136,8 +137,7 @@ class Ours:
 
 def now(device: torch.device) -> float:
     """Seconds, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return time.perf_counter()
 
 
@@ -225,11 +225,11 @@ def measure(job: Job, ours: Ours, other: Implementation | None, decoders: list[s
     report = {"peak_tflops": peak / 1e12, "rollout_tflop": job.flops() / 1e12, "step_s": step_seconds(job, ours)}
     for name, done in runs.items():
         totals = [times[-1] for times, _ in done]
-        chunks = [b - a for times, _ in done for a, b in zip([0.0, *times], times)]
+        chunks = [[b - a for a, b in zip([0.0, *times], times)] for times, _ in done]
         report[name] = {
             "rollout_s": statistics.median(totals),
-            "chunk_s": statistics.median(chunks),
-            "last_chunk_s": statistics.median(times[-1] - times[-2] for times, _ in done if len(times) > 1),
+            "chunk_s": statistics.median(seconds for run in chunks for seconds in run),
+            "last_chunk_s": statistics.median(run[-1] for run in chunks),
             "dit_fps": job.pixel_frames / statistics.median(totals),
             "share_of_peak": job.flops() / statistics.median(totals) / peak,
         }
@@ -264,7 +264,8 @@ def table(report: dict) -> str:
                 f"{name:16} {r['decode_fps']:.1f} FPS alone; with the rollout {r['fps']:.2f} FPS, "
                 f"first frames after {r['first_frames_s']:.2f} s"
             )
-    return "\n".join([*lines, f"peak memory      {report['peak_memory_mib']:.0f} MiB"])
+    peak = report["peak_memory_mib"]
+    return "\n".join([*lines, f"peak memory      {'not told by this system' if peak is None else f'{peak:.0f} MiB'}"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,7 +277,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=int, help="latent frames attended to (all)")
     add("--sink", type=int, default=0, help="first latent frames that stay in the window (0)")
     add("--device", type=device_named, default="auto", help="cpu, cuda, mps (cuda if there is one)")
-    add("--dtype", choices=DTYPES, default="float32", help="numbers to compute in (float32)")
+    add("--dtype", choices=DTYPES, default=None, help="numbers to compute in (float32 on cpu, else bfloat16)")
     add("--fp8", action="store_true", help="float8 weights")
     add("--fp8-cache", action="store_true", help="float8 cache")
     add("--compile", choices=MODES, default="off", help="torch.compile (off)")
@@ -297,7 +298,7 @@ def run(args: argparse.Namespace) -> str:
         width=args.width or job.width,
         height=args.height or job.height,
         device=args.device,
-        dtype=DTYPES[args.dtype],
+        dtype=DTYPES.get(args.dtype, usual_dtype(args.device)),
         cache_dtype=FLOAT8 if args.fp8_cache else None,
     )
     decoders = {"none": [], "both": ["vae", "taehv"]}.get(args.decoder, [args.decoder])

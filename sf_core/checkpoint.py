@@ -18,6 +18,7 @@ Float8 weights stay float8. A scaled one has its scale beside it, under one name
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from .cache import RollingCache
 from .config import Sampling, WanConfig
 from .families import DEFAULT, FAMILIES, Guess, family_named, guess_family
+from .merge_lora import Merged, read_lora
 from .model import WanModel
 from .recognise import FLOAT8, GET_ONE, Found, find_wan, is_scale, metadata_entry
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
@@ -97,7 +99,8 @@ def memory_needed(
 class Description:
     """What a file's header says.
 
-    dtype       of its linear layers; torch.float8_e4m3fn or torch.float8_e5m2 for quantised ones
+    dtype       of its linear layers; where any weight is float8, torch.float8_e4m3fn or else torch.float8_e5m2, since
+                such a file has to be taken apart layer by layer, however many of them are float8
     family      a name in FAMILIES; `note` says, for people, how it was known and what else to know
     sampling    the family's, or what a model of our own training says of itself
     source      which weights of the file these are, for people
@@ -137,27 +140,40 @@ class Description:
 
 @dataclass(frozen=True)
 class Checkpoint(Description):
-    """A description and the weights: CPU views of the file under Wan's names, scales beside float8 ones."""
+    """A description and the weights: CPU views of the file under Wan's names, scales beside float8 ones.
 
-    state_dict: dict[str, Tensor]
+    With a LoRA, a weight that it changes is computed each time it is read.
+    """
 
-
-def describe(path: str | Path, family: str | None = None) -> Description:
-    """What a file is, from its header alone. Raises as `load_checkpoint` does."""
-    return _describe(*_open(path, family), family)
+    state_dict: Mapping[str, Tensor]
 
 
-def load_checkpoint(path: str | Path, family: str | None = None) -> Checkpoint:
+def describe(
+    path: str | Path, family: str | None = None, lora: str | Path | None = None, strength: float = 1.0
+) -> Description:
+    """What a file is, from its header alone, and whether a LoRA goes with it. Raises as `load_checkpoint` does."""
+    file, found = _open(path, family)
+    if lora is not None:
+        read_lora(lora, _headers(file, found))
+    return _describe(file, found, family, lora, strength)
+
+
+def load_checkpoint(
+    path: str | Path, family: str | None = None, lora: str | Path | None = None, strength: float = 1.0
+) -> Checkpoint:
     """Opens a checkpoint: a file, a shard, an index of shards, or a folder with one of these.
 
     `family` says how it is sampled instead of a guess, and is taken for word that the model is causal. The weights are
-    memory-mapped: they take no memory of their own until they are changed or converted. Raises CheckpointError, a
-    ValueError, for anything but a causal Wan text-to-video model; ValueError for an unknown family.
+    memory-mapped: they take no memory of their own until they are changed or converted. `lora` is a file whose LoRA is
+    merged into them, `strength` times. Raises CheckpointError, a ValueError, for anything but a causal Wan
+    text-to-video model, and for a LoRA that does not go with it; ValueError for an unknown family.
     """
     file, found = _open(path, family)
+    adapters = None if lora is None else read_lora(lora, _headers(file, found))
     mapped = map_tensors(file, found.names.values())
     state = {name: _scale(mapped[at]) if is_scale(name) else mapped[at] for name, at in found.names.items()}
-    return Checkpoint(**vars(_describe(file, found, family)), state_dict=state)
+    about = _describe(file, found, family, lora, strength)
+    return Checkpoint(**vars(about), state_dict=Merged(state, adapters, strength) if adapters else state)
 
 
 def load_model(
@@ -165,13 +181,15 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     family: str | None = None,
+    lora: str | Path | None = None,
+    strength: float = 1.0,
 ) -> tuple[WanModel, Checkpoint]:
     """The model itself, ready to run, and its checkpoint.
 
     `dtype` defaults to the file's (bfloat16 for float8 files). Weights that need neither conversion nor another device
     remain views of the file; others are converted one at a time. Raises as `load_checkpoint` does.
     """
-    checkpoint = load_checkpoint(path, family)
+    checkpoint = load_checkpoint(path, family, lora, strength)
     model = WanModel(checkpoint.config, device="meta")
     state = dequantised(checkpoint.state_dict, dtype or plain_dtype(checkpoint.dtype), device)
     model.load_state_dict(state, assign=True)
@@ -179,7 +197,7 @@ def load_model(
 
 
 def dequantised(
-    state_dict: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
+    state_dict: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """Plain weights of a state dict in `dtype` on `device`; float8 weights times their scales, in float32."""
     plain = {}
@@ -205,22 +223,32 @@ def _open(path: str | Path, family: str | None) -> tuple[TensorFile, Found]:
     return file, find_wan(file, trusted=family is not None)
 
 
+def _headers(file: TensorFile, found: Found) -> dict[str, Tensor]:
+    """The model's tensors under Wan's names, on the meta device."""
+    return {name: file.tensors[at] for name, at in found.names.items()}
+
+
 def _scale(tensor: Tensor) -> Tensor:
     """A scale as float32, [] or [out]."""
     scale = tensor.float()
     return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
 
 
-def _describe(file: TensorFile, found: Found, chosen: str | None) -> Description:
+def _describe(
+    file: TensorFile, found: Found, chosen: str | None, lora: str | Path | None, strength: float
+) -> Description:
     weights = [file.tensors[at] for name, at in found.names.items() if not is_scale(name)]
+    float8 = [dtype for dtype in FLOAT8 if any(tensor.dtype is dtype for tensor in weights)]
     guess = Guess(chosen, "chosen") if chosen else _guess(file)
     own = None if chosen else _own_sampling(file)
+    notes = ["Sampled as its metadata says."] if own else _notes(file, found, guess, chosen is not None)
+    notes += [] if lora is None else [f"With {Path(lora).name} merged into it, strength {strength:g}."]
     return Description(
         config=found.config,
-        dtype=file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,
+        dtype=float8[0] if float8 else file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,
         family=guess.family,
         sampling=own or FAMILIES[guess.family].sampling,
-        note="Sampled as its metadata says." if own else " ".join(_notes(file, found, guess, chosen is not None)),
+        note=" ".join(notes),
         source=_source(file, found),
         file_bytes=file.nbytes,
         tensors=len(weights),
@@ -246,11 +274,16 @@ def _source(file: TensorFile, found: Found) -> str:
 
 
 def _guess(file: TensorFile) -> Guess:
-    """The family, by the file's name; by its folder too where that leaves it open ("framewise/causal_forcing.pt")."""
+    """The family, by the file's name; by its folder too where that leaves it open ("framewise/causal_forcing.pt").
+
+    A Diffusers pipeline has its name one folder further up, over "transformer".
+    """
     path = file.paths[0]
     guess = guess_family(path.name)
     if guess.evidence is None or guess.family == "causal-forcing":
-        return guess_family(f"{path.absolute().parent.name} {path.name}", *file.metadata.values())
+        folder = path.absolute().parent
+        folder = folder.parent if folder.name == "transformer" else folder
+        return guess_family(f"{folder.name} {path.name}", *file.metadata.values())
     return guess
 
 

@@ -78,6 +78,18 @@ FAMILIES = {
         "than the next; here they are made one after the other. huggingface.co/TencentARC/RollingForcing: "
         "checkpoints/rolling_forcing_dmd.pt",
     ),
+    # tianweiy/CausVid, configs/wan_causal_dmd.yaml, whose list ends with a 0 that its sampler drops. The steps are not
+    # warped: timestep 757 is told to the network, and the noise level is the nearest in the shifted table.
+    "causvid": Family(
+        Sampling((1000, 757, 522), shift=8.0, warp=False, chunk=3, window=21),
+        "CausVid, 3 steps, made for 21 latent frames; for longer ones its own script begins anew with the last chunk, "
+        "its first frame re-encoded. huggingface.co/tianweiy/CausVid: autoregressive_checkpoint/model.pt",
+    ),
+    # tianweiy/CausVid, configs/wan_causal_dmd_warp_4step_cfg2.yaml
+    "causvid-4step": Family(
+        Sampling(FOUR, shift=8.0, chunk=3, window=21),
+        "CausVid, 4 steps, warped. huggingface.co/tianweiy/CausVid: autoregressive_checkpoint_warp_4step_cfg2/model.pt",
+    ),
 }
 
 DEFAULT = "self-forcing"
@@ -92,7 +104,9 @@ PATTERNS = (
     (r"frame-?wise.*\b1-?step|causal-?forcing.*\b1-?step", "causal-forcing-1step"),
     (r"causal-?forcing.*frame-?wise|frame-?wise.*causal-?forcing|frame-?wise", "causal-forcing-framewise"),
     (r"causal-?forcing|chunk-?wise", "causal-forcing"),
-    (r"self-?forcing", "self-forcing"),
+    (r"self-?forcing|sfwan", "self-forcing"),
+    (r"causvid.*4-?step|autoregressive-?checkpoint-?warp", "causvid-4step"),
+    (r"causvid(?!.*bidirect)|autoregressive-?checkpoint", "causvid"),  # bidirectional ones are published beside them
 )
 
 

@@ -14,6 +14,8 @@ embeddings, modulation, norms and the head.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,8 +31,11 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiplies_float8(device: torch.device) -> bool:
-    """Whether the device has float8 matrix units that torch can use: NVIDIA from compute capability 8.9 on."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    """Whether the device has float8 matrix units that torch can use: NVIDIA from compute capability 8.9 on.
+
+    Not on Windows, where torch is built without the kernel that scales by row.
+    """
+    if device.type != "cuda" or torch.version.cuda is None or sys.platform == "win32":
         return False
     properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile; the capability is not
     return (properties.major, properties.minor) >= (8, 9)
@@ -61,10 +66,9 @@ class Fp8Linear(nn.Module):
 
     def _product_in_float8(self, x: Tensor) -> Tensor:
         tokens, scale = quantised(x.flatten(0, -2))  # [M, in], [M, 1]
-        out = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
-        y = torch._scaled_mm(
-            tokens, self.weight.t(), scale_a=scale, scale_b=self.scale_weight.t(), out_dtype=out, use_fast_accum=True
-        )
+        scales = {"scale_a": scale, "scale_b": self.scale_weight.t()}
+        # The kernels that scale by row before CUDA 12.9, and on Ada still, write nothing but bfloat16.
+        y = torch._scaled_mm(tokens, self.weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 

@@ -32,7 +32,7 @@ from .compile import MODES, compile_stages
 from .config import PRESETS, Sampling
 from .families import FAMILIES
 from .fp8 import FLOAT8
-from .machine import device_named, memory_of, peak_memory_mib, ran_out, release
+from .machine import device_named, memory_of, peak_memory_mib, ran_out, release, synchronise, usual_dtype
 from .memory import Plan, advice, gib
 from .model import EAGER, Attention, sdpa
 from .model import Stages as Blocks
@@ -130,8 +130,7 @@ class Stages:
         started = time.perf_counter()
         try:
             yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            synchronise(self.device)
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
@@ -235,6 +234,8 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     decoder.add_argument("--taehv", type=Path, metavar="FILE", help="taew2_1, a small and fast decoder")
     group.add_argument("--text-encoder", type=Path, metavar="FILE", help="UMT5-XXL: file or folder")
     group.add_argument("--tokenizer", type=Path, metavar="FILE", help="where the text encoder's file lacks it")
+    group.add_argument("--lora", type=Path, metavar="FILE", help="merged into the model (LongLive's lora.pt)")
+    group.add_argument("--lora-strength", type=float, default=1.0, metavar="NUMBER", help="of --lora (1)")
     group.add_argument("--family", metavar="NAME", help=f"how it is sampled (guessed): {', '.join(FAMILIES)}")
 
 
@@ -397,6 +398,7 @@ def _report(request: Request, args: argparse.Namespace, preview: str | None, sta
         "out": args.out,
         "preview": preview,
         "model": str(args.model) if args.model else "built-in",
+        "lora": {"file": str(args.lora), "strength": args.lora_strength} if args.lora else None,
         "prompt": request.prompt,
         "seed": request.seed,
         "frames": request.frames,
@@ -429,7 +431,7 @@ def _sentence(report: dict) -> str:
 
 def _source(args: argparse.Namespace) -> Source:
     """The built-in networks, or the files that were named."""
-    files = ("vae", "taehv", "text_encoder", "tokenizer", "family")
+    files = ("vae", "taehv", "text_encoder", "tokenizer", "family", "lora")
     if args.model is None:
         if stray := [f"--{name.replace('_', '-')}" for name in files if getattr(args, name) is not None]:
             raise ValueError(f"Got {' and '.join(stray)} without --model, to which it belongs. Add --model FILE.")
@@ -440,12 +442,13 @@ def _source(args: argparse.Namespace) -> Source:
             "Got --model without all that goes with it; it needs --text-encoder (UMT5-XXL), and --vae (the Wan 2.1 "
             "VAE) or --taehv (taew2_1). Name their files."
         )
-    return Files(args.model, args.text_encoder, decoder, args.vae is None, args.tokenizer, args.family)
+    tokenizer, lora = args.tokenizer, (args.lora, args.lora_strength)
+    return Files(args.model, args.text_encoder, decoder, args.vae is None, tokenizer, args.family, *lora)
 
 
 def _request(args: argparse.Namespace, source: Source) -> Request:
     changes = {name: value for name, value in vars(args).items() if name in ("steps", "chunk", "window", "sink")}
-    dtype = DTYPES.get(args.dtype, torch.float32 if args.device.type == "cpu" else torch.bfloat16)
+    dtype = DTYPES.get(args.dtype, usual_dtype(args.device))
     height, width = args.height or source.height, args.width or source.width
     clips = ((args.start, None), (args.source, args.frames))
     start, clip = (path and _read_clip(path, most, (height, width), args.fps) for path, most in clips)

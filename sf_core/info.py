@@ -122,7 +122,7 @@ def _model() -> list[str]:
 
 
 def _sampling(sampling: Sampling) -> str:
-    steps = ", ".join(f"{step:g}" for step in sampling.steps)
+    steps = ", ".join(f"{step:g}" for step in sampling.steps) + ("" if sampling.warp else " as they stand")
     window = "all" if sampling.window is None else sampling.window
     sink = f"{sampling.sink}, pinned" if sampling.pinned and sampling.sink else sampling.sink
     return f"steps {steps}; shift {sampling.shift:g}; chunk {sampling.chunk}; window {window}; sink {sink}"

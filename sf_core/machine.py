@@ -30,6 +30,19 @@ def device_named(text: str) -> torch.device:
     return device
 
 
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """What to compute in where nothing is said: bfloat16, but float32 on a CPU."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was told; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def memory_of(device: torch.device) -> int | None:
     """Bytes of memory a device has for us: of a GPU what is free, of a CPU all; None where nobody can tell."""
     if device.type == "cuda":

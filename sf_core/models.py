@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from . import memory, taehv, tiny, vae
 from .checkpoint import Checkpoint, Description, dequantised, describe, load_checkpoint, load_model
 from .config import PRESETS, Sampling, WanConfig
-from .fp8 import FLOAT8, Fp8Linear, quantise_block
+from .fp8 import FLOAT8, Fp8Linear, quantise, quantise_block
 from .machine import memory_of
 from .memory import Decoder, Plan
 from .model import WanModel
 from .tensorfiles import map_tensors, read_header
-from .text import load_text_encoder
+from .text import bytes_loaded, load_text_encoder
 
 ROOM = 2**30  # bytes that a text encoder takes beside its weights, roughly
+TOGETHER = 16  # frames of a clip that are encoded at a time: 4 latents, what a tile takes in one turn
 
 
 class Request(Protocol):
@@ -92,7 +93,7 @@ class BuiltIn:
 
 @dataclass(frozen=True)
 class Files:
-    """A user's files. `vae` is a Wan VAE or, with `tiny_decoder`, a TAEHV."""
+    """A user's files. `vae` is a Wan VAE or, with `tiny_decoder`, a TAEHV; `lora` is merged into the model."""
 
     model: Path
     text: Path
@@ -100,13 +101,15 @@ class Files:
     tiny_decoder: bool = False
     tokenizer: Path | None = None
     family: str | None = None
+    lora: Path | None = None
+    lora_strength: float = 1.0
 
     width, height = 832, 480
 
     @cached_property
     def about(self) -> Description:
         """What the model is, from its header. Raises as `checkpoint.describe`."""
-        return describe(self.model, self.family)
+        return describe(self.model, self.family, self.lora, self.lora_strength)
 
     @property
     def name(self) -> str:
@@ -134,13 +137,18 @@ class Files:
         return "lighttae" in self.vae.name.lower()
 
     def encode(self, request: Request, frames: Tensor) -> Tensor:
-        """Frames [1, 1 + 4k, H, W, 3] in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU."""
+        """Frames [1, 1 + 4k, H, W, 3] in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU.
+
+        No more than `TOGETHER` frames are on the device at a time.
+        """
         autoencoder = self.autoencoder(request)
-        if not self.tiny_decoder:
-            return autoencoder.encode(frames, _tile(request.tile, autoencoder.margin)).cpu()
-        still = frames[:, :1].expand(-1, 3, -1, -1, -1)  # a TAEHV makes latents of 4 frames each; the first is a still
-        latents = autoencoder.encode(torch.cat((still, frames), dim=1)).cpu()
-        return vae.to_model_space(latents) if self.light else latents
+        if self.tiny_decoder:
+            stream = taehv.EncoderStream(autoencoder)
+            stream.encode(frames[:, :1].expand(-1, 3, -1, -1, -1))  # its first latent is of 4 frames too: a still
+        else:
+            stream = vae.EncoderStream(autoencoder, _tile(request.tile, autoencoder.margin))
+        latents = torch.cat([stream.encode(piece).cpu() for piece in frames.split(TOGETHER, 1)], 2)
+        return vae.to_model_space(latents) if self.tiny_decoder and self.light else latents
 
     def decoder(self, request: Request) -> vae.DecoderStream | taehv.DecoderStream:
         decoder = self.autoencoder(request)
@@ -152,7 +160,7 @@ class Files:
     def text_encoder(self, request: Request) -> nn.Module:
         """UMT5, on the device if it fits there, else on the CPU."""
         room = memory_of(request.device)
-        fits = room is None or _bytes_of(self.text) + ROOM < room
+        fits = room is None or bytes_loaded(self.text) + ROOM < room
         return load_text_encoder(self.text, self.tokenizer, request.device if fits else "cpu")
 
     def negative(self, text: nn.Module, prompt: str) -> Tensor:
@@ -161,10 +169,12 @@ class Files:
     def wan(self, request: Request) -> WanModel:
         device, dtype = request.device, request.dtype
         if self.about.dtype is FLOAT8:
-            return float8_model(load_checkpoint(self.model, self.family), device, dtype)
+            wan = float8_model(load_checkpoint(self.model, self.family), device, dtype)  # takes no LoRA
+            return quantise(wan) if request.fp8 else wan  # what the file has in another dtype
+        lora = {"lora": self.lora, "strength": self.lora_strength}
         if request.fp8:
-            return in_float8(load_model(self.model, family=self.family)[0], device, dtype)
-        return load_model(self.model, device, dtype, self.family)[0]
+            return in_float8(load_model(self.model, family=self.family, **lora)[0], device, dtype)
+        return load_model(self.model, device, dtype, self.family, **lora)[0]
 
     def left_out(self, text: nn.Module, prompt: str) -> Iterator[tuple[list[str], str]]:
         """(words, why they will not count)."""
@@ -260,10 +270,3 @@ def _tile(tile: int | None, margin: int) -> int | None:
 def _refuse_tiles(tile: int | None, decoder: str) -> None:
     if tile is not None:
         raise ValueError(f"Got --tile with {decoder}, which takes little memory and has no tiles. Leave --tile out.")
-
-
-def _bytes_of(path: Path) -> int:
-    """Bytes of a file with its other shards, or of all files in a folder."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return read_header(path).nbytes

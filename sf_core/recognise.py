@@ -1,10 +1,11 @@
 """Is a file's header that of a causal Wan model, and which tensor is which? Or what is it instead?
 
-Checkpoints of Wan differ in their wrapping only: the layers have the same names, under some prefix, in some dict. So
-names are cut at the first part that is a layer of Wan (`blocks.0...`); what comes before is the root. The best root is
-taken: EMA weights, then the generator, then any other; never a critic. The shape of the model follows from the
-tensors' shapes; only the number of heads cannot be seen (metadata, or else heads 128 wide). Every name and shape is
-then checked against the model itself, on the meta device, before a single weight is mapped.
+Checkpoints of Wan differ in their wrapping only: the layers have the same names, under some prefix, in some dict.
+Diffusers alone has other names, which are turned to Wan's first. Names are cut at the first part that is a layer of Wan
+(`blocks.0...`); what comes before is the root. The best root is taken: EMA weights, then the generator, then any other;
+never a critic. The shape of the model follows from the tensors' shapes; only the number of heads cannot be seen
+(metadata, or else heads 128 wide). Every name and shape is then checked against the model itself, on the meta device,
+before a single weight is mapped.
 """
 
 from __future__ import annotations
@@ -34,9 +35,29 @@ GET_ONE = (
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 LAYER = re.compile(r"(?:^|\.)(text_embedding|time_projection|blocks|head)\.")
 SIGNATURE = ("text_embedding.0.weight", "time_projection.1.weight", "blocks.0.self_attn.q.weight", "head.modulation")
-TEACHERS = re.compile(r"(^|\.)(critic|fake_score|real_score|discriminator)\.")
+TEACHERS = re.compile(r"(^|\.)(critic|fake_score|real_score|discriminator)(_lora)?\.")
 EMA = re.compile(r"(^|[._])ema([._]|$)")
 SCALES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}  # other names of the same
+# Diffusers' names -> Wan's (huggingface/diffusers, scripts/convert_wan_to_diffusers.py, the other way round). Only the
+# norm before cross-attention has weights: norm3 to Wan, norm2 to Diffusers.
+DIFFUSERS = re.compile(r"(^|\.)blocks\.0\.attn1\.to_q\.")
+DIFFUSERS_NAMES = {
+    r"\bcondition_embedder\.time_embedder\.linear_1\.": "time_embedding.0.",
+    r"\bcondition_embedder\.time_embedder\.linear_2\.": "time_embedding.2.",
+    r"\bcondition_embedder\.time_proj\.": "time_projection.1.",
+    r"\bcondition_embedder\.text_embedder\.linear_1\.": "text_embedding.0.",
+    r"\bcondition_embedder\.text_embedder\.linear_2\.": "text_embedding.2.",
+    r"\battn1\.(?=to_|norm_)": "self_attn.",
+    r"\battn2\.(?=to_|norm_)": "cross_attn.",
+    r"(?<=_attn\.)to_([qkv])\.": r"\1.",
+    r"(?<=_attn\.)to_out\.0\.": "o.",
+    r"\bblocks\.(\d+)\.norm2\.": r"blocks.\1.norm3.",
+    r"\bffn\.net\.0\.proj\.": "ffn.0.",
+    r"\bffn\.net\.2\.": "ffn.2.",
+    r"\bblocks\.(\d+)\.scale_shift_table$": r"blocks.\1.modulation",
+    r"\bscale_shift_table$": "head.modulation",
+    r"\bproj_out\.": "head.head.",
+}
 MARKERS = ("scaled_fp8", "comfy_quant", "freqs")  # tensors that say nothing the others do not
 
 
@@ -80,6 +101,8 @@ def is_scale(name: str) -> bool:
 def _best_root(tensors: dict[str, Tensor], title: str) -> tuple[str, dict[str, str]]:
     """The root of the best set of Wan layers, and {Wan's name: the file's name} of all that is under it."""
     clean = {WRAPPERS.sub("", name): name for name in tensors}
+    if any(DIFFUSERS.search(name) for name in clean):
+        clean = {wan_name(name): at for name, at in clean.items()}
     roots = {root for root in map(_root, clean) if root is not None}
     usable = sorted((root for root in roots if not TEACHERS.search(root)), key=_rank)
     if not usable:
@@ -91,6 +114,13 @@ def _best_root(tensors: dict[str, Tensor], title: str) -> tuple[str, dict[str, s
         if name.startswith(best) and (best or not name.startswith(others))
     }
     return best, {name: at for name, at in under.items() if name.rpartition(".")[2] not in MARKERS}
+
+
+def wan_name(name: str) -> str:
+    """Wan's name of a tensor that has Diffusers'."""
+    for pattern, replacement in DIFFUSERS_NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _root(name: str) -> str | None:
@@ -188,7 +218,6 @@ LORA = re.compile(r"(^|[._])lora[._]|lokr_w|hada_w|\.diff(_b)?$")
 
 # A name in the file (as a pattern), what the file is, where it belongs.
 STRANGERS = (
-    (r"(^|\.)blocks\.0\.attn1\.to_q\.", "a Wan model with Diffusers' layer names", ""),
     (
         r"(^|\.)(token_embedding\.weight|shared\.weight|encoder\.block\.0\.layer\.0\.)",
         "a text encoder (T5)",
@@ -209,7 +238,7 @@ def _refuse_loras(tensors: dict[str, Tensor], title: str) -> None:
         raise CheckpointError(
             f"{title}, a LoRA or a model with LoRA layers not merged into it",
             f"{NEEDED}, whole (the step-distilled 'self forcing' LoRAs make a model faster, not causal)",
-            f"Add a LoRA to a loaded model with LoraLoaderModelOnly. {GET_ONE}",
+            f"Add a LoRA to a model: with LoraLoaderModelOnly in ComfyUI, with --lora in generate. {GET_ONE}",
         )
 
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .recognise import LORA, STRANGERS
-from .tensorfiles import map_tensors, read_header
+from .tensorfiles import TensorFile, map_tensors, read_header
 
 TEXT_LEN = 512
 
@@ -150,13 +150,25 @@ def load_text_encoder(
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"Got dtype {dtype}, in which UMT5 overflows. Use torch.bfloat16 or torch.float32.")
     path = Path(path)
-    file = read_header(_weights_in(path) if path.is_dir() else path)
+    file = _header(path)
     _umt5(file.tensors, path)  # a wrong file is refused before anything is mapped
     tensors = map_tensors(file, file.tensors)
     weights = _umt5(tensors, path)
     text = _tokenizer(tokenizer, tensors.get("spiece_model"), file.paths[0])
     _check_vocabulary(text, rows=len(weights["shared.weight"]))
     return TextEncoder(_model(weights, path, torch.device(device), dtype), text, dtype)
+
+
+def bytes_loaded(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes that the weights will take once `load_text_encoder` has them, told from the header. Raises as it does."""
+    path = Path(path)
+    weights = _umt5(_header(path).tensors, path)
+    model = _empty_model(weights)
+    _check(model, weights, path)
+    linear = _linear_layers(model)
+    needed = {name: weights[name] for name, _ in model.named_parameters()}  # without a decoder, or what else is there
+    stays = {name for name, weight in needed.items() if weight.element_size() == 1 and _layer(name) in linear}
+    return sum(weight.numel() * (1 if name in stays else dtype.itemsize) for name, weight in needed.items())
 
 
 def clean(prompt: str) -> str:
@@ -166,6 +178,10 @@ def clean(prompt: str) -> str:
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
+
+
+def _header(path: Path) -> TensorFile:
+    return read_header(_weights_in(path) if path.is_dir() else path)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -217,9 +233,9 @@ def _model(weights: dict[str, Tensor], path: Path, device: torch.device, dtype: 
     """transformers' module around the weights; its linear layers with float8 weights become ScaledLinear."""
     model = _empty_model(weights)
     _check(model, weights, path)
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = _linear_layers(model)
     for name in [name for name, _ in model.named_parameters()]:
-        weight, layer = weights[name].to(device), name.removesuffix(".weight")
+        weight, layer = weights[name].to(device), _layer(name)
         if weight.element_size() > 1:
             _put(model, name, nn.Parameter(weight.to(dtype)))
             continue
@@ -229,6 +245,15 @@ def _model(weights: dict[str, Tensor], path: Path, device: torch.device, dtype: 
         else:
             _put(model, name, nn.Parameter((weight.float() * scale.unsqueeze(-1)).to(dtype)))
     return model.eval().requires_grad_(False)
+
+
+def _linear_layers(model: nn.Module) -> set[str]:
+    """The layers whose weights stay float8 where the file has them so."""
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _layer(name: str) -> str:
+    return name.removesuffix(".weight")
 
 
 def _empty_model(weights: dict[str, Tensor]) -> nn.Module:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sf_core import bench
 from sf_core.bench import JOBS, Job
 from sf_core.cli import main
 from sf_core.config import WAN_1_3B, Sampling, WanConfig
@@ -59,6 +60,44 @@ def test_another_implementation_is_timed_and_compared(capsys):
 @pytest.mark.parametrize("options", [["--fp8"], ["--fp8-cache"], ["--window", "3"], ["--dtype", "bfloat16"]])
 def test_options_run(capsys, options):
     assert "% of the matrix product's speed" in run(capsys, *options)
+
+
+def test_a_single_chunk_is_its_own_last(capsys):
+    ours = json.loads(run(capsys, "--json", "--frames", "3"))["ours"]
+    assert ours["last_chunk_s"] == ours["chunk_s"] == ours["rollout_s"] > 0
+
+
+def test_a_system_that_tells_no_peak_gets_a_report(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "peak_memory_mib", lambda device: None)
+    assert "peak memory      not told by this system" in run(capsys)
+    assert json.loads(run(capsys, "--json"))["peak_memory_mib"] is None
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_clocks_wait_for_the_device(monkeypatch, kind):
+    waited = []
+    monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *_: waited.append(kind))
+    bench.now(torch.device("cpu"))
+    assert not waited
+    bench.now(torch.device(kind))
+    assert waited == [kind]
+
+
+@pytest.mark.parametrize(
+    "options, device, dtype",
+    [
+        ([], "cpu", torch.float32),
+        ([], "cuda", torch.bfloat16),
+        ([], "mps", torch.bfloat16),
+        (["--dtype", "float16"], "cuda", torch.float16),
+    ],
+)
+def test_it_computes_in_what_generate_computes_in(capsys, monkeypatch, options, device, dtype):
+    jobs = []
+    monkeypatch.setattr(bench, "measure", lambda job, *_: jobs.append(job) or {})
+    monkeypatch.setattr(bench, "device_named", torch.device)
+    run(capsys, "--json", "--device", device, *options)
+    assert jobs[0].dtype == dtype
 
 
 def test_weights_depend_on_nothing_but_the_job():

@@ -168,6 +168,54 @@ def test_shards_load_by_index_by_shard_and_by_folder(tmp_path, index, given):
     assert checkpoint.file_bytes == sum(path.stat().st_size for path in paths)
 
 
+DIFFUSERS_LAYERS = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "patch_embedding": "patch_embedding",
+    "proj_out": "head.head",
+}
+DIFFUSERS_BLOCK = {
+    **{f"attn1.to_{x}": f"self_attn.{x}" for x in "qkv"}, "attn1.to_out.0": "self_attn.o",
+    **{f"attn2.to_{x}": f"cross_attn.{x}" for x in "qkv"}, "attn2.to_out.0": "cross_attn.o",
+    "attn1.norm_q": "self_attn.norm_q", "attn1.norm_k": "self_attn.norm_k",
+    "attn2.norm_q": "cross_attn.norm_q", "attn2.norm_k": "cross_attn.norm_k",
+    "norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+}  # fmt: skip
+
+
+def diffusers(state: dict) -> dict:
+    """The same tensors under Diffusers' names."""
+    layers = dict(DIFFUSERS_LAYERS)
+    for i in range(SMALL.layers):
+        layers |= {f"blocks.{i}.{theirs}": f"blocks.{i}.{wans}" for theirs, wans in DIFFUSERS_BLOCK.items()}
+    names = {f"{theirs}.{end}": f"{wans}.{end}" for theirs, wans in layers.items() for end in ("weight", "bias")}
+    names |= {f"blocks.{i}.scale_shift_table": f"blocks.{i}.modulation" for i in range(SMALL.layers)}
+    names["scale_shift_table"] = "head.modulation"
+    renamed = {theirs: state[wans] for theirs, wans in names.items() if wans in state}
+    assert len(renamed) == len(state)
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "model.diffusion_model."])
+def test_diffusers_names_are_wans(tmp_path, prefix):
+    save_file(prefixed(diffusers(weights()), prefix), tmp_path / "wan.safetensors")
+    checkpoint = load_checkpoint(tmp_path / "wan.safetensors")
+    assert checkpoint.config == SMALL and same(checkpoint.state_dict, weights())
+
+
+def test_a_diffusers_folder_loads_and_its_name_tells_the_family(tmp_path):
+    folder = tmp_path / "SFWan2.1-T2V-1.3B-Diffusers" / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    shard(diffusers(weights()), folder)
+    checkpoint = load_checkpoint(folder)
+    assert same(checkpoint.state_dict, weights())
+    assert checkpoint.family == "self-forcing" and 'its name says "sfwan"' in checkpoint.note
+
+
 def test_a_folder_with_one_checkpoint_stands_for_it(tmp_path):
     (tmp_path / "README.md").write_text("words")
     save_file(weights(), tmp_path / "wan.safetensors")
@@ -262,6 +310,19 @@ def test_dequantised_is_weight_times_scale(tmp_path, per_row, dtype):
     step = 2**-3 if dtype == torch.float8_e5m2 else 2**-4  # half the distance of two float8 numbers, relative
     for name, tensor in original.items():
         torch.testing.assert_close(plain[name], tensor, rtol=step, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float8_e4m3fn,), (torch.float8_e5m2,), (torch.float8_e5m2, torch.float8_e4m3fn)]
+)
+def test_one_float8_layer_makes_a_float8_file(tmp_path, dtypes):
+    state = weights(dtype=torch.bfloat16)
+    state |= {f"blocks.1.ffn.{2 * i}.weight": state[f"blocks.1.ffn.{2 * i}.weight"].to(d) for i, d in enumerate(dtypes)}
+    save_file(state, tmp_path / "mixed.safetensors")
+    about = describe(tmp_path / "mixed.safetensors")
+    assert about.dtype == dtypes[-1] and plain_dtype(about.dtype) == torch.bfloat16
+    model, _ = load_model(tmp_path / "mixed.safetensors")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_float8_without_scales_is_taken_at_its_word(tmp_path):
@@ -395,6 +456,10 @@ NAMES = {
     "Reward-Forcing-T2V-1.3B/rewardforcing.pt": "reward-forcing",
     "rolling_forcing_dmd.pt": "rolling-forcing",
     "LongLive/self_forcing_dmd.pt": "self-forcing",
+    "autoregressive_checkpoint/model.pt": "causvid",
+    "autoregressive_checkpoint.pt": "causvid",
+    "Wan2_1-T2V-1_3B-CausVid_fp16.safetensors": "causvid",
+    "autoregressive_checkpoint_warp_4step_cfg2/model.pt": "causvid-4step",
 }
 
 
@@ -418,8 +483,20 @@ def test_chosen_family_wins_over_the_name(tmp_path):
 
 
 def test_every_pattern_leads_to_a_family():
-    assert {family for _, family in PATTERNS} <= FAMILIES.keys()
+    assert {family for _, family in PATTERNS} == FAMILIES.keys()
     assert guess_family("model_final_v2.safetensors") == ("self-forcing", None)
+
+
+def test_bidirectional_causvid_is_not_taken_for_the_causal_one():
+    assert guess_family("Wan21_CausVid_bidirect2_T2V_1_3B.safetensors").evidence is None
+
+
+def test_causvids_steps_are_told_to_the_network_as_they_stand():
+    steps = FAMILIES["causvid"].sampling.steps_of(first=True)
+    assert [step.timestep for step in steps] == [1000, 757, 522]
+    # Noise levels of the entries of CausVid's table, shift 8, that lie nearest to them.
+    table = [8 * u / (1 + 7 * u) for u in (1 - i / 1000 for i in range(1000))]
+    assert [step.sigma for step in steps] == [min(table, key=lambda s: abs(s - t)) for t in (1, 0.757, 0.522)]
 
 
 def test_model_that_nothing_calls_causal_gets_a_warning(tmp_path):
@@ -551,10 +628,6 @@ BAD = {
     "vace.safetensors": (
         lambda p: changed(p, vace_blocks__0__ffn__0__weight=torch.ones(2)),
         "a Wan variant with other layers",
-    ),
-    "diffusers.safetensors": (
-        lambda p: named(p, "patch_embedding.weight", "blocks.0.attn1.to_q.weight", "proj_out.weight"),
-        "a Wan model with Diffusers' layer names",
     ),
     "critic.pt": (lambda p: torch.save({"critic": weights()}, p), "a critic without its generator"),
     "sd15.safetensors": (

@@ -125,6 +125,21 @@ def test_family_preset_and_options_decide_the_sampling(make, options, expected):
     assert {name: report["sampling"][name] for name in expected} == expected
 
 
+def test_a_lora_is_merged_into_the_model(make, files):
+    q = "blocks.0.ffn.0"
+    pair = {
+        f"base_model.model.{q}.lora_A.weight": torch.ones(2, 128),
+        f"base_model.model.{q}.lora_B.weight": torch.ones(64, 2),
+    }
+    torch.save({"generator_lora": pair}, files / "lora.pt")
+    _, plain, _ = make(*MODEL, *TINY)
+    report, frames, said = make(*MODEL, *TINY, "--lora", "lora.pt", "--lora-strength", "0.5", name="lora/")
+    assert report["lora"] == {"file": "lora.pt", "strength": 0.5} and "With lora.pt merged into it" in said
+    assert not torch.equal(frames, plain)
+    _, same, _ = make(*MODEL, *TINY, "--lora", "lora.pt", "--lora-strength", "0", name="none/")
+    assert torch.equal(same, plain)
+
+
 def test_size_is_wans_unless_told(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generate, "memory_of", lambda device: 1)
     line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *MODEL, *VAE)
@@ -144,6 +159,17 @@ def test_text_encoder_is_gone_before_the_model_comes(make, monkeypatch):
 
     monkeypatch.setattr(models.Files, "wan", when_the_model_comes)
     make(*MODEL, *TINY)
+
+
+def test_the_text_encoder_goes_where_it_fits_once_loaded(files, monkeypatch):
+    loaded, gpu = texts.bytes_loaded("umt5.safetensors"), torch.device("cuda")
+    assert loaded < 0.6 * Path("umt5.safetensors").stat().st_size  # float32 on the disk
+    source = models.Files(Path("longlive.safetensors"), Path("umt5.safetensors"), Path("taew2_1.safetensors"), True)
+    request = type("Request", (), {"device": gpu})
+    monkeypatch.setattr(models, "load_text_encoder", lambda path, tokenizer, device: torch.device(device))
+    for room, device in ((loaded + 1, gpu), (loaded, torch.device("cpu")), (None, gpu)):
+        monkeypatch.setattr(models, "memory_of", lambda device, room=room: room and room + models.ROOM)
+        assert source.text_encoder(request) == device
 
 
 def test_words_without_room_are_told(files, tmp_path, capsys):
@@ -173,6 +199,17 @@ def test_float8_file_stays_float8_and_means_the_same(files):
     plain = checkpoints.WanModel(checkpoint.config)
     plain.load_state_dict(dequantised(checkpoint.state_dict, torch.float32))
     torch.testing.assert_close(checkpoints.forward(model), checkpoints.forward(plain), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_file_with_a_few_float8_layers(files, fp8):
+    half = {name: tensor.bfloat16() for name, tensor in checkpoints.weights().items()}
+    save_file(half | {"blocks.1.ffn.0.weight": half["blocks.1.ffn.0.weight"].to(FLOAT8)}, files / "mixed.safetensors")
+    source = models.Files(files / "mixed.safetensors", files / "umt5.safetensors", files / "taew2_1.safetensors", True)
+    request = type("Request", (), {"device": torch.device("cpu"), "dtype": torch.bfloat16, "fp8": fp8})
+    layers = [layer for layer in source.wan(request).blocks.modules() if isinstance(layer, Fp8Linear)]
+    assert len(layers) == (2 * 10 if fp8 else 1)
+    (files / "mixed.safetensors").unlink()
 
 
 def test_float8_file_makes_a_video(make):
@@ -293,6 +330,7 @@ WRONG = {
     "a VAE for the TAEHV": (["--taehv", "Wan2.1_VAE.pth"], "do not make up a TAEHV"),
     "a TAEHV of Wan 2.2": (["--taehv", "taew2_2.safetensors"], "48 channels; the model makes 16"),
     "a text file for the autoencoder": (["--vae", "notes.txt"], "a text file"),
+    "a model for the LoRA": (["--lora", "longlive.safetensors"], "no part of a plain LoRA"),
     "an unknown family": (["--family", "stable-forcing"], "known are self-forcing"),
     "tiles with TAEHV": (["--taehv", "taew2_1.safetensors", "--tile", "256"], "Leave --tile out"),
     "tiles that are too small": (["--vae", "Wan2.1_VAE.pth", "--tile", "32"], "Use 64 or more"),
@@ -374,6 +412,30 @@ def test_lighttae_reads_the_latents_of_the_wan_vae():
     latents = torch.randn(1, 16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     light = models.LightDecoderStream(autoencoder).decode(latents)
     assert torch.equal(light, taehv.DecoderStream(autoencoder).decode(vae.from_model_space(latents)))
+
+
+@pytest.mark.parametrize("kind", ["vae", "vae in tiles", "taehv", "lighttae"])
+def test_a_clip_is_encoded_in_pieces_to_the_latents_of_the_whole(files, monkeypatch, kind):
+    tiny, light = "tae" in kind, kind == "lighttae"
+    name = {"taehv": "taew2_1.safetensors", "lighttae": "lighttaew2_1.safetensors"}.get(kind, "Wan2.1_VAE.pth")
+    save_file(taehv_state(), files / "lighttaew2_1.safetensors")
+    source = models.Files(Path("longlive.safetensors"), Path("umt5.safetensors"), Path(name), tiny)
+    tile = 8 if "tiles" in kind else None
+    request = type("Request", (), {"device": torch.device("cpu"), "dtype": torch.float32, "tile": tile})
+    frames = torch.rand(1, 41, 64 if tile else 16, 16, 3, generator=torch.Generator().manual_seed(0))
+
+    whole, given = source.autoencoder(request), []
+    if tiny:
+        expected = whole.encode(torch.cat([frames[:, :1].expand(-1, 3, -1, -1, -1), frames], 1))
+        expected = vae.to_model_space(expected) if light else expected
+    else:
+        expected = whole.encode(frames, tile)
+    for stream in (vae.EncoderStream, taehv.EncoderStream):
+        encode = stream.encode
+        monkeypatch.setattr(stream, "encode", lambda s, x, run=encode: given.append(x.shape[1]) or run(s, x))
+    latents = source.encode(request, frames)
+    assert torch.equal(latents, expected) and latents.shape[2] == 11
+    assert max(given) == models.TOGETHER and sum(given) == 41 + 3 * tiny
 
 
 def test_the_file_name_tells_lighttae_from_taew(files):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sf_core.fp8 import FLOAT8, Fp8Linear, quantise, quantised
+from sf_core.fp8 import FLOAT8, Fp8Linear, multiplies_float8, quantise, quantised
 from tests.core.goldens import model
 from tests.core.test_rollout import PROMPT, WAN, roll
 
@@ -29,7 +29,7 @@ def test_zeros_stay_zeros():
     assert (numbers.float() * scale == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("product", [Fp8Linear._product, Fp8Linear._product_in_float8])
 def test_a_product_is_near_the_exact_one(product, dtype):
     torch.manual_seed(0)
@@ -37,6 +37,26 @@ def test_a_product_is_near_the_exact_one(product, dtype):
     got = product(Fp8Linear.of(linear), x.to(dtype))
     assert got.shape == (2, 40, 96) and got.dtype == dtype
     assert 0 < error(got.float(), linear(x)) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_matrix_units_are_asked_for_bfloat16_whatever_the_activations_are(monkeypatch, dtype):
+    asked, multiply = [], torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **k: asked.append(k["out_dtype"]) or multiply(*a, **k))
+    y = Fp8Linear.of(torch.nn.Linear(32, 16))._product_in_float8(torch.randn(4, 32, dtype=dtype))
+    assert asked == [torch.bfloat16] and y.dtype == dtype
+
+
+@pytest.mark.parametrize("platform, capability, able", [
+    ("linux", (8, 9), True), ("linux", (9, 0), True), ("linux", (8, 6), False), ("win32", (9, 0), False),
+])  # fmt: skip
+def test_which_devices_multiply_float8(monkeypatch, platform, capability, able):
+    properties = type("Properties", (), dict(zip(("major", "minor"), capability)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr("sys.platform", platform)
+    assert multiplies_float8(torch.device("cuda")) is able
+    assert not multiplies_float8(torch.device("cpu"))
 
 
 def test_blocks_are_quantised_and_what_touches_latents_is_not():

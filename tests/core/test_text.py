@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sf_core.text import ScaledLinear, clean, load_text_encoder
+from sf_core import text
+from sf_core.text import ScaledLinear, bytes_loaded, clean, load_text_encoder
 
 pytest.importorskip("transformers", reason="UMT5 is transformers' network: pip install transformers")
 sentencepiece = pytest.importorskip("sentencepiece", reason="tokenizers are trained with sentencepiece")
@@ -267,6 +268,24 @@ def test_unscaled_float8_under_wans_names(tmp_path, wan, spiece):
     widened = {name: weight.to(FP8).float() for name, weight in wan.items()}
     expected = load(comfy_file(tmp_path / "plain.safetensors", widened, spiece)).encode(PROMPTS)
     torch.testing.assert_close(load(tmp_path / "fp8.safetensors").encode(PROMPTS), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["float32", "float8", "with a decoder", "folder"])
+def test_what_it_will_take_is_told_from_the_header(tmp_path, monkeypatch, wan, spiece, kind, dtype):
+    path = tmp_path / "umt5.safetensors"
+    if kind == "folder":
+        path = hugging_face_folder(tmp_path / "umt5", wan, spiece)
+        (path / "another_model.safetensors").write_bytes(bytes(10**6))
+    else:
+        state = scaled_fp8(hugging_face(wan)) if kind == "float8" else hugging_face(wan)
+        state |= {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(999)} if "decoder" in kind else {}
+        save_file({**state, "spiece_model": bytes_tensor(spiece)}, path)
+    model = load_text_encoder(path, dtype=dtype).model
+    scales = [layer.scale.nbytes for layer in model.modules() if isinstance(layer, ScaledLinear)]
+    taken = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - sum(scales)
+    monkeypatch.setattr(text, "map_tensors", pytest.fail)
+    assert bytes_loaded(path, dtype) == taken
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")

@@ -1,0 +1,202 @@
+"""LoRAs merged into a checkpoint: every form they come in, and every file that is taken for one."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sf_core.checkpoint import CheckpointError, describe, load_checkpoint, load_model
+from sf_core.model import WanModel
+from sf_core.training.config import LoraConfig
+from sf_core.training.lora import PREFIX, adapter_file, add_adapters, merged
+from tests.core.test_checkpoint import SMALL, float8, forward, fsdp, legacy, same, weights
+
+RANK = 4
+LAYERS = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("self_attn.q", "cross_attn.o", "ffn.0", "ffn.2")]
+BASE = weights()
+
+
+def pairs(layers=LAYERS, seed=7):
+    """{layer: (down, up)} of random numbers."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for layer in layers:
+        out, width = BASE[f"{layer}.weight"].shape
+        found[layer] = (torch.randn(RANK, width, generator=generator), torch.randn(out, RANK, generator=generator))
+    return found
+
+
+def written(prefix="base_model.model.", down="lora_A.weight", up="lora_B.weight", alpha=None, dots=".", lora=None):
+    """The pairs under a format's names."""
+    tensors = {}
+    for layer, (a, b) in (lora or pairs()).items():
+        at = prefix + layer.replace(".", dots)
+        tensors |= {f"{at}.{down}": a, f"{at}.{up}": b} | (
+            {} if alpha is None else {f"{at}.alpha": torch.tensor(alpha)}
+        )
+    return tensors
+
+
+def expected(strength=1.0, lora=None):
+    state = dict(BASE)
+    for layer, (down, up) in (lora or pairs()).items():
+        state[f"{layer}.weight"] = BASE[f"{layer}.weight"] + strength * (up @ down)
+    return state
+
+
+@pytest.fixture
+def base(tmp_path):
+    torch.save({"generator": fsdp(BASE)}, tmp_path / "longlive_base.pt")
+    return tmp_path / "longlive_base.pt"
+
+
+def check(base, lora, strength=1.0, scale=1.0):
+    state = load_checkpoint(base, lora=lora, strength=strength).state_dict
+    want = expected(strength * scale)
+    assert state.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(state[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+OLD = {"down": "lora_down.weight", "up": "lora_up.weight"}
+FORMATS = {
+    "PEFT": ({}, 1),
+    "PEFT with an adapter's name": ({"down": "lora_A.default.weight", "up": "lora_B.default.weight"}, 1),
+    "ComfyUI": ({"prefix": "diffusion_model.", "alpha": 2.0}, 2 / RANK),
+    "ComfyUI, up and down": ({"prefix": "diffusion_model.", **OLD, "alpha": 8.0}, 8 / RANK),
+    "underscores": ({"prefix": "lora_unet_", "dots": "_", **OLD, "alpha": 4.0}, 1),
+    "two underscores": ({"prefix": "lora_unet__", "dots": "_", **OLD}, 1),
+    "bare": ({"prefix": ""}, 1),
+    "under FSDP": ({"prefix": "base_model.model._fsdp_wrapped_module."}, 1),
+}
+
+
+@pytest.mark.parametrize("names, scale", FORMATS.values(), ids=FORMATS.keys())
+def test_every_format_is_merged(base, names, scale):
+    lora = base.with_name("lora.safetensors")
+    save_file(written(**names), lora)
+    check(base, lora, scale=scale)
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.0, -1.0])
+def test_strength_scales_what_is_added(base, strength):
+    lora = base.with_name("lora.safetensors")
+    save_file(written(), lora)
+    check(base, lora, strength)
+
+
+def test_a_training_runs_file_gives_the_generators(base):
+    lora = base.with_name("lora.pt")
+    torch.save({"generator_lora": written(), "critic_lora": written(lora=pairs(seed=8)), "step": 3000}, lora)
+    check(base, lora)
+
+
+def test_lora_of_our_own_training_gives_its_merged_model(base):
+    config = LoraConfig(rank=RANK, alpha=6)
+    wan = WanModel(SMALL)
+    wan.load_state_dict(BASE)
+    add_adapters(wan, config, seed=0)
+    state = {name: 0.1 + value if name.endswith(".up") else value for name, value in wan.state_dict().items()}
+    lora = base.with_name("lora.safetensors")
+    save_file(adapter_file(state, config), lora)
+    assert all(name.startswith(PREFIX) for name in adapter_file(state, config))
+    got, want = load_checkpoint(base, lora=lora).state_dict, merged(state, config)
+    assert got.keys() == want.keys()
+    assert all(torch.allclose(got[name], want[name], atol=1e-6) for name in want)
+
+
+def test_diffusers_layers_are_wans(base):
+    lora = base.with_name("lora.safetensors")
+    save_file({diffusers_name(name): tensor for name, tensor in written(prefix="transformer.").items()}, lora)
+    check(base, lora)
+
+
+def diffusers_name(name):
+    renames = {"self_attn.q": "attn1.to_q", "cross_attn.o": "attn2.to_out.0", "ffn.0": "ffn.net.0.proj"}
+    for wans, theirs in (renames | {"ffn.2": "ffn.net.2"}).items():
+        name = name.replace(wans, theirs)
+    return name
+
+
+def test_sums_are_float32_and_rounded_once(base, tmp_path):
+    half, lora = tmp_path / "half.safetensors", tmp_path / "lora.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in BASE.items()}, half)
+    save_file({name: tensor.bfloat16() for name, tensor in written().items()}, lora)
+    state = load_checkpoint(half, lora=lora).state_dict
+    for layer, (down, up) in pairs().items():
+        weight = BASE[f"{layer}.weight"].bfloat16().float() + up.bfloat16().float() @ down.bfloat16().float()
+        assert torch.equal(state[f"{layer}.weight"], weight.bfloat16())
+
+
+def test_the_model_computes_with_it(base):
+    lora = base.with_name("lora.safetensors")
+    save_file(written(), lora)
+    model, checkpoint = load_model(base, lora=lora, strength=0.01)
+    plain = WanModel(SMALL)
+    plain.load_state_dict(expected(0.01))
+    torch.testing.assert_close(forward(model), forward(plain), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(forward(model), forward(load_model(base)[0]), atol=1e-3)
+    assert "With lora.safetensors merged into it, strength 0.01." in checkpoint.note
+    about = vars(describe(base, lora=lora, strength=0.01))
+    assert about == {name: value for name, value in vars(checkpoint).items() if name != "state_dict"}
+
+
+def test_without_a_lora_weights_are_those_of_the_file(base):
+    assert same(load_checkpoint(base).state_dict, BASE)
+
+
+def rescaled(path):
+    """A LoRA of a model twice as wide."""
+    wide = {layer: (torch.cat([a, a], 1), torch.cat([b, b])) for layer, (a, b) in pairs().items()}
+    save_file(written(lora=wide), path)
+
+
+def without(path, end):
+    save_file({name: t for name, t in written().items() if not name.endswith(f"ffn.0.{end}")}, path)
+
+
+def other_layers(path):
+    lora = {f"double_blocks.0.{name}": pair for name, pair in pairs(["blocks.0.self_attn.q"]).items()}
+    save_file({name.replace("blocks.0.self_attn.q", "img_attn.qkv"): t for name, t in written(lora=lora).items()}, path)
+
+
+BAD = {
+    "another width": (rescaled, r"adds \[256, 4\] x \[4, 256\] to blocks.0.cross_attn.o.weight; the model has"),
+    "another model": (other_layers, "layers that the model does not have"),
+    "no up": (lambda p: without(p, "lora_B.weight"), "ffn.0 lacks its lora_B"),
+    "no down": (lambda p: without(p, "lora_A.weight"), "ffn.0 lacks its lora_A"),
+    "a model": (lambda p: save_file(BASE, p), "which is no part of a plain LoRA"),
+    "biases": (lambda p: save_file(written() | {"diffusion_model.head.diff_b": torch.ones(2)}, p), "head.diff_b in it"),
+    "two": (lambda p: save_file(written() | written(prefix="other."), p), "two LoRAs"),
+    "nothing": (lambda p: save_file({}, p), "no tensors"),
+    "no file": (lambda p: None, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("build, what", BAD.values(), ids=BAD.keys())
+def test_a_lora_that_cannot_be_merged_is_refused(base, build, what):
+    lora = base.with_name("lora.safetensors")
+    build(lora)
+    for read in (describe, load_checkpoint):
+        with pytest.raises(CheckpointError, match=what):
+            read(base, lora=lora)
+
+
+def test_a_float8_model_takes_none(tmp_path):
+    state, scales = float8(BASE)
+    save_file(state | legacy(scales, False)[0], tmp_path / "fp8.safetensors")
+    save_file(written(), tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match="--fp8 makes it float8 with the LoRA in it"):
+        describe(tmp_path / "fp8.safetensors", lora=tmp_path / "lora.safetensors")
+
+
+def test_weights_are_made_as_they_are_read_and_the_file_stays(base):
+    lora = base.with_name("lora.safetensors")
+    save_file(written(), lora)
+    before = base.read_bytes(), lora.read_bytes()
+    state = load_checkpoint(base, lora=lora).state_dict
+    name = f"{LAYERS[0]}.weight"
+    assert state[name] is not state[name] and len(state) == len(BASE)
+    state[name].fill_(math.pi)
+    assert (base.read_bytes(), lora.read_bytes()) == before
+    torch.testing.assert_close(state[name], expected()[name])
