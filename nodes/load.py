@@ -8,11 +8,11 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..sf_core.checkpoint import load_checkpoint
 from ..sf_core.families import FAMILIES
 from . import host, models, tiny
 from .options import AUTO, CATEGORY
 
+NONE = "none"
 TAEHV_FOLDERS = ("vae_approx", "vae")
 
 log = logging.getLogger(__name__)
@@ -66,16 +66,27 @@ class SelfForcingLoadModel(io.ComfyNode):
                     tooltip="auto: as ComfyUI loads any Wan model, in float16 on most NVIDIA cards; bf16, as these "
                     "models were trained; fp16; fp8: the blocks' matrices in float8 with scales, half the memory.",
                 ),
+                io.Combo.Input(
+                    "lora", options=[NONE, *folder_paths.get_filename_list("loras")], default=NONE, optional=True,
+                    advanced=True,
+                    tooltip="A LoRA that is a part of the model, merged as it is loaded: LongLive's lora.pt. LoRAs of "
+                    "a style or a subject go behind this node, in LoraLoaderModelOnly.",
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=-10.0, max=10.0, step=0.05, optional=True, advanced=True,
+                    tooltip="How much of it.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The video model, a native Wan MODEL that knows how it is sampled.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, file, family, precision) -> io.NodeOutput:
+    def execute(cls, file, family, precision, lora=NONE, strength=1.0) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", file))
-        source = (path, None if family == AUTO else family, precision)
-        checkpoint = load_checkpoint(*source[:2])
+        merged = None if lora == NONE else Path(folder_paths.get_full_path_or_raise("loras", lora))
+        source = models.Source(path, None if family == AUTO else family, precision, merged, strength)
+        checkpoint = source.checkpoint()
         log.info("%s: %s", file, checkpoint.note)
         host.say(cls, checkpoint.note)
         return io.NodeOutput(models.from_checkpoint(checkpoint, source))

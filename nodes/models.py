@@ -11,6 +11,7 @@ What is quantised here is exempt from that, since it costs more than the weights
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -38,23 +39,33 @@ SCALED = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"
 # --- MODEL -----------------------------------------------------------------------------------------------------------
 
 
-def load_model(path: Path, family: str | None, precision: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """The model in a file, sampled as `family` (None: guessed). ComfyUI calls this again where it needs a second copy.
+@dataclass(frozen=True)
+class Source:
+    """What a MODEL is made from: a file, how it is sampled (None: guessed), its precision, a LoRA merged into it."""
 
-    Raises CheckpointError for a file that holds no causal Wan text-to-video model.
-    """
-    return from_checkpoint(load_checkpoint(path, family), (path, family, precision), disable_dynamic)
+    path: Path
+    family: str | None
+    precision: str
+    lora: Path | None = None
+    strength: float = 1.0
+
+    def checkpoint(self) -> Checkpoint:
+        """Raises CheckpointError for files that hold no causal Wan text-to-video model, or a LoRA of another."""
+        return load_checkpoint(self.path, self.family, self.lora, self.strength)
 
 
-def from_checkpoint(
-    checkpoint: Checkpoint, source: tuple[Path, str | None, str], disable_dynamic: bool = False
-) -> ModelPatcher:
-    """`source`: the arguments of `load_model` that it came from."""
-    dtype = PRECISIONS[source[2]]
+def load_model(source: Source, disable_dynamic: bool = False) -> ModelPatcher:
+    """ComfyUI calls this where it needs a second copy of the weights. Raises as `Source.checkpoint` does."""
+    return from_checkpoint(source.checkpoint(), source, disable_dynamic)
+
+
+def from_checkpoint(checkpoint: Checkpoint, source: Source, disable_dynamic: bool = False) -> ModelPatcher:
+    """The model in a checkpoint of that source."""
+    dtype = PRECISIONS[source.precision]
     metadata, options = wan_metadata(checkpoint.config), {}
     if dtype is FLOAT8 or (dtype is None and checkpoint.dtype in SCALED):
         plain = plain_dtype(checkpoint.dtype)
-        state, layers = in_float8(checkpoint.state_dict, plain, dtype is FLOAT8, multiplies_in_full(source[0]))
+        state, layers = in_float8(checkpoint.state_dict, plain, dtype is FLOAT8, multiplies_in_full(source.path))
         metadata |= quantisation(layers)
     elif dtype is None:
         state = dict(checkpoint.state_dict)
@@ -64,7 +75,7 @@ def from_checkpoint(
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
     )
-    patcher.cached_patcher_init = (load_model, source)
+    patcher.cached_patcher_init = (load_model, (source,))
     host.set_family(patcher, host.Family(checkpoint.sampling))
     return patcher
 

@@ -166,6 +166,7 @@ def sampling_of(name: str, own: Sampling, steps: int, chunk: int, window: int, s
     return replace(
         sampling,
         steps=evenly(steps) or sampling.steps,
+        warp=sampling.warp or steps > 0,
         chunk=chunk or sampling.chunk,
         window=window or sampling.window,
         sink=sampling.sink if sink < 0 else sink,

@@ -205,6 +205,26 @@ def test_fp8_files_keep_their_weights(call, folder):
     assert torch.equal(kept.view(torch.uint8), weights[name].view(torch.uint8))
 
 
+@pytest.mark.parametrize("precision", ["auto", "fp8"])
+def test_a_lora_that_is_a_part_of_the_model_is_merged(call, sample, folder, precision):
+    """In PEFT's names, as LongLive publishes it; also in the copy that ComfyUI asks for."""
+    from any_folder_name.nodes import host
+
+    weights, layer = wan_weights(), "blocks.1.self_attn.q"
+    wide = weights[f"{layer}.weight"].shape[0]
+    pair = {"A": 0.1 * torch.randn(2, wide), "B": 0.1 * torch.randn(wide, 2)}
+    named = {f"base_model.model.{layer}.lora_{part}.weight": value for part, value in pair.items()}
+    torch.save({"generator_lora": named}, folder / "loras" / "lora.pt")
+    base = save(folder, "longlive_base.safetensors", weights, CAUSAL)
+    merged = weights | {f"{layer}.weight": weights[f"{layer}.weight"] + 0.5 * pair["B"] @ pair["A"]}
+    whole = call("LoadModel", save(folder, "longlive.safetensors", merged, CAUSAL), "auto", precision)
+    model = call("LoadModel", base, "auto", precision, "lora.pt", 0.5)
+    torch.testing.assert_close(sample(model), sample(whole), rtol=0, atol=1e-4)
+    again = host.loaded_again(model.cached_patcher_init)
+    torch.testing.assert_close(sample(again), sample(whole), rtol=0, atol=1e-4)
+    assert not torch.allclose(sample(call("LoadModel", base, "auto", precision)), sample(whole), atol=1e-3)
+
+
 def in_full(model) -> set[bool]:
     """Whether the float8 layers of a MODEL multiply in full precision."""
     layers = model.model.diffusion_model.blocks.modules()
