@@ -1,6 +1,6 @@
 """Trains a model by a configuration: Self Forcing or one of its baselines.
 
-python -m sf_core train tiny-dmd                                a configuration that is shipped
+python -m sf_core train tiny-dmd                                a shipped configuration, after `train tiny`
 python -m sf_core train my.yaml --set optimizer.lr=1e-5         a file, one value changed
 torchrun --nproc-per-node 8 -m sf_core train my.yaml            on eight GPUs
 """

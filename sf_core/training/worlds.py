@@ -31,7 +31,7 @@ from ..tiny.data import vocabulary
 from ..tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
 from .config import ModelConfig
 from .parallel import fill
-from .store import CHECKPOINT, fingerprint, load_checkpoint
+from .store import CHECKPOINT, fingerprint, load_checkpoint, trained_by
 
 NEW = WanConfig(dim=160, ffn_dim=640, heads=5, layers=6, channels=CHANNELS, text_dim=TEXT_DIM, text_len=TEXT_LEN)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -169,7 +169,7 @@ def there(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f'Got no {path}; a model is a file, the folder of a run that has saved a checkpoint, "built-in" or "new". '
-            "Check the path, or train that run first."
+            f"Check the path, or {trained_by(path)}."
         )
     return path
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -312,6 +313,12 @@ def test_a_configuration_that_cannot_be_is_refused(runs, capsys, change, message
     assert message in refused(capsys, path, "--set", first, *(word for one in more for word in ("--set", one)))
 
 
+@pytest.mark.parametrize(("name", "stage"), [("tiny-teacher", "autoencoder"), ("tiny-dmd", "causal")])
+def test_a_shipped_configuration_names_the_stage_it_lacks(tmp_path, monkeypatch, capsys, name, stage):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, name).endswith(f"train it first, by python -m sf_core train tiny --stage {stage}.")
+
+
 def test_files_that_hold_no_configuration_are_refused(tmp_path, capsys):
     assert "shipped configurations are" in refused(capsys, "nothing-of-that-name")
     (tmp_path / "a.yaml").write_text("method: [dmd")
@@ -559,6 +566,18 @@ def test_a_model_is_known_by_its_file(runs):
     prompt = torch.zeros(1, 4, wan.config.text_dim)
     chunks = list(rollout(wan, about.sampling, prompt, SeededNoise(0), 2, 8, 8))
     assert len(chunks) == 2 and torch.isfinite(chunks[-1].latents).all()
+
+
+def test_the_manuals_examples_run(runs, monkeypatch):
+    path = written("dmd", runs / "my", data={"procedural": "trained"}, log={"save_every": 1})
+    monkeypatch.chdir(runs)
+    text = (SHIPPED.parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    names = {"__name__": "example"}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block.replace("steps=100", "steps=1"), names)
+    for out in (runs / "my", runs / "runs" / "calm"):
+        assert len(losses(out)) == 1 and (out / MODEL).is_file()
+    assert path.name == "my.yaml" and losses(runs / "my") != losses(runs / "runs" / "calm")
 
 
 def test_the_plot_needs_losses(tmp_path):
