@@ -103,13 +103,14 @@ class Optimizer:
         return [tree(part.state_dict(), whole) for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
+        """Momenta come from `states`; betas, weight decay and all other settings stay those of the configuration."""
         for part, state in zip(self.parts, states, strict=True):
             params = [p for group in part.param_groups for p in group["params"]]
             spread = {
                 i: {key: spread_like(value, params[i]) for key, value in entry.items()}
                 for i, entry in state["state"].items()
             }
-            part.load_state_dict({**state, "state": spread})
+            part.load_state_dict({"state": spread, "param_groups": part.state_dict()["param_groups"]})
 
 
 def rate_at(progress: float, warmup: float, decay_from: float) -> float:

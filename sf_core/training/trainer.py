@@ -139,7 +139,7 @@ def as_saved(config: TrainConfig) -> dict:
 def _identity(content: dict) -> dict[str, object]:
     """What of a configuration makes a run the run it is, by dotted names."""
     kept = {name: content[name] for name in ("method", "seed", "batch", "lora") if name in content}
-    parts = {name: content.get(name, {}) for name in ("model", "data")}
+    parts = {name: flat(content.get(name, {})) for name in ("model", "data", "sampling", "rollout", "loss", "flow")}
     rates = {
         "optimizer": content.get("optimizer", {}),
         "critic.optimizer": content.get("critic", {}).get("optimizer", {}),
@@ -148,10 +148,18 @@ def _identity(content: dict) -> dict[str, object]:
     return kept | {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
 
 
+def flat(content: dict, under: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    leaves = {}
+    for key, value in content.items():
+        leaves |= flat(value, f"{under}{key}.") if isinstance(value, dict) else {under + key: value}
+    return leaves
+
+
 def _check_same(saved: dict, config: TrainConfig) -> None:
     """Raises ValueError where a run would go on as another one. What an older checkpoint does not tell is let pass."""
     before, now = _identity(saved), _identity(as_saved(config))
-    for key in before.keys() & now.keys():
+    for key in (key for key in now if key in before):
         old, new = before[key], now[key]
         alike = (old is None) == (new is None) if key.endswith("muon_lr") else old == new  # a rate may change
         if not alike:

@@ -362,6 +362,11 @@ def test_the_file_of_a_run_is_of_the_lineage_of_its_folder(runs):
         ("optimizer.muon_lr=1e-3", "Got optimizer.muon_lr 0.001; {out}/checkpoint.pt was trained with None"),
         ("critic.optimizer.muon_lr=1e-3", "Got critic.optimizer.muon_lr 0.001;"),
         ("lora.rank=2", "Got lora {'rank': 2"),
+        ("loss.guidance=7", "Got loss.guidance 7.0; {out}/checkpoint.pt was trained with 4.0"),
+        ("loss.levels.shift=3", "Got loss.levels.shift 3.0; {out}/checkpoint.pt was trained with 5.0"),
+        ("sampling.window=2", "Got sampling.window 2; {out}/checkpoint.pt was trained with None"),
+        ("rollout.exits=per-chunk", "Got rollout.exits 'per-chunk'; {out}/checkpoint.pt was trained with 'shared'"),
+        ("flow.shift=3", "Got flow.shift 3.0; {out}/checkpoint.pt was trained with 5.0"),
     ],
 )
 def test_a_run_does_not_continue_as_another(runs, change, told):
@@ -384,6 +389,16 @@ def test_rates_and_steps_may_change_on_the_way_and_old_checkpoints_go_on(runs):
     trained("bidirectional", out, steps=2)
     trained("bidirectional", out, steps=3, optimizer={"lr": 1e-4}, log={"save_every": 1})
     assert load_checkpoint(out)["step"] == 3
+
+
+def test_the_settings_of_a_continued_optimizer_are_the_configurations(runs):
+    out = trained("bidirectional", runs / "betas", steps=1, optimizer={"lr": 1e-3, "betas": [0.5, 0.9]})
+    settings = config("bidirectional", out, steps=2, optimizer={"lr": 1e-3, "betas": [0.0, 0.99], "weight_decay": 0.1})
+    task = make_task(settings, Group(), CPU)
+    Trainer(settings, task, Group())
+    (group,) = task.optimizer.parts[0].param_groups
+    assert group["betas"] == (0.0, 0.99) and group["weight_decay"] == 0.1
+    assert all("exp_avg" in task.optimizer.parts[0].state[p] for p in group["params"])
 
 
 def test_the_checkpoint_of_another_architecture_is_refused(runs, capsys):
