@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sf_core.cache import RollingCache
 from sf_core.checkpoint import describe, load_model
 from sf_core.cli import main
 from sf_core.config import WanConfig
@@ -31,7 +32,7 @@ from sf_core.training.store import LOSSES, MODEL, load_checkpoint, save_checkpoi
 from sf_core.training.trainer import Trainer, TrainingStopped
 from sf_core.training.worlds import open_world
 from sf_core.video import save_video
-from tests.core.runs import config, losses, trained, written
+from tests.core.runs import SAMPLING, config, losses, trained, written
 
 CPU = torch.device("cpu")
 STARTED = [method for method in METHODS if method not in ("bidirectional", "teacher-forcing", "autoencoder")]
@@ -211,6 +212,25 @@ def test_tensorboard_plot_and_samples_are_written(runs):
     assert events.Images("0: a red circle moves right")[0].encoded_image_string.startswith(b"GIF")
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "samples" / "000002-0.mp4").stat().st_size > 0
+
+
+def test_samples_are_made_one_at_a_time_and_decoded_where_they_are_told(runs, monkeypatch):
+    prompts = ["a red circle moves right", "a blue star"]
+    settings = config("dmd", runs / "sampled", recompute=True, sampling={**SAMPLING, "window": 2})
+    task, caches, decoded = make_task(settings, Group(), CPU), [], []
+    decode, for_rollout = task.world.decode, RollingCache.for_rollout
+    monkeypatch.setattr(task.world, "decode", lambda latents: decoded.append(latents.clone()) or decode(latents))
+    monkeypatch.setattr(
+        RollingCache, "for_rollout", lambda *args, **size: caches.append(size) or for_rollout(*args, **size)
+    )
+    videos = task.sample(prompts, 4)
+    assert [(size["batch"], size["keep"]) for size in caches] == [(1, False)] * 2 and not decoded
+    assert [video.shape for video in videos] == [(13, 64, 64, 3)] * 2
+    for number, prompt in enumerate(prompts):
+        embeds, noise = task.world.embeds([prompt]), Draws(0, 0, (0, 1)).noise("sample").seeds[number]
+        made = rollout(task.student.wan, settings.sampling, embeds.detach(), SeededNoise(noise), 4, *task.size)
+        expected = torch.cat([chunk.latents for chunk in made], 2)
+        torch.testing.assert_close(decoded[number], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tensorboard_forgets_steps_that_are_taken_again(tmp_path):
