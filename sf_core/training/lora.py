@@ -45,7 +45,7 @@ def add_adapters(wan: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     wan.requires_grad_(False)
-    places = [name for name, module in wan.named_modules() if isinstance(module, nn.Linear) and _named(name, config)]
+    places = [name for name, module in wan.named_modules() if isinstance(module, nn.Linear) and adapted(name, config)]
     if not places:
         raise ValueError(f"Got lora.layers {list(config.layers)}, which no block has. Use q, k, v, o, ffn.0, ffn.2.")
     for name in places:
@@ -55,7 +55,8 @@ def add_adapters(wan: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     return wan
 
 
-def _named(name: str, config: LoraConfig) -> bool:
+def adapted(name: str, config: LoraConfig) -> bool:
+    """Whether the layer of that name gets an adapter."""
     return name.startswith("blocks.") and any(name.endswith(f".{layer}") for layer in config.layers)
 
 

@@ -140,6 +140,7 @@ def _identity(content: dict) -> dict[str, object]:
     """What of a configuration makes a run the run it is, by dotted names."""
     kept = {name: content[name] for name in ("method", "seed", "batch", "lora") if name in content}
     parts = {name: flat(content.get(name, {})) for name in ("model", "data", "sampling", "rollout", "loss", "flow")}
+    parts["model"].pop("frozen", None)  # a way to compute, like precision: it may change where memory runs out
     rates = {
         "optimizer": content.get("optimizer", {}),
         "critic.optimizer": content.get("critic", {}).get("optimizer", {}),

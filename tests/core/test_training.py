@@ -407,7 +407,9 @@ def test_rates_and_steps_may_change_on_the_way_and_old_checkpoints_go_on(runs):
     del saved["config"]
     save_checkpoint(out, saved)
     trained("bidirectional", out, steps=2)
-    trained("bidirectional", out, steps=3, optimizer={"lr": 1e-4}, log={"save_every": 1})
+    model = {"world": "tiny", "student": "new", "dim": 24, "layers": 2, "heads": 2, "ffn_dim": 32, "frozen": "bfloat16"}
+    options = {"optimizer": {"lr": 1e-4}, "log": {"save_every": 1}, "model": model, "precision": "bfloat16"}
+    trained("bidirectional", out, steps=3, **options)
     assert load_checkpoint(out)["step"] == 3
 
 
