@@ -319,6 +319,10 @@ def refused(capsys, *argv):
         ("lora={rank: 0}", "Got lora.rank 0"),
         ("device=gpu", "Got device 'gpu', which is none"),
         ("model.frozen=bfloat16", "Got model.frozen bfloat16 with precision float32"),
+        (
+            "recompute=true --set sampling.pinned=true --set sampling.sink=1",
+            "Got sampling.pinned with sampling.sink 1, and recompute",
+        ),
         ("loss.context=teacher-forced --set rollout.extra_chunks=1", "Got rollout.extra_chunks 1 with loss.context"),
         (
             "model.world=wan --set data.procedural=null --set data.prompts=p --set model.critic=built-in",
