@@ -31,12 +31,12 @@ def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError where there is none, ValueError for a damaged one."""
+    """Its tensors are views of the file. Raises FileNotFoundError where there is none, ValueError for a damaged one."""
     path = folder / CHECKPOINT
     if not path.is_file():
         raise FileNotFoundError(f"Got no {path}; a run that has saved a checkpoint is needed: {trained_by(folder)}.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(

@@ -51,13 +51,20 @@ class Task:
     averages: dict[str, Average]
     updates: list[Update]
 
-    def averaged(self) -> dict[str, dict[str, Tensor]]:
-        """Whole weights of every averaged module, on the CPU; every process has to ask for them."""
-        states = {}
-        for name, average in self.averages.items():
-            values = average.state_dict()["values"]
-            states[name] = {**state_of(average.module), **values}
-        return states
+    def state(self, keep: bool = True) -> dict[str, dict]:
+        """Weights and averages for a checkpoint; every process has to ask for them, and one may `keep` them.
+
+        `results` are made of the very tensors of "averages", which torch.save then writes once.
+        """
+        modules = {name: state_of(module, keep) for name, module in self.modules.items()}
+        averages = {name: average.state_dict(keep) for name, average in self.averages.items()}
+        if not keep:
+            return {}
+        whose = {id(module): modules[name] for name, module in self.modules.items()}
+        averaged = {
+            name: {**whose[id(average.module)], **averages[name]["values"]} for name, average in self.averages.items()
+        }
+        return {"modules": modules, "averages": averages, **self.facts(), **self.results(averaged)}
 
     def facts(self) -> dict:
         """What else a checkpoint says of itself."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .draws import Draws
-from .parallel import Group, fill, state_of
+from .parallel import Group, fill
 from .report import Report
 from .store import CHECKPOINT, load_checkpoint, save_checkpoint
 from .task import Task, Update
@@ -97,19 +97,15 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the checkpoint; all processes take part, the first writes."""
-        task = self.task
-        averaged = task.averaged()
+        first = self.group.first
         content = {
             "step": self.done,
             "seconds": self.seconds + time.perf_counter() - self.began,
             "config": json.dumps(as_saved(self.config)),
-            "modules": {name: state_of(module) for name, module in task.modules.items()},
-            "averages": {name: average.state_dict() for name, average in task.averages.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers()],
-            **task.facts(),
-            **task.results(averaged),
+            **self.task.state(keep=first),
+            "optimizers": [optimizer.state_dict(keep=first) for optimizer in self.optimizers()],
         }
-        if self.group.first:
+        if first:
             save_checkpoint(self.config.out, content)
         self.group.wait()
         self.kept = self.done

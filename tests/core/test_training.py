@@ -157,6 +157,27 @@ def test_a_killed_run_continues_to_the_bit(runs):
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+def test_a_checkpoint_holds_the_average_once_and_goes_on_apart_from_its_file(runs):
+    out = trained("bidirectional", runs / "once", steps=1)
+    saved = load_checkpoint(out)
+    for name, value in saved["averages"]["student"]["values"].items():
+        assert saved["student"][name].data_ptr() == value.data_ptr()
+    settings = config("bidirectional", out, steps=2)
+    task = make_task(settings, Group(), CPU)
+    Trainer(settings, task, Group()).restore(saved)
+    momenta = saved["optimizers"][0][0]["state"]
+    for i, p in enumerate(task.optimizer.parts[0].param_groups[0]["params"]):
+        ours, theirs = task.optimizer.parts[0].state[p]["exp_avg"], momenta[i]["exp_avg"]
+        assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()
+
+
+def test_only_the_first_process_keeps_what_is_gathered_for_a_checkpoint(runs):
+    task = make_task(config("dmd", runs / "dropped"), Group(), CPU)
+    assert task.state(keep=False) == {} and set(task.state()) >= {"modules", "averages", "student", "text", "wan"}
+    for part in task.optimizer.state_dict(keep=False), task.averages["student"].state_dict(keep=False)["values"]:
+        assert not any(isinstance(value, torch.Tensor) for value in torch.utils._pytree.tree_leaves(part))
+
+
 def test_a_kill_while_saving_leaves_the_checkpoint_before(runs, monkeypatch):
     out = runs / "saving"
     trained("bidirectional", out, steps=2)
