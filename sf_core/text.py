@@ -63,6 +63,10 @@ SIZED = (
     "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
 )
 
+# The tensors that are weights of the network, no scales and nothing twice; of those, the ones of linear layers.
+OWN_WEIGHT = re.compile(r"^(shared|encoder\.block\..+|encoder\.final_layer_norm)\.weight$")
+LINEAR = re.compile(r"\.(q|k|v|o|wi_0|wi_1|wo)\.weight$")
+
 # What else a file may be, told by its tensors' names; the first that fits counts.
 OTHER_KINDS = {
     LORA.pattern: "a LoRA",
@@ -157,6 +161,17 @@ def load_text_encoder(
     text = _tokenizer(tokenizer, tensors.get("spiece_model"), file.paths[0])
     _check_vocabulary(text, rows=len(weights["shared.weight"]))
     return TextEncoder(_model(weights, path, torch.device(device), dtype), text, dtype)
+
+
+def encoder_bytes(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of the weights that `load_text_encoder` makes of a file, from its header. Raises as that does."""
+    path = Path(path)
+    weights = _umt5(read_header(_weights_in(path) if path.is_dir() else path).tensors, path)
+    own = {name: weight for name, weight in weights.items() if OWN_WEIGHT.search(name)}
+    return sum(
+        weight.numel() * (1 if weight.element_size() == 1 and LINEAR.search(name) else dtype.itemsize)
+        for name, weight in own.items()
+    )
 
 
 def clean(prompt: str) -> str:

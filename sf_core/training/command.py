@@ -73,7 +73,7 @@ def make_task(config: TrainConfig, group: Group, device: torch.device) -> Task:
     if config.method == "autoencoder":
         return FitAutoencoder(config, device)
     torch.manual_seed(config.seed)  # of a new text encoder
-    world = open_world(config.model, device)
+    world = open_world(config.model, device, config.data.negative)
     data = open_data(config, world, group)
     return TASKS.get(config.method, Flow)(config, world, data, group, device)
 

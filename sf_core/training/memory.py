@@ -7,7 +7,7 @@ Computed from shapes. With b bytes a number in the run's precision, S tokens a f
     frozen network    P times the bytes of model.frozen
     cache             2 layers frames S dim b a sample, of whole rollouts where blocks run again
     activations       what the largest loss of a step keeps for its backward pass, and the block that is at work
-    text              UMT5's encoder in bfloat16, in the wan world
+    text              UMT5's encoder, in the wan world: in bfloat16, or float8 as its file has it
 
 A forward keeps of each block its input alone with `recompute`, else about (2 ffn_dim + 23 dim) b a token (28 dim in
 bfloat16, half of all where weights are frozen), its weights once more where they are cast, and in a rollout the keys
@@ -38,6 +38,7 @@ from ..config import WanConfig
 from ..families import DEFAULT
 from ..machine import memory_of, ran_out
 from ..model import WanModel
+from ..text import encoder_bytes
 from .config import SELF_FORCING, ModelConfig, TrainConfig
 from .discriminator import Discriminator
 from .lora import adapted
@@ -107,7 +108,7 @@ def needed(config: TrainConfig, processes: int = 1, device: torch.device | None 
         gathered=sum(gathered(network, config) for network in networks) if config.shard else 0,
         cache=cache_bytes(config, student, processes) if self_forced else 0,
         activations=max(graph_bytes(config, Networks(student, critic, teacher), processes, device), update),
-        text=UMT5_BYTES if config.model.world == "wan" else 0,
+        text=text_bytes(config.model) if config.model.world == "wan" else 0,
     )
 
 
@@ -143,6 +144,12 @@ def shape_of(source: str, model: ModelConfig) -> WanConfig:
     if (path / CHECKPOINT).is_file():
         return WanConfig(**load_checkpoint(path)["wan"])
     return describe_file(there(path), DEFAULT).config
+
+
+def text_bytes(model: ModelConfig) -> int:
+    """The text encoder as its file has it; in bfloat16 where that is a file to come."""
+    path = model.text_encoder
+    return encoder_bytes(path) if path and path.exists() else UMT5_BYTES
 
 
 def parameters(config: WanConfig) -> int:

@@ -86,9 +86,12 @@ class TinyWorld:
 
 
 class WanWorld:
-    """Wan 2.1's: UMT5 and the Wan VAE. The text encoder stays on the CPU unless there is a GPU."""
+    """Wan 2.1's: UMT5 and the Wan VAE. The text encoder stays on the CPU unless there is a GPU.
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    What guidance steers away from, "" or `negative`, is asked for with every clip, and encoded once.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, negative: str = "") -> None:
         missing = [name for name in ("text_encoder", "vae") if getattr(config, name) is None]
         if missing:
             raise ValueError(
@@ -99,14 +102,18 @@ class WanWorld:
         self.text = load_text_encoder(config.text_encoder, config.tokenizer, device)
         file = read_header(config.vae)
         self.vae = vae.WanVAE.from_state_dict(map_tensors(file, file.tensors)).to(device).requires_grad_(False)
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor | None] = {"": None, negative: None}
 
     @torch.no_grad()
     def embeds(self, prompts: list[str]) -> Tensor:
-        if "" in prompts and "" not in self.kept:
-            self.kept[""] = self.text.encode([""])
-        rows = [self.kept[prompt] if prompt == "" else self.text.encode([prompt]) for prompt in prompts]
-        return torch.cat(rows).float().to(self.device)
+        return torch.cat([self._row(prompt) for prompt in prompts]).float().to(self.device)
+
+    def _row(self, prompt: str) -> Tensor:
+        kept = self.kept.get(prompt)
+        row = self.text.encode([prompt]) if kept is None else kept
+        if prompt in self.kept:
+            self.kept[prompt] = row
+        return row
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
@@ -125,11 +132,14 @@ class WanWorld:
         return WanModel(WAN_1_3B).initialise()
 
 
-def open_world(config: ModelConfig, device: torch.device) -> TinyWorld | WanWorld:
-    """Raises ValueError for a size that the world does not have."""
+def open_world(config: ModelConfig, device: torch.device, negative: str = "") -> TinyWorld | WanWorld:
+    """The world of a run; `negative` is a prompt that will be asked for again and again.
+
+    Raises ValueError for a size that the world does not have.
+    """
     if config.width % 16 or config.height % 16:
         raise ValueError(f"Got {config.width} x {config.height} pixels; use multiples of 16.")
-    return TinyWorld(config, device) if config.world == "tiny" else WanWorld(config, device)
+    return TinyWorld(config, device) if config.world == "tiny" else WanWorld(config, device, negative)
 
 
 def check_prompts(world: World, prompts: Iterable[str]) -> None:

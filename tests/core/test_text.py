@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sf_core.text import ScaledLinear, clean, load_text_encoder
+from sf_core.text import ScaledLinear, clean, encoder_bytes, load_text_encoder
 
 pytest.importorskip("transformers", reason="UMT5 is transformers' network: pip install transformers")
 sentencepiece = pytest.importorskip("sentencepiece", reason="tokenizers are trained with sentencepiece")
@@ -259,6 +259,16 @@ def test_scaled_float8_weights_stay_float8(tmp_path, encoder, wan, spiece):
     assert not any(isinstance(module, torch.nn.Linear) for module in small.model.modules())
     expected = encoder.encode(PROMPTS)
     assert (small.encode(PROMPTS) - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize("form", ["float32", "scaled float8", "wan float8"])
+def test_the_bytes_of_an_encoder_are_told_by_its_header(tmp_path, wan, spiece, form):
+    weights = {"float32": hugging_face(wan), "scaled float8": scaled_fp8(hugging_face(wan))}
+    weights["wan float8"] = {name: weight.to(FP8) for name, weight in wan.items()}
+    save_file({**weights[form], "spiece_model": bytes_tensor(spiece)}, tmp_path / "umt5.safetensors")
+    model = load(tmp_path / "umt5.safetensors", dtype=torch.bfloat16).model
+    held = [*model.parameters(), *(module.quantized for module in model.modules() if isinstance(module, ScaledLinear))]
+    assert encoder_bytes(tmp_path / "umt5.safetensors") == sum(tensor.nbytes for tensor in held)
 
 
 def test_unscaled_float8_under_wans_names(tmp_path, wan, spiece):
