@@ -72,12 +72,12 @@ def adapter_file(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tens
 
 
 def merged(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """Plain weights, adapters added in float32."""
+    """Plain weights; those with adapters in float32, which holds changes that are lost in bfloat16."""
     plain = {name: value for name, value in state.items() if name.rpartition(".")[2] not in ("down", "up")}
     for name, up in state.items():
         layer, _, part = name.rpartition(".")
         if part == "up":
             weight = plain[f"{layer}.weight"]
             change = up.float() @ state[f"{layer}.down"].float() * (config.alpha / config.rank)
-            plain[f"{layer}.weight"] = (weight.float() + change).to(weight.dtype)
+            plain[f"{layer}.weight"] = weight.float() + change
     return plain

@@ -4,7 +4,7 @@ Computed from shapes. With b bytes a number in the run's precision, S tokens a f
 
     trained network   weights, gradients, two AdamW moments in float32: 16 P; the student's average 4 P more, in
                       consistency 12 P: a second average, and the weights that it takes the place of meanwhile
-    frozen network    P times the bytes of model.frozen
+    frozen network    P times the bytes of model.frozen; so the weights under adapters, where they are not sharded
     cache             2 layers frames S dim b a sample, of whole rollouts where blocks run again
     activations       what the largest loss of a step keeps for its backward pass, and the block that is at work
     text              UMT5's encoder, in the wan world: in bfloat16, or float8 as its file has it
@@ -43,7 +43,7 @@ from .config import SELF_FORCING, ModelConfig, TrainConfig
 from .discriminator import Discriminator
 from .lora import adapted
 from .store import CHECKPOINT, load_checkpoint
-from .worlds import DTYPES, NEW, latent_size, there
+from .worlds import DTYPES, NEW, latent_size, student_dtype, there
 
 GIB = 2**30
 WAN_14B = WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
@@ -170,7 +170,7 @@ def trained_parameters(config: TrainConfig, student: WanConfig) -> int:
 
 def student_bytes(config: TrainConfig, student: WanConfig) -> int:
     averages = 12 if config.method == "consistency" else 4
-    frozen = 4 * parameters(student) if config.lora else 0
+    frozen = student_dtype(config).itemsize * parameters(student) if config.lora else 0
     return frozen + (16 + averages) * trained_parameters(config, student)
 
 
@@ -219,16 +219,17 @@ def losses_of(
     """(bytes of each graph that a loss holds, bytes of the block at work) for every loss of a step."""
     student, critic, teacher = networks.student, networks.critic, networks.teacher
     each = samples(config, processes)
-    forward = partial(Forward, config, device)
+    forward, frozen = partial(Forward, config, device), DTYPES[config.model.frozen]
     if config.method not in SELF_FORCING:
         copies = 2 if config.method in ("teacher-forcing", "ode", "consistency") else 1
-        once = forward(student, each, copies * config.flow.frames)
-        guided = forward(teacher, 2 * each, copies * config.flow.frames, frozen=True).working if teacher else 0
+        once = forward(student, each, copies * config.flow.frames, student_dtype(config))
+        guided = forward(teacher, 2 * each, copies * config.flow.frames, frozen, frozen=True).working if teacher else 0
         return {"loss": ([once.kept], max(once.working, guided))}
     frames, chunk = config.rollout.frames, config.sampling.chunk
-    rolled = forward(student, each, frames, chunks=-(-frames // chunk))
+    rolled = forward(student, each, frames, student_dtype(config), chunks=-(-frames // chunk))
     judged = forward(critic, each, frames)
-    real = forward(teacher, each * (1 if config.loss.guidance == 1 else 2), frames, frozen=True) if teacher else None
+    both = each if config.loss.guidance == 1 else 2 * each
+    real = forward(teacher, both, frames, frozen, frozen=True) if teacher else None
     if config.method == "dmd":
         generator = [rolled.kept], max(rolled.working, judged.working, real.working)
         return {"generator": generator, "critic": ([judged.kept], judged.working)}
@@ -245,7 +246,8 @@ def losses_of(
 class Forward:
     """One forward of `samples` clips of `frames` latent frames; of a rollout, one for each of its `chunks`.
 
-    frozen  whether it is the clips alone that get gradients
+    weights  their dtype
+    frozen   whether it is the clips alone that get gradients
     """
 
     config: TrainConfig
@@ -253,6 +255,7 @@ class Forward:
     network: WanConfig
     samples: int
     frames: int
+    weights: torch.dtype = torch.float32
     chunks: int = 1
     frozen: bool = False
 
@@ -296,8 +299,7 @@ class Forward:
 
     def cast(self, again: bool) -> int:
         """Copies of weights in the precision of the arithmetic; sharded ones are gathered in it."""
-        stored = DTYPES[self.config.model.frozen] if self.frozen else torch.float32
-        if self.config.shard or stored == DTYPES[self.config.precision]:
+        if self.config.shard or self.weights == DTYPES[self.config.precision]:
             return 0
         net = self.network
         prompt = 2 * net.layers * net.dim**2  # the layers that read the prompt never run again

@@ -31,6 +31,7 @@ from .worlds import (
     latent_size,
     load_network,
     load_student,
+    student_dtype,
 )
 
 Loss = Callable[[Draws, float], dict[str, Tensor]]
@@ -88,7 +89,7 @@ class WanTask(Task):
         check_lineage(config.model.student, world, "model.student")
         check_prompts(world, (config.data.negative, *config.log.samples))
         torch.manual_seed(config.seed)  # of new weights
-        wan = load_student(config.model.student, world)
+        wan = load_student(config.model.student, world, student_dtype(config))
         if config.model.world == "tiny":
             check_alike(NEW, wan.config, "model.student", config.model.student, "the tiny world")
         if config.lora:

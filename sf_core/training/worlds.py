@@ -29,7 +29,7 @@ from ..text import load_text_encoder
 from ..tiny.autoencoder import CHANNELS, SPACE, TinyAutoencoder
 from ..tiny.data import vocabulary
 from ..tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
-from .config import ModelConfig
+from .config import ModelConfig, TrainConfig
 from .parallel import fill
 from .store import CHECKPOINT, fingerprint, load_checkpoint, trained_by
 
@@ -153,11 +153,19 @@ def latent_size(config: ModelConfig) -> tuple[int, int]:
     return config.height // SPACE, config.width // SPACE
 
 
-def load_student(source: str, world: World) -> WanModel:
-    """A model to train, float32: "new", "built-in", a file, or the averaged weights of a run's folder."""
+def student_dtype(config: TrainConfig) -> torch.dtype:
+    """Of the weights that a student is loaded with: those that are trained are float32.
+
+    Those under adapters are frozen; only sharding, which wants one dtype in a block, keeps them float32.
+    """
+    return DTYPES[config.model.frozen] if config.lora and not config.shard else torch.float32
+
+
+def load_student(source: str, world: World, dtype: torch.dtype = torch.float32) -> WanModel:
+    """A model to train: "new", "built-in", a file, or the averaged weights of a run's folder."""
     if source == "new":
-        return world.new_student()
-    return load_network(source, torch.float32).requires_grad_(True)
+        return world.new_student().to(dtype)
+    return load_network(source, dtype).requires_grad_(True)
 
 
 def load_network(source: str, dtype: torch.dtype) -> WanModel:

@@ -664,6 +664,21 @@ def test_a_lora_run_trains_adapters_alone_and_exports_both_files(runs):
     assert set(load_model(out / MODEL)[0].state_dict()) == set(start)
 
 
+def test_the_weights_under_adapters_are_kept_as_frozen_ones(runs):
+    models = {"world": "tiny", "student": str(runs / "causal"), "teacher": str(runs / "teacher"), "frozen": "bfloat16"}
+    options = {"lora": {"rank": 2, "alpha": 4.0}, "model": models, "precision": "bfloat16"}
+    out = trained("dmd", runs / "lora-bf16", **options)
+    saved, name = load_checkpoint(out), "blocks.0.self_attn.q"
+    kinds = {key: saved["modules"]["student"][f"{name}.{key}"].dtype for key in ("weight", "down", "up")}
+    assert kinds == {"weight": torch.bfloat16, "down": torch.float32, "up": torch.float32}
+    merged = saved["student"][f"{name}.weight"]
+    assert merged.dtype == torch.float32 and not torch.equal(merged, merged.bfloat16().float())
+    whole = trained("dmd", runs / "lora-fp32", **{**options, "model": {**models, "frozen": "float32"}})
+    assert losses(out, "critic") == pytest.approx(losses(whole, "critic"), rel=0.05)
+    trained("dmd", out, **{**options, "steps": 4, "model": {**models, "frozen": "float32"}})
+    assert load_checkpoint(out)["modules"]["student"][f"{name}.weight"].dtype == torch.float32
+
+
 def test_a_shipped_student_is_adapted(tmp_path):
     """The built-in model, its words and all, as one would start."""
     data, size = {"prompts": str(tmp_path / "p.txt")}, {"frames": 3}
