@@ -7,6 +7,7 @@ Computed from shapes. With b bytes a number in the run's precision, S tokens a f
     frozen network    P times the bytes of model.frozen; so the weights under adapters, where they are not sharded
     cache             2 layers frames S dim b a sample, of whole rollouts where blocks run again
     activations       what the largest loss of a step keeps for its backward pass, and the block that is at work
+    autoencoder       Wan's, in its file's dtype
     text              UMT5's encoder, in the wan world: in bfloat16, or float8 as its file has it
 
 A forward keeps of each block its input alone with `recompute`, else about (2 ffn_dim + 23 dim) b a token (28 dim in
@@ -38,7 +39,9 @@ from ..config import WanConfig
 from ..families import DEFAULT
 from ..machine import memory_of, ran_out
 from ..model import WanModel
+from ..tensorfiles import read_header
 from ..text import encoder_bytes
+from ..vae import WanVAE
 from .config import SELF_FORCING, ModelConfig, TrainConfig
 from .discriminator import Discriminator
 from .lora import adapted
@@ -66,6 +69,7 @@ class Needed:
     cache: int
     activations: int
     text: int
+    autoencoder: int
 
     @property
     def total(self) -> int:
@@ -109,6 +113,7 @@ def needed(config: TrainConfig, processes: int = 1, device: torch.device | None 
         cache=cache_bytes(config, student, processes) if self_forced else 0,
         activations=max(graph_bytes(config, Networks(student, critic, teacher), processes, device), update),
         text=text_bytes(config.model) if config.model.world == "wan" else 0,
+        autoencoder=autoencoder_bytes(config.model) if config.model.world == "wan" else 0,
     )
 
 
@@ -150,6 +155,14 @@ def text_bytes(model: ModelConfig) -> int:
     """The text encoder as its file has it; in bfloat16 where that is a file to come."""
     path = model.text_encoder
     return encoder_bytes(path) if path and path.exists() else UMT5_BYTES
+
+
+def autoencoder_bytes(model: ModelConfig) -> int:
+    """Wan's autoencoder as its file has it; in float32 where that is a file to come."""
+    if model.vae and model.vae.exists():
+        return sum(tensor.nbytes for tensor in read_header(model.vae).tensors.values())
+    with torch.device("meta"):
+        return 4 * sum(p.numel() for p in WanVAE().parameters())
 
 
 def parameters(config: WanConfig) -> int:

@@ -89,6 +89,17 @@ def test_the_comments_of_the_recipe_say_what_the_plan_says():
     assert row.split()[2:] == [f"{plan.total / GIB:.1f}" for plan in plans]
 
 
+def test_one_gpu_of_80_gb_is_enough_for_adapters_as_its_configuration_says():
+    config = read_config("wan-dmd-1gpu", ("model.student=wan-1.3b", "model.teacher=wan-1.3b"))
+    plans = (needed(config), needed(replace(config, lora=None)))
+    text = (SHIPPED / "wan-dmd-1gpu.yaml").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("#     together"))
+    assert row.split()[2:] == [f"{plan.total / GIB:.1f}" for plan in plans] and plans[0].total < 70e9
+    assert f"{plans[0].total / GIB:.1f} GiB" in (SHIPPED.parents[2] / "docs" / "training.md").read_text(
+        encoding="utf-8"
+    )
+
+
 def test_processes_on_one_cpu_share_its_memory(monkeypatch):
     config = read_config("tiny-dmd", (*TINY,))
     enough = needed(config, 2, CPU).total * 1.5
