@@ -7,7 +7,8 @@
 #   PYTHON       the Python that makes the environment (default: the first of 3.10 to 3.13 on PATH)
 #   VENV         an environment to use instead of .venv; `make clean` leaves it alone
 #   TORCH        what is installed if the environment has no torch. CPU builds are looked for at TORCH_INDEX;
-#                where that cannot be reached, Linux gets PyPI's CUDA build (several GB)
+#                where that cannot be reached, Linux gets PyPI's CUDA build (several GB), as with
+#                TORCH_INDEX=https://pypi.org/simple
 #   HOST_PYTHON  the Python that has ComfyUI's requirements and pytest
 
 PYTHON =

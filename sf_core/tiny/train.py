@@ -25,7 +25,7 @@ from ..training.config import TrainConfig, read_config
 from ..training.memory import check_memory
 from ..training.parallel import Group, local_device
 from ..training.store import load_checkpoint, save_model
-from ..training.trainer import as_saved
+from ..training.trainer import as_saved, flat
 from . import evaluate
 from .autoencoder import TinyAutoencoder
 from .text import TinyTextEncoder
@@ -130,14 +130,6 @@ def work(rank: int, config: TrainConfig, processes: int, meet: str) -> None:
         train(config, Group(rank, processes), CPU)
     finally:
         dist.destroy_process_group()
-
-
-def flat(content: dict, under: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    leaves = {}
-    for key, value in content.items():
-        leaves |= flat(value, f"{under}{key}.") if isinstance(value, dict) else {under + key: value}
-    return leaves
 
 
 def export(recipe: Recipe, folder: Path) -> str:

@@ -1,6 +1,6 @@
 """Trains a model by a configuration: Self Forcing or one of its baselines.
 
-python -m sf_core train tiny-dmd                                a configuration that is shipped
+python -m sf_core train tiny-dmd                                a shipped configuration, after `train tiny`
 python -m sf_core train my.yaml --set optimizer.lr=1e-5         a file, one value changed
 torchrun --nproc-per-node 8 -m sf_core train my.yaml            on eight GPUs
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import warnings
 from dataclasses import asdict
 
@@ -20,7 +21,7 @@ from .data import open_data
 from .few_step import Consistency, Ode
 from .flow import Flow
 from .forcing import Adversarial, SelfForcing
-from .memory import check_memory, needed
+from .memory import check_memory, needed, told_memory
 from .parallel import Group, local_device
 from .store import MODEL, load_checkpoint, save_model
 from .task import Task
@@ -36,13 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("config", help="a YAML file, or the name of a shipped configuration")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="change a value of it")
     add("--plan", action="store_true", help="say what memory the run takes, and end")
-    add("--processes", type=int, metavar="N", help="with --plan: how many processes would share it (those there are)")
+    shared = "with --plan: how many processes share the batch, and with shard: true the weights (WORLD_SIZE, else 1)"
+    add("--processes", type=int, metavar="N", default=os.environ.get("WORLD_SIZE", "1"), help=shared)
 
 
 def run(args: argparse.Namespace) -> str:
     config = read_config(args.config, args.changes)
     if args.plan:
-        return str(needed(config, args.processes or 1))
+        if args.processes < 1:
+            raise ValueError(f"Got --processes {args.processes}; a run takes 1 or more.")
+        return str(needed(config, args.processes))
     device = local_device(config.device)
     group = Group.join(device)
     try:
@@ -58,8 +62,8 @@ def train(config: TrainConfig, group: Group, device: torch.device) -> None:
     # Autocast leaves the weights of norms in float32, which is meant; torch warns of the kernel it cannot use for it.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     check_memory(config, group.size, device)
-    task = make_task(config, group, device)
-    Trainer(config, task, group).run()
+    with told_memory(config, group.size, device):
+        Trainer(config, make_task(config, group, device), group).run()
     if group.first:
         export(config)
     group.wait()
@@ -69,7 +73,7 @@ def make_task(config: TrainConfig, group: Group, device: torch.device) -> Task:
     if config.method == "autoencoder":
         return FitAutoencoder(config, device)
     torch.manual_seed(config.seed)  # of a new text encoder
-    world = open_world(config.model, device)
+    world = open_world(config.model, device, config.data.negative)
     data = open_data(config, world, group)
     return TASKS.get(config.method, Flow)(config, world, data, group, device)
 

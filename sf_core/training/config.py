@@ -320,6 +320,11 @@ class TrainConfig:
             raise ValueError("Got LoRA on a new student; adapters need trained weights. Name a student, or leave out.")
 
     def _check_context(self) -> None:
+        if self.method in SELF_FORCING and self.recompute and self.sampling.pinned and self.sampling.sink:
+            raise ValueError(
+                f"Got sampling.pinned with sampling.sink {self.sampling.sink}, and recompute; the keys of pinned sinks "
+                "move on before the backward pass reads them again. Use sampling.pinned: false, or recompute: false."
+            )
         if self.loss.context == "teacher-forced" and self.rollout.extra_chunks:
             raise ValueError(
                 f"Got rollout.extra_chunks {self.rollout.extra_chunks} with loss.context teacher-forced, whose clips "

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from .networks import Network, attention_on
 from .parallel import Group
 from .task import Update, WanTask
 from .worlds import World
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Sees = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,19 +61,49 @@ def forced_attention(
     tokens = config.tokens_per_frame(*size)
     chunk = chunks.repeat(copies).repeat_interleave(tokens).to(device)
     noisy = torch.arange(copies, device=device).repeat_interleave(frames * tokens) > 0
-    mask, attention = masked(chunk_rule(chunk, noisy), len(chunk), device)
+    mask, attention = masked(chunk, noisy, device)
     return Sequence(config, [*range(frames)] * copies, *size, device, mask=mask, attention=attention)
 
 
-def masked(sees: Sees, length: int, device: torch.device):
-    """The mask of a rule over `length` tokens, and the kernel that takes it."""
+def masked(chunk: Tensor, noisy: Tensor, device: torch.device):
+    """The mask of tokens of these chunks and kinds, [L] each, and the kernel that takes it."""
     if device.type == "cuda":
-        from torch.nn.attention.flex_attention import create_block_mask
+        return block_mask(chunk, noisy), flex
+    tokens = torch.arange(len(chunk), device=device)
+    return chunk_rule(chunk, noisy)(tokens[:, None], tokens[None, :]), attention_on(device)
 
-        rule = lambda batch, head, q, k: sees(q, k)  # noqa: E731
-        return create_block_mask(rule, None, None, length, length, device=device), flex
-    tokens = torch.arange(length, device=device)
-    return sees(tokens[:, None], tokens[None, :]), attention_on(device)
+
+def block_mask(chunk: Tensor, noisy: Tensor, size: int = 128) -> BlockMask:
+    """Flex attention's mask of `size` x `size` blocks, equal to `create_block_mask`'s.
+
+    That one computes the dense mask first: 4 GiB as booleans, and several times more on the way, for 21 frames of
+    832 x 480 beside themselves. Here a block is known by which (chunk, kind) its tokens have, of which there are few.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rule, length = chunk_rule(chunk, noisy), len(chunk)
+    label = (2 * chunk + noisy).cpu()  # [L]
+    labels = torch.arange(int(label.max()) + 1)
+    allowed = chunk_rule(labels // 2, labels % 2 > 0)(labels[:, None], labels[None, :]).float()  # [labels, labels]
+    blocks = -(-length // size)
+    holds = torch.zeros(blocks, len(labels))
+    holds[torch.arange(length) // size, label] = 1
+    some, barred = (holds @ pairs @ holds.T > 0 for pairs in (allowed, 1 - allowed))  # [blocks, blocks] each
+    whole = torch.arange(blocks) < length // size  # a block that ends beyond the last token is never full
+    full = some & ~barred & whole[:, None] & whole[None, :]
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~full, chunk.device),
+        *_listed(full, chunk.device),
+        BLOCK_SIZE=size,
+        mask_mod=lambda batch, head, q, k: rule(q, k),
+        seq_lengths=(length, length),
+    )
+
+
+def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are True, int32 [1, 1, rows], and the columns, those first, [1, 1, rows, columns]."""
+    columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return tuple(x.int().to(device)[None, None].contiguous() for x in (blocks.sum(-1), columns))
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:

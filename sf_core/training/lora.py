@@ -45,7 +45,7 @@ def add_adapters(wan: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     wan.requires_grad_(False)
-    places = [name for name, module in wan.named_modules() if isinstance(module, nn.Linear) and _named(name, config)]
+    places = [name for name, module in wan.named_modules() if isinstance(module, nn.Linear) and adapted(name, config)]
     if not places:
         raise ValueError(f"Got lora.layers {list(config.layers)}, which no block has. Use q, k, v, o, ffn.0, ffn.2.")
     for name in places:
@@ -55,7 +55,8 @@ def add_adapters(wan: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     return wan
 
 
-def _named(name: str, config: LoraConfig) -> bool:
+def adapted(name: str, config: LoraConfig) -> bool:
+    """Whether the layer of that name gets an adapter."""
     return name.startswith("blocks.") and any(name.endswith(f".{layer}") for layer in config.layers)
 
 
@@ -71,12 +72,12 @@ def adapter_file(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tens
 
 
 def merged(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """Plain weights, adapters added in float32."""
+    """Plain weights; those with adapters in float32, which holds changes that are lost in bfloat16."""
     plain = {name: value for name, value in state.items() if name.rpartition(".")[2] not in ("down", "up")}
     for name, up in state.items():
         layer, _, part = name.rpartition(".")
         if part == "up":
             weight = plain[f"{layer}.weight"]
             change = up.float() @ state[f"{layer}.down"].float() * (config.alpha / config.rank)
-            plain[f"{layer}.weight"] = (weight.float() + change).to(weight.dtype)
+            plain[f"{layer}.weight"] = weight.float() + change
     return plain

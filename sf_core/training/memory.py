@@ -2,21 +2,34 @@
 
 Computed from shapes. With b bytes a number in the run's precision, S tokens a frame, P parameters:
 
-    trained network   weights, gradients, two AdamW moments in float32: 16 P; the student's average 4 P more
-    frozen network    P times the bytes of model.frozen
+    trained network   weights, gradients, two AdamW moments in float32: 16 P; the student's average 4 P more, in
+                      consistency 12 P: a second average, and the weights that it takes the place of meanwhile
+    frozen network    P times the bytes of model.frozen; so the weights under adapters, where they are not sharded
     cache             2 layers frames S dim b a sample, of whole rollouts where blocks run again
-    activations       what a backward pass keeps of the largest graph: of each block its input alone with `recompute`,
-                      else about (2 ffn_dim + 20 dim) b a token, and in a rollout the keys and values that each
-                      chunk saw, 2 dim b a token; and one block in full
-    text              UMT5's encoder in bfloat16, in the wan world
+    activations       what the largest loss of a step keeps for its backward pass, and the block that is at work
+    autoencoder       Wan's, in its file's dtype
+    text              UMT5's encoder, in the wan world: in bfloat16, or float8 as its file has it
 
+A forward keeps of each block its input alone with `recompute`, else about (2 ffn_dim + 23 dim) b a token (28 dim in
+bfloat16, half of all where weights are frozen), its weights once more where they are cast, and in a rollout the keys
+and values that each chunk saw; always the prompt's keys and values. A loss holds the forwards it goes back through:
+
+    dmd     student, or critic; the scores judge without gradient, the real one under two prompts at once
+    sid     student, critic, and teacher under two prompts; or critic
+    gan     student and critic; or critic for real and generated clips, a nudge of each, and the score
+
+After the backward pass AdamW and the averaging of gradients need a copy of these, at most what a graph took before.
 Sharding divides weights and their company by the number of processes; the blocks in use, two at a time, are whole.
-Weights and cache are exact. Activations are an estimate, of the kind in checkpoint.py.
+Weights and cache are exact. Activations are an estimate from above: coefficients are those of tensors that autograd
+saves with a fused attention kernel; on a CPU there are the scores of plain attention, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,15 +37,24 @@ import torch
 from ..checkpoint import describe as describe_file
 from ..config import WanConfig
 from ..families import DEFAULT
-from ..machine import memory_of
+from ..machine import memory_of, ran_out
 from ..model import WanModel
+from ..tensorfiles import read_header
+from ..text import bytes_loaded
+from ..vae import WanVAE
 from .config import SELF_FORCING, ModelConfig, TrainConfig
+from .discriminator import Discriminator
+from .lora import adapted
 from .store import CHECKPOINT, load_checkpoint
-from .worlds import DTYPES, NEW, latent_size, there
+from .worlds import DTYPES, NEW, latent_size, student_dtype, there
 
 GIB = 2**30
 WAN_14B = WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
 UMT5_BYTES = 2 * (256384 * 4096 + 24 * (4 * 4096**2 + 3 * 4096 * 10240))  # umt5-xxl's encoder in bfloat16
+REMEDIES = (
+    "Use recompute: true, a smaller micro_batch or clip, shard: true over more devices, or model.frozen: bfloat16 "
+    "(with precision: bfloat16)."
+)
 NAMED = {"wan-1.3b": WanConfig(), "wan-14b": WAN_14B}
 
 
@@ -47,6 +69,7 @@ class Needed:
     cache: int
     activations: int
     text: int
+    autoencoder: int
 
     @property
     def total(self) -> int:
@@ -57,8 +80,21 @@ class Needed:
         return f"{self.total / GIB:.1f} GiB a device: {', '.join(parts)}"
 
 
-def needed(config: TrainConfig, processes: int = 1) -> Needed:
-    """Memory of a run that `processes` devices share. Raises as opening its files does."""
+@dataclass(frozen=True)
+class Networks:
+    """The shapes of a run's networks."""
+
+    student: WanConfig
+    critic: WanConfig | None
+    teacher: WanConfig | None
+
+
+def needed(config: TrainConfig, processes: int = 1, device: torch.device | None = None) -> Needed:
+    """Memory of a run that `processes` devices share; on GPUs unless the configuration or `device` says otherwise.
+
+    Raises as opening its files does.
+    """
+    device = device or torch.device("cpu" if config.device == "cpu" else "cuda")
     student = shape_of(config.model.student, config.model)
     self_forced = config.method in SELF_FORCING
     followed = config.model.teacher if config.method in ("dmd", "sid", "ode", "consistency") else None
@@ -67,17 +103,17 @@ def needed(config: TrainConfig, processes: int = 1) -> Needed:
     critic = shape_of(begun, config.model) if self_forced else None
     shares = processes if config.shard else 1
     networks = [network for network in (student, critic, teacher) if network]
+    trained = max(trained_parameters(config, student), parameters(critic) if critic else 0)
+    update = 4 * trained // shares
     return Needed(
         student=student_bytes(config, student) // shares,
-        critic=16 * parameters(critic) // shares if critic else 0,
+        critic=16 * (parameters(critic) + looks(config, critic)) // shares if critic else 0,
         teacher=parameters(teacher) * DTYPES[config.model.frozen].itemsize // shares if teacher else 0,
         gathered=sum(gathered(network, config) for network in networks) if config.shard else 0,
         cache=cache_bytes(config, student, processes) if self_forced else 0,
-        activations=max(
-            graph_bytes(config, student, processes, generates=True),
-            graph_bytes(config, critic, processes, generates=False) if critic else 0,
-        ),
-        text=UMT5_BYTES if config.model.world == "wan" else 0,
+        activations=max(graph_bytes(config, Networks(student, critic, teacher), processes, device), update),
+        text=text_bytes(config.model) if config.model.world == "wan" else 0,
+        autoencoder=autoencoder_bytes(config.model) if config.model.world == "wan" else 0,
     )
 
 
@@ -85,13 +121,22 @@ def check_memory(config: TrainConfig, processes: int, device: torch.device) -> N
     """Raises MemoryError for a run that does not fit."""
     if config.method == "autoencoder":
         return
-    there, run = memory_of(device), needed(config, processes)
+    there, run = memory_of(device), needed(config, processes, device)
     together = processes if device.type == "cpu" else 1  # processes on one CPU share its memory
     if there is not None and run.total * together > there:
-        raise MemoryError(
-            f"Got {there / GIB:.1f} GiB of memory; this run takes {run}. Use recompute: true, a smaller micro_batch or "
-            "clip, shard: true over more devices, or model.frozen: bfloat16 (with precision: bfloat16)."
-        )
+        raise MemoryError(f"Got {there / GIB:.1f} GiB of memory; this run takes {run}. {REMEDIES}")
+
+
+@contextmanager
+def told_memory(config: TrainConfig, processes: int, device: torch.device) -> Iterator[None]:
+    """Out of memory, as an error with remedies."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        planned = "" if config.method == "autoencoder" else f", where {needed(config, processes, device)} were expected"
+        raise MemoryError(f"Got out of memory on {device}{planned}. {REMEDIES}") from None
 
 
 def shape_of(source: str, model: ModelConfig) -> WanConfig:
@@ -106,26 +151,60 @@ def shape_of(source: str, model: ModelConfig) -> WanConfig:
     return describe_file(there(path), DEFAULT).config
 
 
+def text_bytes(model: ModelConfig) -> int:
+    """The text encoder as its file has it; in bfloat16 where that is a file to come."""
+    path = model.text_encoder
+    return bytes_loaded(path) if path and path.exists() else UMT5_BYTES
+
+
+def autoencoder_bytes(model: ModelConfig) -> int:
+    """Wan's autoencoder as its file has it; in float32 where that is a file to come."""
+    if model.vae and model.vae.exists():
+        return sum(tensor.nbytes for tensor in read_header(model.vae).tensors.values())
+    with torch.device("meta"):
+        return 4 * sum(p.numel() for p in WanVAE().parameters())
+
+
 def parameters(config: WanConfig) -> int:
     return sum(p.numel() for p in WanModel(config, device="meta").parameters())
 
 
-def student_bytes(config: TrainConfig, student: WanConfig) -> int:
+def trained_parameters(config: TrainConfig, student: WanConfig) -> int:
+    """The student's, or its adapters'."""
     if config.lora is None:
-        return 20 * parameters(student)
-    adapters = 0
-    for name, module in WanModel(student, device="meta").named_modules():
-        if isinstance(module, torch.nn.Linear) and name.startswith("blocks."):
-            adapters += config.lora.rank * sum(module.weight.shape)
-    return 4 * parameters(student) + 20 * adapters
+        return parameters(student)
+    linear = [
+        module
+        for name, module in WanModel(student, device="meta").named_modules()
+        if isinstance(module, torch.nn.Linear) and adapted(name, config.lora)
+    ]
+    return sum(config.lora.rank * sum(module.weight.shape) for module in linear)
+
+
+def student_bytes(config: TrainConfig, student: WanConfig) -> int:
+    averages = 12 if config.method == "consistency" else 4
+    frozen = student_dtype(config).itemsize * parameters(student) if config.lora else 0
+    return frozen + (16 + averages) * trained_parameters(config, student)
+
+
+def looks(config: TrainConfig, critic: WanConfig) -> int:
+    """Parameters of the discriminator of `gan`."""
+    if config.method != "gan":
+        return 0
+    with torch.device("meta"):
+        return sum(p.numel() for p in Discriminator(critic, config.loss.gan.layers).parameters())
 
 
 def gathered(network: WanConfig, config: TrainConfig) -> int:
     """Two blocks and what is outside of blocks, in the run's precision."""
-    wan = WanModel(network, device="meta")
-    block = sum(p.numel() for p in wan.blocks[0].parameters())
-    outside = parameters(network) - network.layers * block
+    outside = outside_blocks(network)
+    block = (parameters(network) - outside) // network.layers
     return (2 * block + outside) * DTYPES[config.precision].itemsize
+
+
+def outside_blocks(network: WanConfig) -> int:
+    """Parameters of embeddings and head."""
+    return sum(p.numel() for name, p in WanModel(network, device="meta").named_parameters() if "blocks." not in name)
 
 
 def samples(config: TrainConfig, processes: int) -> int:
@@ -142,14 +221,99 @@ def cache_bytes(config: TrainConfig, student: WanConfig, processes: int) -> int:
     return samples(config, processes) * kept * student.cache_bytes_per_frame(*size, bytes_each)
 
 
-def graph_bytes(config: TrainConfig, network: WanConfig, processes: int, generates: bool) -> int:
-    """What a backward pass through a clip keeps; a student that generates keeps what its chunks saw, too."""
-    self_forced = config.method in SELF_FORCING
-    frames = config.rollout.frames if self_forced else config.flow.frames
-    copies = 2 if config.method in ("teacher-forcing", "ode", "consistency") else 1
-    tokens = samples(config, processes) * copies * frames * network.tokens_per_frame(*latent_size(config.model))
-    chunks = -(-frames // config.sampling.chunk)
-    seen = 2 * network.dim * (chunks + 1) / 2 if generates and self_forced else 0  # keys and values, all chunks before
-    block = int(tokens * (2 * network.ffn_dim + 20 * network.dim + seen))
-    kept = network.layers * tokens * network.dim + block if config.recompute else network.layers * block
-    return kept * DTYPES[config.precision].itemsize
+def graph_bytes(config: TrainConfig, networks: Networks, processes: int, device: torch.device) -> int:
+    """What the largest loss of a step takes: what it keeps for its backward pass, and the block at work."""
+    return max(sum(kept) + work for kept, work in losses_of(config, networks, processes, device).values())
+
+
+def losses_of(
+    config: TrainConfig, networks: Networks, processes: int, device: torch.device
+) -> dict[str, tuple[list[int], int]]:
+    """(bytes of each graph that a loss holds, bytes of the block at work) for every loss of a step."""
+    student, critic, teacher = networks.student, networks.critic, networks.teacher
+    each = samples(config, processes)
+    forward, frozen = partial(Forward, config, device), DTYPES[config.model.frozen]
+    if config.method not in SELF_FORCING:
+        copies = 2 if config.method in ("teacher-forcing", "ode", "consistency") else 1
+        once = forward(student, each, copies * config.flow.frames, student_dtype(config))
+        guided = forward(teacher, 2 * each, copies * config.flow.frames, frozen, frozen=True).working if teacher else 0
+        return {"loss": ([once.kept], max(once.working, guided))}
+    frames, chunk = config.rollout.frames, config.sampling.chunk
+    rolled = forward(student, each, frames, student_dtype(config), chunks=-(-frames // chunk))
+    judged = forward(critic, each, frames)
+    both = each if config.loss.guidance == 1 else 2 * each
+    real = forward(teacher, both, frames, frozen, frozen=True) if teacher else None
+    if config.method == "dmd":
+        generator = [rolled.kept], max(rolled.working, judged.working, real.working)
+        return {"generator": generator, "critic": ([judged.kept], judged.working)}
+    if config.method == "sid":
+        work = max(rolled.working, judged.working, real.working)
+        return {"generator": ([rolled.kept, judged.kept, real.kept], work), "critic": ([judged.kept], judged.working)}
+    gan, logit = config.loss.gan, judged.kept + judged.looked(len(config.loss.gan.layers))
+    forwards = [logit] * (2 + (gan.r1 > 0) + (gan.r2 > 0)) + [judged.kept] * (gan.score_weight > 0)
+    work = max(rolled.working, judged.working)
+    return {"generator": ([rolled.kept, logit], work), "critic": (forwards, judged.working)}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of `samples` clips of `frames` latent frames; of a rollout, one for each of its `chunks`.
+
+    weights  their dtype
+    frozen   whether it is the clips alone that get gradients
+    """
+
+    config: TrainConfig
+    device: torch.device
+    network: WanConfig
+    samples: int
+    frames: int
+    weights: torch.dtype = torch.float32
+    chunks: int = 1
+    frozen: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Bytes that wait for the backward pass."""
+        net, rolled = self.network, self.chunks > 1
+        inside = net.layers * (self.tokens * net.dim * self.bytes if self.config.recompute else self.block(self.tokens))
+        outside = 5 * self.tokens * net.dim * self.bytes  # embeddings and head
+        words = self.samples * net.text_len * (net.text_dim + (6 * net.layers + 4) * net.dim) * self.bytes
+        return inside + outside + words + self.cast(again=self.config.recompute) * (self.chunks if rolled else 1)
+
+    @property
+    def working(self) -> int:
+        """Bytes of the block that is at work: run again, or by a network that judges without gradient."""
+        return self.block(-(-self.tokens // self.chunks))
+
+    def looked(self, count: int) -> int:
+        """Bytes that a discriminator keeps of the tokens after `count` blocks: as numbers, normed, keys and values."""
+        return 4 * 4 * count * self.tokens * self.network.dim
+
+    @property
+    def bytes(self) -> int:
+        return DTYPES[self.config.precision].itemsize
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.frames * self.network.tokens_per_frame(*latent_size(self.config.model))
+
+    def block(self, tokens: int) -> int:
+        """What one block keeps of `tokens` tokens, without its weights."""
+        net, share = self.network, 2 if self.frozen else 1
+        numbers = (2 * net.ffn_dim + (23 if self.bytes == 4 else 28) * net.dim) // share
+        # Every chunk keeps the keys and values of all chunks before and of its own.
+        numbers += net.dim * (self.chunks + 1) if self.chunks > 1 else 0
+        scores = 0
+        if self.device.type == "cpu":  # in float32, and in the precision of the values
+            seen = self.tokens // self.samples * (self.chunks + 1) // (2 * self.chunks) + net.text_len
+            scores = net.heads * seen * (4 if self.bytes == 4 else 4 + self.bytes)
+        return tokens * (numbers * self.bytes + scores)
+
+    def cast(self, again: bool) -> int:
+        """Copies of weights in the precision of the arithmetic; sharded ones are gathered in it."""
+        if self.config.shard or self.weights == DTYPES[self.config.precision]:
+            return 0
+        net = self.network
+        prompt = 2 * net.layers * net.dim**2  # the layers that read the prompt never run again
+        return (outside_blocks(net) + prompt if again else parameters(net)) * self.bytes

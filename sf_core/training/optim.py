@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import OptimizerConfig
-from .parallel import local, put_back, spread_like, tree, whole
+from .parallel import gather, local, put_back, spread_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -99,17 +100,24 @@ class Optimizer:
         for part in self.parts:
             part.zero_grad()
 
-    def state_dict(self) -> list[dict]:
-        return [tree(part.state_dict(), whole) for part in self.parts]
+    def state_dict(self, keep: bool = True) -> list[dict]:
+        """As `gather` gives it."""
+        return [gather(part.state_dict(), keep) for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
+        """Momenta come from `states`; betas, weight decay and all other settings stay those of the configuration."""
         for part, state in zip(self.parts, states, strict=True):
             params = [p for group in part.param_groups for p in group["params"]]
             spread = {
-                i: {key: spread_like(value, params[i]) for key, value in entry.items()}
+                i: {key: _own(spread_like(value, params[i])) for key, value in entry.items()}
                 for i, entry in state["state"].items()
             }
-            part.load_state_dict({**state, "state": spread})
+            part.load_state_dict({"state": spread, "param_groups": part.state_dict()["param_groups"]})
+
+
+def _own(value: Any) -> Any:
+    """A copy of a tensor: a checkpoint's are views of its file, which another is to take the place of."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def rate_at(progress: float, warmup: float, decay_from: float) -> float:
@@ -154,8 +162,9 @@ class Average:
         finally:
             self._put(live)
 
-    def state_dict(self) -> dict:
-        return {"steps": self.steps, "values": tree(self.values, whole)}
+    def state_dict(self, keep: bool = True) -> dict:
+        """As `gather` gives it."""
+        return {"steps": self.steps, "values": gather(self.values, keep)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:

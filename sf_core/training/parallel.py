@@ -8,7 +8,7 @@ number of processes, sharded or not.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,20 +143,24 @@ def spread_like(value: Any, like: Tensor) -> Any:
     return value
 
 
-def tree(content: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same dictionaries and lists with every tensor changed, on the CPU."""
+def gather(content: Any, keep: bool = True) -> Any:
+    """The same dictionaries and lists with every tensor in full, on the CPU; every process has to ask for them.
+
+    One that does not `keep` them has None in their places, and never more than one of them.
+    """
     if isinstance(content, Tensor):
-        return change(content.detach()).cpu()
+        full = whole(content.detach())
+        return full.cpu() if keep else None
     if isinstance(content, dict):
-        return {key: tree(value, change) for key, value in content.items()}
+        return {key: gather(value, keep) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return type(content)(tree(value, change) for value in content)
+        return type(content)(gather(value, keep) for value in content)
     return content
 
 
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's whole weights on the CPU; every process has to ask for them."""
-    return tree(dict(module.state_dict()), whole)
+def state_of(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """A module's whole weights, as `gather` gives them."""
+    return gather(dict(module.state_dict()), keep)
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ class Report:
         prompts = list(self.config.log.samples)
         videos = self.task.sample(prompts, self.config.log.sample_frames)
         if not self.first:
-            return
+            return  # the videos are decoded as the loop asks for them
         for i, video in enumerate(videos):
             save_video(_made(self.config.out / "samples") / f"{number:06d}-{i}.mp4", video, FPS)
             if self.board:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CHECKPOINT, LOSSES, MODEL = "checkpoint.pt", "losses.jsonl", "model.safetensors"
+RECIPE = Path("runs/tiny")  # where `train tiny` keeps the stages that shipped configurations start from
 
 
 def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
@@ -30,17 +31,24 @@ def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError where there is none, ValueError for a damaged one."""
+    """Its tensors are views of the file. Raises FileNotFoundError where there is none, ValueError for a damaged one."""
     path = folder / CHECKPOINT
     if not path.is_file():
-        raise FileNotFoundError(f"Got no {path}; a run that has saved a checkpoint is needed. Train it first.")
+        raise FileNotFoundError(f"Got no {path}; a run that has saved a checkpoint is needed: {trained_by(folder)}.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
             f"Got {path}, which is not a whole checkpoint ({reason}). Remove it and train again."
         ) from None
+
+
+def trained_by(folder: Path) -> str:
+    """The remedy for a run's folder that is not there."""
+    if folder.parent == RECIPE:
+        return f"train it first, by python -m sf_core train tiny --stage {folder.name}"
+    return "train it first"
 
 
 def save_model(path: Path, state: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype) -> None:

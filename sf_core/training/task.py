@@ -7,7 +7,7 @@ first, then whatever else is worth telling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,6 +31,7 @@ from .worlds import (
     latent_size,
     load_network,
     load_student,
+    student_dtype,
 )
 
 Loss = Callable[[Draws, float], dict[str, Tensor]]
@@ -51,13 +52,20 @@ class Task:
     averages: dict[str, Average]
     updates: list[Update]
 
-    def averaged(self) -> dict[str, dict[str, Tensor]]:
-        """Whole weights of every averaged module, on the CPU; every process has to ask for them."""
-        states = {}
-        for name, average in self.averages.items():
-            values = average.state_dict()["values"]
-            states[name] = {**state_of(average.module), **values}
-        return states
+    def state(self, keep: bool = True) -> dict[str, dict]:
+        """Weights and averages for a checkpoint; every process has to ask for them, and one may `keep` them.
+
+        `results` are made of the very tensors of "averages", which torch.save then writes once.
+        """
+        modules = {name: state_of(module, keep) for name, module in self.modules.items()}
+        averages = {name: average.state_dict(keep) for name, average in self.averages.items()}
+        if not keep:
+            return {}
+        whose = {id(module): modules[name] for name, module in self.modules.items()}
+        averaged = {
+            name: {**whose[id(average.module)], **averages[name]["values"]} for name, average in self.averages.items()
+        }
+        return {"modules": modules, "averages": averages, **self.facts(), **self.results(averaged)}
 
     def facts(self) -> dict:
         """What else a checkpoint says of itself."""
@@ -67,8 +75,8 @@ class Task:
         """What later runs start from: plain averaged weights under "student", and "text" where it belongs to it."""
         return averaged
 
-    def sample(self, prompts: list[str], frames: int) -> Tensor:
-        """Videos [n, T, H, W, 3] of prompts; every process has to ask for them."""
+    def sample(self, prompts: list[str], frames: int) -> Iterator[Tensor]:
+        """Videos [T, H, W, 3] of prompts; every process has to call this, one that wants no videos need not iterate."""
         raise ValueError("Got sample videos of a run that makes none. Leave out log.sample_every.")
 
 
@@ -81,7 +89,7 @@ class WanTask(Task):
         check_lineage(config.model.student, world, "model.student")
         check_prompts(world, (config.data.negative, *config.log.samples))
         torch.manual_seed(config.seed)  # of new weights
-        wan = load_student(config.model.student, world)
+        wan = load_student(config.model.student, world, student_dtype(config))
         if config.model.world == "tiny":
             check_alike(NEW, wan.config, "model.student", config.model.student, "the tiny world")
         if config.lora:
@@ -133,14 +141,21 @@ class WanTask(Task):
         return {"student": student, "text": text}
 
     @torch.no_grad()
-    def sample(self, prompts: list[str], frames: int) -> Tensor:
-        """Videos [n, T, H, W, 3] of the averaged student, as production makes them."""
-        network, embeds = self.student, self.world.embeds(prompts)
-        draws = Draws(self.config.seed, 0, tuple(range(len(prompts))))
-        with self.averages["student"].in_place(), network.arithmetic(self.device):
-            chunks = rollout(
-                network.wan, self.config.sampling, embeds, draws.noise("sample"), frames, *self.size,
-                cache_dtype=network.precision, attention=attention_on(self.device), stages=network.stages,
-            )  # fmt: skip
-            latents = torch.cat([chunk.latents for chunk in chunks], 2)
-        return self.world.decode(latents).cpu()
+    def sample(self, prompts: list[str], frames: int) -> Iterator[Tensor]:
+        """Videos [T, H, W, 3] of the averaged student, as production makes them, decoded as they are asked for.
+
+        Rolled out one at a time: a training run has no memory to spare for a batch of them.
+        """
+        with self.averages["student"].in_place(), self.student.arithmetic(self.device):
+            clips = [self._sampled(number, prompt, frames) for number, prompt in enumerate(prompts)]
+        return (self.world.decode(clip)[0].cpu() for clip in clips)
+
+    def _sampled(self, number: int, prompt: str, frames: int) -> Tensor:
+        """Latents [1, C, F, H, W] of sample `number`. Nothing runs backwards, so no block is to run again."""
+        noise = Draws(self.config.seed, 0, (number,)).noise("sample")
+        chunks = rollout(
+            self.student.wan, self.config.sampling, self.world.embeds([prompt]), noise, frames, *self.size,
+            cache_dtype=self.student.precision, attention=attention_on(self.device),
+            stages=stages_for(self.config.shard, recompute=False),
+        )  # fmt: skip
+        return torch.cat([chunk.latents for chunk in chunks], 2)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .draws import Draws
-from .parallel import Group, fill, state_of
+from .parallel import Group, fill
 from .report import Report
 from .store import CHECKPOINT, load_checkpoint, save_checkpoint
 from .task import Task, Update
@@ -97,19 +97,15 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the checkpoint; all processes take part, the first writes."""
-        task = self.task
-        averaged = task.averaged()
+        first = self.group.first
         content = {
             "step": self.done,
             "seconds": self.seconds + time.perf_counter() - self.began,
             "config": json.dumps(as_saved(self.config)),
-            "modules": {name: state_of(module) for name, module in task.modules.items()},
-            "averages": {name: average.state_dict() for name, average in task.averages.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers()],
-            **task.facts(),
-            **task.results(averaged),
+            **self.task.state(keep=first),
+            "optimizers": [optimizer.state_dict(keep=first) for optimizer in self.optimizers()],
         }
-        if self.group.first:
+        if first:
             save_checkpoint(self.config.out, content)
         self.group.wait()
         self.kept = self.done
@@ -139,7 +135,8 @@ def as_saved(config: TrainConfig) -> dict:
 def _identity(content: dict) -> dict[str, object]:
     """What of a configuration makes a run the run it is, by dotted names."""
     kept = {name: content[name] for name in ("method", "seed", "batch", "lora") if name in content}
-    parts = {name: content.get(name, {}) for name in ("model", "data")}
+    parts = {name: flat(content.get(name, {})) for name in ("model", "data", "sampling", "rollout", "loss", "flow")}
+    parts["model"].pop("frozen", None)  # a way to compute, like precision: it may change where memory runs out
     rates = {
         "optimizer": content.get("optimizer", {}),
         "critic.optimizer": content.get("critic", {}).get("optimizer", {}),
@@ -148,10 +145,18 @@ def _identity(content: dict) -> dict[str, object]:
     return kept | {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
 
 
+def flat(content: dict, under: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    leaves = {}
+    for key, value in content.items():
+        leaves |= flat(value, f"{under}{key}.") if isinstance(value, dict) else {under + key: value}
+    return leaves
+
+
 def _check_same(saved: dict, config: TrainConfig) -> None:
     """Raises ValueError where a run would go on as another one. What an older checkpoint does not tell is let pass."""
     before, now = _identity(saved), _identity(as_saved(config))
-    for key in before.keys() & now.keys():
+    for key in (key for key in now if key in before):
         old, new = before[key], now[key]
         alike = (old is None) == (new is None) if key.endswith("muon_lr") else old == new  # a rate may change
         if not alike:

@@ -29,9 +29,9 @@ from ..text import load_text_encoder
 from ..tiny.autoencoder import CHANNELS, SPACE, TinyAutoencoder
 from ..tiny.data import vocabulary
 from ..tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
-from .config import ModelConfig
+from .config import ModelConfig, TrainConfig
 from .parallel import fill
-from .store import CHECKPOINT, fingerprint, load_checkpoint
+from .store import CHECKPOINT, fingerprint, load_checkpoint, trained_by
 
 NEW = WanConfig(dim=160, ffn_dim=640, heads=5, layers=6, channels=CHANNELS, text_dim=TEXT_DIM, text_len=TEXT_LEN)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -86,9 +86,12 @@ class TinyWorld:
 
 
 class WanWorld:
-    """Wan 2.1's: UMT5 and the Wan VAE. The text encoder stays on the CPU unless there is a GPU."""
+    """Wan 2.1's: UMT5 and the Wan VAE. The text encoder stays on the CPU unless there is a GPU.
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    What guidance steers away from, "" or `negative`, is asked for with every clip, and encoded once.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, negative: str = "") -> None:
         missing = [name for name in ("text_encoder", "vae") if getattr(config, name) is None]
         if missing:
             raise ValueError(
@@ -99,14 +102,18 @@ class WanWorld:
         self.text = load_text_encoder(config.text_encoder, config.tokenizer, device)
         file = read_header(config.vae)
         self.vae = vae.WanVAE.from_state_dict(map_tensors(file, file.tensors)).to(device).requires_grad_(False)
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor | None] = {"": None, negative: None}
 
     @torch.no_grad()
     def embeds(self, prompts: list[str]) -> Tensor:
-        if "" in prompts and "" not in self.kept:
-            self.kept[""] = self.text.encode([""])
-        rows = [self.kept[prompt] if prompt == "" else self.text.encode([prompt]) for prompt in prompts]
-        return torch.cat(rows).float().to(self.device)
+        return torch.cat([self._row(prompt) for prompt in prompts]).float().to(self.device)
+
+    def _row(self, prompt: str) -> Tensor:
+        kept = self.kept.get(prompt)
+        row = self.text.encode([prompt]) if kept is None else kept
+        if prompt in self.kept:
+            self.kept[prompt] = row
+        return row
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
@@ -125,11 +132,14 @@ class WanWorld:
         return WanModel(WAN_1_3B).initialise()
 
 
-def open_world(config: ModelConfig, device: torch.device) -> TinyWorld | WanWorld:
-    """Raises ValueError for a size that the world does not have."""
+def open_world(config: ModelConfig, device: torch.device, negative: str = "") -> TinyWorld | WanWorld:
+    """The world of a run; `negative` is a prompt that will be asked for again and again.
+
+    Raises ValueError for a size that the world does not have.
+    """
     if config.width % 16 or config.height % 16:
         raise ValueError(f"Got {config.width} x {config.height} pixels; use multiples of 16.")
-    return TinyWorld(config, device) if config.world == "tiny" else WanWorld(config, device)
+    return TinyWorld(config, device) if config.world == "tiny" else WanWorld(config, device, negative)
 
 
 def check_prompts(world: World, prompts: Iterable[str]) -> None:
@@ -143,11 +153,19 @@ def latent_size(config: ModelConfig) -> tuple[int, int]:
     return config.height // SPACE, config.width // SPACE
 
 
-def load_student(source: str, world: World) -> WanModel:
-    """A model to train, float32: "new", "built-in", a file, or the averaged weights of a run's folder."""
+def student_dtype(config: TrainConfig) -> torch.dtype:
+    """Of the weights that a student is loaded with: those that are trained are float32.
+
+    Those under adapters are frozen; only sharding, which wants one dtype in a block, keeps them float32.
+    """
+    return DTYPES[config.model.frozen] if config.lora and not config.shard else torch.float32
+
+
+def load_student(source: str, world: World, dtype: torch.dtype = torch.float32) -> WanModel:
+    """A model to train: "new", "built-in", a file, or the averaged weights of a run's folder."""
     if source == "new":
-        return world.new_student()
-    return load_network(source, torch.float32).requires_grad_(True)
+        return world.new_student().to(dtype)
+    return load_network(source, dtype).requires_grad_(True)
 
 
 def load_network(source: str, dtype: torch.dtype) -> WanModel:
@@ -169,7 +187,7 @@ def there(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f'Got no {path}; a model is a file, the folder of a run that has saved a checkpoint, "built-in" or "new". '
-            "Check the path, or train that run first."
+            f"Check the path, or {trained_by(path)}."
         )
     return path
 

@@ -271,7 +271,7 @@ def test_unscaled_float8_under_wans_names(tmp_path, wan, spiece):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", ["float32", "float8", "with a decoder", "folder"])
+@pytest.mark.parametrize("kind", ["float32", "float8", "wan float8", "with a decoder", "folder"])
 def test_what_it_will_take_is_told_from_the_header(tmp_path, monkeypatch, wan, spiece, kind, dtype):
     path = tmp_path / "umt5.safetensors"
     if kind == "folder":
@@ -279,6 +279,7 @@ def test_what_it_will_take_is_told_from_the_header(tmp_path, monkeypatch, wan, s
         (path / "another_model.safetensors").write_bytes(bytes(10**6))
     else:
         state = scaled_fp8(hugging_face(wan)) if kind == "float8" else hugging_face(wan)
+        state = {name: weight.to(FP8) for name, weight in wan.items()} if kind == "wan float8" else state
         state |= {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(999)} if "decoder" in kind else {}
         save_file({**state, "spiece_model": bytes_tensor(spiece)}, path)
     model = load_text_encoder(path, dtype=dtype).model

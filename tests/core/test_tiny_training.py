@@ -130,7 +130,7 @@ def test_a_run_is_evaluated_with_its_own_autoencoder(trained, capsys):
 def test_a_stage_without_the_one_before_is_refused(tmp_path, capsys, processes):
     assert main(["train", "tiny", "--out", str(tmp_path), "--stage", "causal", "--processes", processes]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("sf_core: error: Got no ") and "train that run first" in line
+    assert line.startswith("sf_core: error: Got no ") and "or train it first" in line
 
 
 def test_a_still_stays_the_still_it_is():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sf_core.cache import RollingCache
 from sf_core.checkpoint import describe, load_model
 from sf_core.cli import main
 from sf_core.config import WanConfig
@@ -30,7 +32,7 @@ from sf_core.training.store import LOSSES, MODEL, load_checkpoint, save_checkpoi
 from sf_core.training.trainer import Trainer, TrainingStopped
 from sf_core.training.worlds import open_world
 from sf_core.video import save_video
-from tests.core.runs import config, losses, trained, written
+from tests.core.runs import SAMPLING, config, losses, trained, written
 
 CPU = torch.device("cpu")
 STARTED = [method for method in METHODS if method not in ("bidirectional", "teacher-forcing", "autoencoder")]
@@ -155,6 +157,27 @@ def test_a_killed_run_continues_to_the_bit(runs):
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+def test_a_checkpoint_holds_the_average_once_and_goes_on_apart_from_its_file(runs):
+    out = trained("bidirectional", runs / "once", steps=1)
+    saved = load_checkpoint(out)
+    for name, value in saved["averages"]["student"]["values"].items():
+        assert saved["student"][name].data_ptr() == value.data_ptr()
+    settings = config("bidirectional", out, steps=2)
+    task = make_task(settings, Group(), CPU)
+    Trainer(settings, task, Group()).restore(saved)
+    momenta = saved["optimizers"][0][0]["state"]
+    for i, p in enumerate(task.optimizer.parts[0].param_groups[0]["params"]):
+        ours, theirs = task.optimizer.parts[0].state[p]["exp_avg"], momenta[i]["exp_avg"]
+        assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()
+
+
+def test_only_the_first_process_keeps_what_is_gathered_for_a_checkpoint(runs):
+    task = make_task(config("dmd", runs / "dropped"), Group(), CPU)
+    assert task.state(keep=False) == {} and set(task.state()) >= {"modules", "averages", "student", "text", "wan"}
+    for part in task.optimizer.state_dict(keep=False), task.averages["student"].state_dict(keep=False)["values"]:
+        assert not any(isinstance(value, torch.Tensor) for value in torch.utils._pytree.tree_leaves(part))
+
+
 def test_a_kill_while_saving_leaves_the_checkpoint_before(runs, monkeypatch):
     out = runs / "saving"
     trained("bidirectional", out, steps=2)
@@ -210,6 +233,25 @@ def test_tensorboard_plot_and_samples_are_written(runs):
     assert events.Images("0: a red circle moves right")[0].encoded_image_string.startswith(b"GIF")
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "samples" / "000002-0.mp4").stat().st_size > 0
+
+
+def test_samples_are_made_one_at_a_time_and_decoded_where_they_are_told(runs, monkeypatch):
+    prompts = ["a red circle moves right", "a blue star"]
+    settings = config("dmd", runs / "sampled", recompute=True, sampling={**SAMPLING, "window": 2})
+    task, caches, decoded = make_task(settings, Group(), CPU), [], []
+    decode, for_rollout = task.world.decode, RollingCache.for_rollout
+    monkeypatch.setattr(task.world, "decode", lambda latents: decoded.append(latents.clone()) or decode(latents))
+    monkeypatch.setattr(
+        RollingCache, "for_rollout", lambda *args, **size: caches.append(size) or for_rollout(*args, **size)
+    )
+    videos = task.sample(prompts, 4)
+    assert [(size["batch"], size["keep"]) for size in caches] == [(1, False)] * 2 and not decoded
+    assert [video.shape for video in videos] == [(13, 64, 64, 3)] * 2
+    for number, prompt in enumerate(prompts):
+        embeds, noise = task.world.embeds([prompt]), Draws(0, 0, (0, 1)).noise("sample").seeds[number]
+        made = rollout(task.student.wan, settings.sampling, embeds.detach(), SeededNoise(noise), 4, *task.size)
+        expected = torch.cat([chunk.latents for chunk in made], 2)
+        torch.testing.assert_close(decoded[number], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tensorboard_forgets_steps_that_are_taken_again(tmp_path):
@@ -298,6 +340,10 @@ def refused(capsys, *argv):
         ("lora={rank: 0}", "Got lora.rank 0"),
         ("device=gpu", "Got device 'gpu', which is none"),
         ("model.frozen=bfloat16", "Got model.frozen bfloat16 with precision float32"),
+        (
+            "recompute=true --set sampling.pinned=true --set sampling.sink=1",
+            "Got sampling.pinned with sampling.sink 1, and recompute",
+        ),
         ("loss.context=teacher-forced --set rollout.extra_chunks=1", "Got rollout.extra_chunks 1 with loss.context"),
         (
             "model.world=wan --set data.procedural=null --set data.prompts=p --set model.critic=built-in",
@@ -310,6 +356,12 @@ def test_a_configuration_that_cannot_be_is_refused(runs, capsys, change, message
     first, *more = change.split(" --set ")
     path = written("dmd", runs / "refused")
     assert message in refused(capsys, path, "--set", first, *(word for one in more for word in ("--set", one)))
+
+
+@pytest.mark.parametrize(("name", "stage"), [("tiny-teacher", "autoencoder"), ("tiny-dmd", "causal")])
+def test_a_shipped_configuration_names_the_stage_it_lacks(tmp_path, monkeypatch, capsys, name, stage):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, name).endswith(f"train it first, by python -m sf_core train tiny --stage {stage}.")
 
 
 def test_files_that_hold_no_configuration_are_refused(tmp_path, capsys):
@@ -355,6 +407,11 @@ def test_the_file_of_a_run_is_of_the_lineage_of_its_folder(runs):
         ("optimizer.muon_lr=1e-3", "Got optimizer.muon_lr 0.001; {out}/checkpoint.pt was trained with None"),
         ("critic.optimizer.muon_lr=1e-3", "Got critic.optimizer.muon_lr 0.001;"),
         ("lora.rank=2", "Got lora {'rank': 2"),
+        ("loss.guidance=7", "Got loss.guidance 7.0; {out}/checkpoint.pt was trained with 4.0"),
+        ("loss.levels.shift=3", "Got loss.levels.shift 3.0; {out}/checkpoint.pt was trained with 5.0"),
+        ("sampling.window=2", "Got sampling.window 2; {out}/checkpoint.pt was trained with None"),
+        ("rollout.exits=per-chunk", "Got rollout.exits 'per-chunk'; {out}/checkpoint.pt was trained with 'shared'"),
+        ("flow.shift=3", "Got flow.shift 3.0; {out}/checkpoint.pt was trained with 5.0"),
     ],
 )
 def test_a_run_does_not_continue_as_another(runs, change, told):
@@ -375,8 +432,20 @@ def test_rates_and_steps_may_change_on_the_way_and_old_checkpoints_go_on(runs):
     del saved["config"]
     save_checkpoint(out, saved)
     trained("bidirectional", out, steps=2)
-    trained("bidirectional", out, steps=3, optimizer={"lr": 1e-4}, log={"save_every": 1})
+    model = {"world": "tiny", "student": "new", "dim": 24, "layers": 2, "heads": 2, "ffn_dim": 32, "frozen": "bfloat16"}
+    options = {"optimizer": {"lr": 1e-4}, "log": {"save_every": 1}, "model": model, "precision": "bfloat16"}
+    trained("bidirectional", out, steps=3, **options)
     assert load_checkpoint(out)["step"] == 3
+
+
+def test_the_settings_of_a_continued_optimizer_are_the_configurations(runs):
+    out = trained("bidirectional", runs / "betas", steps=1, optimizer={"lr": 1e-3, "betas": [0.5, 0.9]})
+    settings = config("bidirectional", out, steps=2, optimizer={"lr": 1e-3, "betas": [0.0, 0.99], "weight_decay": 0.1})
+    task = make_task(settings, Group(), CPU)
+    Trainer(settings, task, Group())
+    (group,) = task.optimizer.parts[0].param_groups
+    assert group["betas"] == (0.0, 0.99) and group["weight_decay"] == 0.1
+    assert all("exp_avg" in task.optimizer.parts[0].state[p] for p in group["params"])
 
 
 def test_the_checkpoint_of_another_architecture_is_refused(runs, capsys):
@@ -561,6 +630,18 @@ def test_a_model_is_known_by_its_file(runs):
     assert len(chunks) == 2 and torch.isfinite(chunks[-1].latents).all()
 
 
+def test_the_manuals_examples_run(runs, monkeypatch):
+    path = written("dmd", runs / "my", data={"procedural": "trained"}, log={"save_every": 1})
+    monkeypatch.chdir(runs)
+    text = (SHIPPED.parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    names = {"__name__": "example"}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block.replace("steps=100", "steps=1"), names)
+    for out in (runs / "my", runs / "runs" / "calm"):
+        assert len(losses(out)) == 1 and (out / MODEL).is_file()
+    assert path.name == "my.yaml" and losses(runs / "my") != losses(runs / "runs" / "calm")
+
+
 def test_the_plot_needs_losses(tmp_path):
     with pytest.raises(ValueError, match="with no losses; train first"):
         report.plot_losses(tmp_path)
@@ -581,6 +662,21 @@ def test_a_lora_run_trains_adapters_alone_and_exports_both_files(runs):
     torch.testing.assert_close(whole[f"{name}.weight"], start[f"{name}.weight"] + 2 * up @ down)
     assert torch.equal(whole["head.head.weight"], start["head.head.weight"])
     assert set(load_model(out / MODEL)[0].state_dict()) == set(start)
+
+
+def test_the_weights_under_adapters_are_kept_as_frozen_ones(runs):
+    models = {"world": "tiny", "student": str(runs / "causal"), "teacher": str(runs / "teacher"), "frozen": "bfloat16"}
+    options = {"lora": {"rank": 2, "alpha": 4.0}, "model": models, "precision": "bfloat16"}
+    out = trained("dmd", runs / "lora-bf16", **options)
+    saved, name = load_checkpoint(out), "blocks.0.self_attn.q"
+    kinds = {key: saved["modules"]["student"][f"{name}.{key}"].dtype for key in ("weight", "down", "up")}
+    assert kinds == {"weight": torch.bfloat16, "down": torch.float32, "up": torch.float32}
+    merged = saved["student"][f"{name}.weight"]
+    assert merged.dtype == torch.float32 and not torch.equal(merged, merged.bfloat16().float())
+    whole = trained("dmd", runs / "lora-fp32", **{**options, "model": {**models, "frozen": "float32"}})
+    assert losses(out, "critic") == pytest.approx(losses(whole, "critic"), rel=0.05)
+    trained("dmd", out, **{**options, "steps": 4, "model": {**models, "frozen": "float32"}})
+    assert load_checkpoint(out)["modules"]["student"][f"{name}.weight"].dtype == torch.float32
 
 
 def test_a_shipped_student_is_adapted(tmp_path):

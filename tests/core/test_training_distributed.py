@@ -84,6 +84,15 @@ def test_a_checkpoint_loads_in_any_number_of_processes(runs):
     assert all(torch.isfinite(value).all() for value in wan.state_dict().values())
 
 
+def test_sharded_processes_sample_together(runs):
+    out = runs / "sampled"
+    told = {"save_every": 2, "sample_every": 1, "samples": ["a red circle", "a blue star"], "sample_frames": 2}
+    torchrun(written("dmd", out, steps=2, log=told, shard=True, recompute=True), 2)
+    assert sorted(path.name for path in (out / "samples").iterdir()) == [
+        f"00000{i}-{n}.mp4" for i in (1, 2) for n in (0, 1)
+    ]
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     assert Group(1, 2).share(8, 2) == [(4, 5), (6, 7)]
     assert Group().share(4, None) == [(0, 1, 2, 3)]

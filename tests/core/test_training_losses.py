@@ -12,7 +12,15 @@ from sf_core.training.config import GanConfig, LoraConfig
 from sf_core.training.discriminator import Discriminator
 from sf_core.training.draws import Draws
 from sf_core.training.few_step import Consistency, Ode
-from sf_core.training.flow import chunk_rule, chunks_of, compiled_flex, counted_mean, forced_attention, masked
+from sf_core.training.flow import (
+    block_mask,
+    chunk_rule,
+    chunks_of,
+    compiled_flex,
+    counted_mean,
+    forced_attention,
+    masked,
+)
 from sf_core.training.forcing import Adversarial, Made
 from sf_core.training.lora import add_adapters, merged
 from sf_core.training.losses import Level, Levels, Prompts, logit_slope
@@ -39,18 +47,33 @@ def test_diffusion_forcing_is_block_causal():
     assert torch.equal(mask, block_causal_mask([CHUNK] * 3, TOKENS))
 
 
-def test_flex_attention_follows_the_same_rule(monkeypatch):
-    """What a GPU computes, uncompiled on the CPU."""
+@pytest.mark.parametrize("tokens", [16, 40, 64, 150])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_flex_attention_follows_the_same_rule(tokens, copies):
+    """What a GPU computes, uncompiled on the CPU; blocks are those that torch finds from the dense mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    chunk = torch.tensor([0, 0, 1, 1]).repeat(2).repeat_interleave(16)
-    rule = chunk_rule(chunk, torch.arange(128) >= 64)
-    q, k, v = torch.randn(3, 1, 2, 128, 16).unbind(0)
-    mask, attention = masked(rule, 128, CPU)
-    blocks = create_block_mask(lambda b, h, q, k: rule(q, k), None, None, 128, 128, device="cpu")
+    chunk = torch.tensor([0, 0, 1, 1, 2]).repeat(copies).repeat_interleave(tokens)
+    length = len(chunk)
+    noisy = torch.arange(length) >= 5 * tokens
+    rule, blocks = chunk_rule(chunk, noisy), block_mask(chunk, noisy)
+    theirs = create_block_mask(lambda b, h, q, k: rule(q, k), None, None, length, length, device="cpu")
+    assert torch.equal(blocks.to_dense(), theirs.to_dense()) and blocks.shape == theirs.shape
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(blocks, name), getattr(theirs, name)), name
+    q, k, v = torch.randn(3, 1, 2, length, 16).unbind(0)
+    mask, attention = masked(chunk, noisy, CPU)
     torch.testing.assert_close(
         compiled_flex("cpu")(q, k, v, block_mask=blocks), attention(q, k, v, mask), rtol=0, atol=1e-5
     )
+
+
+def test_a_block_mask_takes_little_memory_at_full_size():
+    """21 frames of 832 x 480 beside themselves: 65520 tokens, whose dense mask would be 4 GiB."""
+    chunk = torch.arange(7).repeat_interleave(3 * 1560).repeat(2)
+    blocks = block_mask(chunk, torch.arange(65520) >= 32760)
+    assert blocks.shape == (1, 1, 65520, 65520) and blocks.kv_indices.shape == (1, 1, 512, 512)
+    assert 60 < blocks.sparsity() < 75
 
 
 @torch.no_grad()
@@ -234,11 +257,11 @@ def test_merged_adapters_compute_the_same():
 def test_flex_attention_on_a_gpu_has_the_dense_masks_gradient():
     device = torch.device("cuda")
     chunk = torch.tensor([0, 0, 1, 1]).repeat(2).repeat_interleave(64).to(device)
-    rule = chunk_rule(chunk, torch.arange(512, device=device) >= 256)
+    noisy = torch.arange(512, device=device) >= 256
     q, k, v = (x.requires_grad_(True) for x in torch.randn(3, 1, 2, 512, 64, device=device).unbind(0))
-    mask, attention = masked(rule, 512, device)
+    mask, attention = masked(chunk, noisy, device)
     tokens = torch.arange(512, device=device)
-    dense = plain_attention(q, k, v, rule(tokens[:, None], tokens[None, :]))
+    dense = plain_attention(q, k, v, chunk_rule(chunk, noisy)(tokens[:, None], tokens[None, :]))
     flexed = attention(q, k, v, mask)
     torch.testing.assert_close(flexed, dense, rtol=0, atol=2e-2)
     ours, theirs = (torch.autograd.grad(out.square().sum(), q)[0] for out in (flexed, dense))

@@ -64,11 +64,11 @@ def test_a_users_model_is_trained(files, tmp_path, method):
     assert any(not torch.equal(after[name], before[name].bfloat16()) for name in before)
 
 
-def test_no_prompt_is_encoded_once_and_a_frame_is_made_a_still(files):
-    world = worlds.open_world(ModelConfig(**files), CPU)
-    embeds = world.embeds(["a", "", "b"])
-    assert embeds.shape == (3, 6, 8) and embeds.dtype == torch.float32
-    assert torch.equal(world.embeds([""])[0], embeds[1]) and world.text.asked == ["", "a", "b"]
+def test_what_guidance_steers_away_from_is_encoded_once_and_a_frame_is_made_a_still(files):
+    world = worlds.open_world(ModelConfig(**files), CPU, "blurry")
+    embeds = world.embeds(["a", "", "blurry", "blurry", "a"])
+    assert embeds.shape == (5, 6, 8) and embeds.dtype == torch.float32
+    assert torch.equal(world.embeds(["", "blurry"]), embeds[1:3]) and world.text.asked == ["a", "", "blurry", "a"]
     clip = world.encode(torch.rand(1, 9, 16, 32, 3))
     assert clip.shape == (1, 16, 3, 2, 4)
     expected = world.encode(world.decode(clip)[:, -1:])
