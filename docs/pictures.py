@@ -2,7 +2,7 @@
 
     python docs/pictures.py [--comfyui ~/ComfyUI]
 
-in a Python that has ComfyUI's requirements. `demo` runs with the built-in model in place of the files it is for.
+in a Python that has ComfyUI's requirements. Those for a model of full size run with the built-in one in its place.
 """
 
 import argparse
@@ -41,6 +41,7 @@ SHOWN = {  # frames on a thumbnail; spread over a second where it is not named
     "tiny_image_to_video": (0, 4, 8, 12),
     "tiny_continuation": (0, 20, 68, 78),
     "tiny_story": (40, 90, 138, 186),
+    "wan_long_video": (10, 200, 400, 900),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,10 +11,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "self-forcing-under-test"
+SIZE = {"width": 64, "height": 64}
+WORDS = ["a big red star orbits on a navy background", "a big red star moves right on a navy background"]
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 START, RUN = 600, 300  # seconds; both take a few, on a machine that has nothing else to do
 
@@ -112,7 +116,7 @@ def load_prompt(name: str, definitions: dict, **changes) -> dict:
     """
     saved = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     prompt = to_prompt(saved, definitions)
-    if name == "demo":
+    if any(node["class_type"] == "SelfForcingLoadModel" for node in prompt.values()):
         prompt = with_built_in_model(prompt)
     for node in prompt.values():
         node["inputs"].update(changes.get(node["class_type"], {}))
@@ -120,8 +124,8 @@ def load_prompt(name: str, definitions: dict, **changes) -> dict:
 
 
 def with_built_in_model(prompt: dict) -> dict:
-    """A prompt whose loaders of files are Load Tiny Self Forcing, at its size and in its words."""
-    outputs = {"SelfForcingLoadModel": 0, "CLIPLoader": 1, "SelfForcingLoadTAEHV": 2}
+    """A prompt whose loaders of files are Load Tiny Self Forcing, at its size and in its words, and images plain."""
+    outputs = {"SelfForcingLoadModel": 0, "CLIPLoader": 1, "SelfForcingLoadTAEHV": 2, "VAELoader": 2}
     loaders = {name: outputs[node["class_type"]] for name, node in prompt.items() if node["class_type"] in outputs}
     changed = {"tiny": {"class_type": "SelfForcingLoadTiny", "inputs": {}}}
     for name, node in prompt.items():
@@ -131,9 +135,15 @@ def with_built_in_model(prompt: dict) -> dict:
                 for key, value in node["inputs"].items()
             }
             changed[name] = {**node, "inputs": inputs}
-    size, words = {"width": 64, "height": 64}, {"text": "a big red star orbits on a navy background"}
+            if node["class_type"] == "LoadImage":
+                changed[name] = {"class_type": "EmptyImage", "inputs": {**SIZE, "batch_size": 1, "color": 988242}}
     for node in changed.values():
-        node["inputs"].update({"SelfForcingLatent": size, "SelfForcingPrompt": words}.get(node["class_type"], {}))
+        inputs = node["inputs"]
+        if node["class_type"] == "SelfForcingPrompt":
+            times = [line.partition(":")[0] for line in inputs["text"].splitlines() if re.match(r"[\d.]+s?:", line)]
+            inputs["text"] = "\n".join(f"{time}: {word}" for time, word in zip(times, cycle(WORDS))) or WORDS[0]
+        if node["class_type"] in ("SelfForcingLatent", "ImageScale"):
+            inputs |= SIZE
     return changed
 
 
@@ -152,14 +162,14 @@ def to_prompt(saved: dict, definitions: dict) -> dict:
 
 
 def widgets(node: dict, definition: dict) -> dict:
-    """Widget name -> value. Values are saved by position; a seed is followed by what becomes of it after a run."""
+    """Widget name -> value. Values are saved by position; what becomes of a seed stands after it."""
     values, named = iter(node.get("widgets_values") or []), {}
     specs = {**definition["input"].get("required", {}), **definition["input"].get("optional", {})}
     for slot in node["inputs"]:
         if "widget" in slot:
             named[slot["name"]] = next(values)
             options = specs[slot["name"]][1] if len(specs[slot["name"]]) > 1 else {}
-            if options.get("control_after_generate"):
+            if options.get("control_after_generate") or options.get("image_upload"):
                 next(values)
     assert not list(values), f"{node['type']} has more values than widgets"
     return named

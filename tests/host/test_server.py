@@ -14,7 +14,13 @@ from PIL import Image
 from tests.host.server import PACK, RUN, WORKFLOWS, frames_of, load_prompt, running
 
 # Frames; 81 where it is not named.
-LENGTHS = {"tiny_long_video": 481, "tiny_continuation": 93, "tiny_story": 193, "tiny_stream": 161}
+LENGTHS = {
+    "tiny_long_video": 481,
+    "tiny_continuation": 93,
+    "tiny_story": 193,
+    "tiny_stream": 161,
+    "wan_long_video": 961,
+}
 
 
 @pytest.fixture(scope="module")
