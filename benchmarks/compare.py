@@ -135,8 +135,9 @@ def score(folder: Path, out: Path, sampling: Sampling, args: argparse.Namespace)
         return
     found = measured(folder, sampling, args)
     out.mkdir(parents=True, exist_ok=True)
-    frames = found["videos"][:, :: evaluate.WINDOW // 2]
-    contact_sheet(frames.flatten(0, 1), columns=frames.shape[1]).save(out / SHEET)
+    numbers = range(0, found["videos"].shape[1], evaluate.WINDOW // 2)
+    frames = found["videos"][:, numbers]
+    contact_sheet(frames.flatten(0, 1), [*numbers] * len(frames), len(numbers)).save(out / SHEET)
     (out / SCORES).write_text(json.dumps({"settings": settings, "windows": found["windows"]}))
 
 
