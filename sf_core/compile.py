@@ -47,7 +47,8 @@ def compiled(mode: str, backend: str | Callable) -> tuple[Callable, Callable]:
     inductor = "max-autotune-no-cudagraphs" if mode == "max-autotune" else None
     options = {"mode": inductor} if backend == "inductor" else {}
     dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, SIZES)
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
+    setattr(dynamo, limit, max(getattr(dynamo, limit), SIZES))
     before, after = (
         torch.compile(stage, backend=backend, dynamic=False, **options) for stage in (EAGER.before, EAGER.after)
     )
