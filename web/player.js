@@ -25,8 +25,9 @@ export class Player {
     this.stop = this.every(1000 / fps, () => this.tick());
   }
 
-  /** Frames that have just been made. Those of a video that begins again at `at` take the place of the old ones. */
+  /** Frames that have just been made, from number `at` on. Where some before never came, the last one stands in. */
   add(at, frames) {
+    while (this.made < at) this.frames.push(this.frames.at(-1) ?? frames[0]);
     this.frames.push(...frames);
     const dropped = Math.max(0, this.frames.length - KEPT);
     this.frames.splice(0, dropped);

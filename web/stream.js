@@ -54,8 +54,8 @@ class Screen {
 
   /** What the node has sent: { first, at, length, fps, frames: JPEGs in base64 }. */
   receive(data) {
-    if (data.at === data.first || this.player.length === undefined) {
-      // Or the page was loaded while it runs: then it begins with what comes next.
+    if (data.at === data.first || this.player.length === undefined || data.at < this.player.made) {
+      // Or its beginning never came, as when the page was loaded while it runs: then it begins with what comes next.
       this.player.begin({ ...data, first: data.at });
       this.began = this.until = performance.now();
       this.counted = -data.frames.length; // the clock starts when the first chunk is there

@@ -83,3 +83,11 @@ test("paused, nothing moves", () => {
   tick(1);
   assert.deepEqual(shown, [["a", 0]]);
 });
+
+test("frames that never came leave their time, and the numbers of the others", () => {
+  const { player, shown, tick } = setUp();
+  player.add(0, ["a"]);
+  player.add(3, ["d"]);
+  tick(4);
+  assert.deepEqual(shown, [["a", 0], ["a", 1], ["a", 2], ["d", 3]]);
+});
