@@ -50,8 +50,10 @@ class Discriminator(nn.Module):
         seen = [look(tokens) for look, tokens in zip(self.looks, features, strict=True)]
         return self.read(torch.cat(seen, -1).float()).squeeze(-1)
 
-    def layers_of(self, network: Network, noisy: Tensor, t: Tensor, embeds: Tensor) -> list[Tensor]:
-        """The tokens of noisy clips [B, C, F, H, W] after each of the layers, in the critic's own forward."""
+    def layers_of(self, network: Network, noisy: Tensor, t: Tensor, embeds: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The tokens of noisy clips [B, C, F, H, W] after each of the layers, in the critic's own forward, and its
+        velocity.
+        """
         kept, enter = [], network.stages.enter
 
         def watched(part, module, *args):
@@ -61,5 +63,5 @@ class Discriminator(nn.Module):
             return out
 
         watching = Network(network.wan, network.precision, network.stages._replace(enter=watched))
-        watching.velocity(noisy, t, embeds, network.whole(noisy))
-        return kept
+        v = watching.velocity(noisy, t, embeds, network.whole(noisy))
+        return kept, v

@@ -7,7 +7,7 @@ output: the baseline that shows what rolling out one's own brings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from .losses import (
     critic_flow,
     discriminator_gan,
     distribution_matching,
+    flow_matching,
     generator_gan,
     logit_slope,
     score_identity,
@@ -37,10 +38,11 @@ from .worlds import World
 
 @dataclass(frozen=True)
 class Made:
-    """Generated clips [B, C, F, H, W] and what they followed."""
+    """Generated clips [B, C, F, H, W] and what they followed; `real`: clips of the data with the same captions."""
 
     clips: Tensor
     prompts: Prompts
+    real: Tensor | None = None
 
 
 class SelfForcing(WanTask):
@@ -73,7 +75,7 @@ class SelfForcing(WanTask):
 
     def generator_step(self, draws: Draws, progress: float) -> dict[str, Tensor]:
         made = self.roll(draws, "generator", training=True)
-        self.made[draws.samples] = Made(made.clips.detach(), made.prompts)
+        self.made[draws.samples] = replace(made, clips=made.clips.detach())
         return {"generator": self.judged(made, draws)}
 
     def judged(self, made: Made, draws: Draws) -> Tensor:
@@ -98,12 +100,13 @@ class SelfForcing(WanTask):
         The judges know clips that begin with a still only.
         """
         frames, walk = self.config.rollout.frames, self.config.rollout.draw(self.sampling, draws, purpose)
-        context = None
-        if self.config.loss.context == "own":
-            captions = self.data.captions(draws, purpose)
-        else:
+        real = None
+        if self.config.needs_clips:
             batch = self.data.batch(draws, purpose, frames, plain=True)
-            captions, context = batch.captions, batch.clips.to(self.device)
+            captions, real = batch.captions, batch.clips.to(self.device)
+        else:
+            captions = self.data.captions(draws, purpose)
+        context = None if self.config.loss.context == "own" else real
         embeds = self.world.embeds(captions).detach()
         size, noise = (frames, *self.size), draws.noise(purpose)
         whole = roll_out(self.student, self.sampling, embeds, noise, size, walk, training, context)
@@ -111,7 +114,7 @@ class SelfForcing(WanTask):
         if walk.extra:
             still = self.world.still(whole[:, :, : 1 - frames or None].detach())
             clips = torch.cat((still, clips[:, :, 1:]), 2)
-        return Made(clips, Prompts(embeds, self.null(len(embeds)).detach().expand_as(embeds)))
+        return Made(clips, Prompts(embeds, self.null(len(embeds)).detach().expand_as(embeds)), real)
 
 
 class Adversarial(SelfForcing):
@@ -126,39 +129,33 @@ class Adversarial(SelfForcing):
     def trained_judges(self) -> list[torch.nn.Module]:
         return [self.critic.wan, self.discriminator]
 
-    def logits(self, noisy: Tensor, level: Level, embeds: Tensor) -> Tensor:
-        """[B] for noisy clips."""
-        features = self.discriminator.layers_of(self.critic, noisy, level.timestep[:, None], embeds)
-        return self.discriminator(features)
+    def looked_at(self, noisy: Tensor, level: Level, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B] of noisy clips, and the velocity that the critic gave them in the same forward."""
+        features, v = self.discriminator.layers_of(self.critic, noisy, level.timestep[:, None], embeds)
+        return self.discriminator(features), v
 
     def judged(self, made: Made, draws: Draws) -> Tensor:
-        level = self.config.loss.levels.draw(made.clips, draws, "generator")
-        fake = self.logits(level.apply(made.clips), level, made.prompts.embeds)
+        level, embeds = self.config.loss.levels.draw(made.clips, draws, "generator"), made.prompts.embeds
+        fake, _ = self.looked_at(level.apply(made.clips), level, embeds)
         real = None
         if self.gan.relativistic:
-            clips, embeds = self.real(draws, "generator")
             with torch.no_grad():
-                real = self.logits(level.apply(clips), level, embeds)
+                real, _ = self.looked_at(level.apply(made.real), level, embeds)
         return self.gan.generator_weight * generator_gan(fake, real)
 
     def critic_losses(self, made: Made, level: Level, draws: Draws, purpose: str) -> dict[str, Tensor]:
-        gan, (clips, embeds) = self.gan, self.real(draws, purpose)
-        sides = ((level.apply(clips), embeds), (level.apply(made.clips), made.prompts.embeds))
-        real, fake = (self.logits(noisy, level, text) for noisy, text in sides)
+        gan, embeds = self.gan, made.prompts.embeds
+        sides = level.apply(made.real), level.apply(made.clips)
+        (real, _), (fake, v) = (self.looked_at(noisy, level, embeds) for noisy in sides)
         parts = {"discriminator": discriminator_gan(fake, real, gan.relativistic)}
         total = gan.critic_weight * parts["discriminator"]
-        for name, weight, logit, (noisy, text) in (("r1", gan.r1, real, sides[0]), ("r2", gan.r2, fake, sides[1])):
+        for name, weight, logit, noisy in (("r1", gan.r1, real, sides[0]), ("r2", gan.r2, fake, sides[1])):
             if weight:
                 nudge = draws.normal(f"{purpose} {name}", *noisy.shape[1:]).to(noisy)
-                nudged = self.logits(noisy + gan.nudge * nudge, level, text)
+                nudged, _ = self.looked_at(noisy + gan.nudge * nudge, level, embeds)
                 parts[name] = logit_slope(logit, nudged, gan.nudge)
                 total = total + 0.5 * weight * parts[name]
         if gan.score_weight:
-            parts["score"] = critic_flow(self.critic, made.clips, made.prompts.embeds, level)
+            parts["score"] = flow_matching(v, made.clips, level)
             total = total + gan.score_weight * parts["score"]
         return {"critic": total, **parts}
-
-    def real(self, draws: Draws, purpose: str) -> tuple[Tensor, Tensor]:
-        """Clips of the data and their prompts' embeddings."""
-        batch = self.data.batch(draws, f"{purpose} real", self.config.rollout.frames, plain=True)
-        return batch.clips.to(self.device), self.world.embeds(batch.captions).detach()

@@ -128,8 +128,11 @@ def score_identity(clip: Tensor, scores: Scores, prompts: Prompts, level: Level,
 def critic_flow(fake: Network, clip: Tensor, embeds: Tensor, level: Level) -> Tensor:
     """Flow matching of the fake score on the generator's clips."""
     clip = clip.detach()
-    noisy = level.apply(clip)
-    v = level.velocity(fake, noisy, embeds)
+    return flow_matching(level.velocity(fake, level.apply(clip), embeds), clip, level)
+
+
+def flow_matching(v: Tensor, clip: Tensor, level: Level) -> Tensor:
+    """Squared distance of the velocity of noised clips to the one that leads back to them."""
     return (v - (level.noise - clip)).square().mean()
 
 

@@ -16,7 +16,7 @@ and values that each chunk saw; always the prompt's keys and values. A loss hold
 
     dmd     student, or critic; the scores judge without gradient, the real one under two prompts at once
     sid     student, critic, and teacher under two prompts; or critic
-    gan     student and critic; or critic for real and generated clips, a nudge of each, and the score
+    gan     student and critic; or critic for real and generated clips and a nudge of each
 
 After the backward pass AdamW and the averaging of gradients need a copy of these, at most what a graph took before.
 Sharding divides weights and their company by the number of processes; the blocks in use, two at a time, are whole.
@@ -250,7 +250,7 @@ def losses_of(
         work = max(rolled.working, judged.working, real.working)
         return {"generator": ([rolled.kept, judged.kept, real.kept], work), "critic": ([judged.kept], judged.working)}
     gan, logit = config.loss.gan, judged.kept + judged.looked(len(config.loss.gan.layers))
-    forwards = [logit] * (2 + (gan.r1 > 0) + (gan.r2 > 0)) + [judged.kept] * (gan.score_weight > 0)
+    forwards = [logit] * (2 + (gan.r1 > 0) + (gan.r2 > 0))
     work = max(rolled.working, judged.working)
     return {"generator": ([rolled.kept, logit], work), "critic": (forwards, judged.working)}
 

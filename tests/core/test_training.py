@@ -26,6 +26,7 @@ from sf_core.training.command import make_task
 from sf_core.training.config import METHODS, SHIPPED, ModelConfig, read_config
 from sf_core.training.data import ProceduralClips, open_data
 from sf_core.training.draws import Draws
+from sf_core.training.losses import critic_flow
 from sf_core.training.optim import Average, rate_at
 from sf_core.training.parallel import Group
 from sf_core.training.store import LOSSES, MODEL, load_checkpoint, save_checkpoint
@@ -117,6 +118,22 @@ def test_teacher_forced_chunks_see_the_clips_of_their_captions(runs, monkeypatch
     task.generator_step(draws, 0.0)
     (embeds, context), batch = seen[0], task.data.batch(draws, "generator", 2, plain=True)
     assert torch.equal(context, batch.clips) and torch.equal(embeds, task.world.embeds(batch.captions))
+
+
+def test_the_discriminator_compares_clips_of_the_same_captions(runs, monkeypatch):
+    """And what keeps its critic a score net is the critic's loss, though its forward is the discriminator's."""
+    task = make_task(config("gan", runs / "compared"), Group(), CPU)
+    draws, looks, looked_at = Draws(0, 0, (0, 1, 2, 3)), [], task.looked_at
+    monkeypatch.setattr(task, "looked_at", lambda *args: looks.append(args) or looked_at(*args))
+    task.generator_step(draws, 0.0)
+    batch = task.data.batch(draws, "generator", 2, plain=True)
+    made, embeds = task.made[draws.samples], task.world.embeds(batch.captions)
+    level = task.config.loss.levels.draw(batch.clips, draws, "generator")
+    (fake, *_), (real, *_) = looks
+    assert torch.equal(real, level.apply(batch.clips)) and torch.equal(fake, level.apply(made.clips))
+    assert all(torch.equal(args[-1], embeds) for args in looks)
+    told = task.critic_losses(made, level, draws, "critic")
+    assert told["score"].item() == pytest.approx(critic_flow(task.critic, made.clips, embeds, level).item(), rel=1e-5)
 
 
 def test_bfloat16_stays_near_float32(runs):

@@ -162,14 +162,11 @@ def test_each_penalty_is_the_slope_at_its_own_clips(relativistic):
         def __init__(self):
             self.gan = gan
 
-        def real(self, draws, purpose):
-            return real, PROMPT
-
-        def logits(self, noisy, level, embeds):
+        def looked_at(self, noisy, level, embeds):
             total = noisy.flatten(1).double().sum(1)
-            return torch.where(noisy.mean((1, 2, 3, 4)) > 0, 2 * total, 5 * total)
+            return torch.where(noisy.mean((1, 2, 3, 4)) > 0, 2 * total, 5 * total), noisy
 
-    told = Linear().critic_losses(Made(fake, Prompts(PROMPT, PROMPT)), level, draws, "critic")
+    told = Linear().critic_losses(Made(fake, Prompts(PROMPT, PROMPT), real), level, draws, "critic")
     along = {name: draws.normal(f"critic {name}", *real.shape[1:]).flatten(1).sum(1) for name in ("r1", "r2")}
     assert told["r1"].item() == pytest.approx((2 * along["r1"]).square().mean().item(), rel=1e-3)
     assert told["r2"].item() == pytest.approx((5 * along["r2"]).square().mean().item(), rel=1e-3)
@@ -200,13 +197,14 @@ def test_the_discriminator_reads_the_critics_own_tokens():
     network, judge = Network(new_model()), Discriminator(CONFIG, (0.5, 1.0))
     clips = torch.randn(2, CONFIG.channels, 2, *SIZE, requires_grad=True)
     t = torch.full((2, 1), 500.0)
-    features = judge.layers_of(network, clips, t, PROMPT)
+    features, v = judge.layers_of(network, clips, t, PROMPT)
+    torch.testing.assert_close(v, network.velocity(clips, t, PROMPT, network.whole(clips)))
     assert [tuple(tokens.shape) for tokens in features] == [(2, 2 * TOKENS, CONFIG.dim)] * 2
     logits = judge(features)
     assert logits.shape == (2,)
     logits[0].backward()
     assert clips.grad[0].abs().sum() > 0 and clips.grad[1].abs().sum() == 0
-    again = judge.layers_of(Network(new_model(), stages=stages_for(False, True)), clips, t, PROMPT)
+    again, _ = judge.layers_of(Network(new_model(), stages=stages_for(False, True)), clips, t, PROMPT)
     torch.testing.assert_close(judge(again), logits)
 
 
