@@ -169,10 +169,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The fake score: `updates` per generator update, each on fresh rollouts or on the generator's own."""
+    """The fake score: `updates` per generator update, each on fresh rollouts or on the generator's own.
+
+    ahead   first steps of the run in which it learns alone: a new discriminator knows nothing to teach
+    """
 
     updates: int = 5
     fresh: bool = True
+    ahead: int = 0
     optimizer: OptimizerConfig = OptimizerConfig(lr=4e-7)
 
 
@@ -269,6 +273,11 @@ class TrainConfig:
             raise ValueError(
                 f"Got {self.steps} steps, batch {self.batch}, micro_batch {self.micro_batch}, log.every "
                 f"{self.log.every}, log.save_every {self.log.save_every}; all must be 1 or more."
+            )
+        if not 0 <= self.critic.ahead < self.steps:
+            raise ValueError(
+                f"Got critic.ahead {self.critic.ahead} of {self.steps} steps; it must be 0 or more and leave steps to "
+                "the student. A tenth of them is plenty."
             )
         if self.log.sample_every and not self.log.samples:
             raise ValueError(

@@ -58,7 +58,7 @@ class SelfForcing(WanTask):
         judges = self.trained_judges()
         self.critic_optimizer = Optimizer(judges, config.critic.optimizer)
         learning = [Update(self.critic_optimizer, partial(self.critic_step, i)) for i in range(config.critic.updates)]
-        self.updates = [Update(self.optimizer, self.generator_step), *learning]
+        self.updates = [Update(self.optimizer, self.generator_step, config.critic.ahead), *learning]
         self.made: dict[tuple[int, ...], Made] = {}
 
     def new_critic(self):
@@ -86,7 +86,7 @@ class SelfForcing(WanTask):
 
     def critic_step(self, number: int, draws: Draws, progress: float) -> dict[str, Tensor]:
         purpose = f"critic {number}"
-        fresh = self.config.critic.fresh
+        fresh = self.config.critic.fresh or draws.samples not in self.made
         made = self.roll(draws, purpose, training=False) if fresh else self.made[draws.samples]
         level = self.config.loss.levels.draw(made.clips, draws, purpose)
         return self.critic_losses(made, level, draws, purpose)

@@ -39,10 +39,11 @@ Loss = Callable[[Draws, float], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Update:
-    """One step of one optimizer."""
+    """One step of one optimizer, from the step `start` of a run on."""
 
     optimizer: Optimizer
     loss: Loss
+    start: int = 0
 
 
 class Task:

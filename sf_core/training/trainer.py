@@ -1,7 +1,7 @@
 """Takes the steps of a task, tells about them, and keeps what they made.
 
     for step in range(done, steps):
-        for update in the task's updates:
+        for update in the task's updates that have started:
             for the samples of each pass: backward(loss / passes)
             step the optimizer
         update the averages
@@ -61,7 +61,7 @@ class Trainer:
         """One step; returns its losses and gradient norms, means over all processes."""
         told: dict[str, float] = {}
         for update in self.task.updates:
-            told |= self.update(update, step)
+            told |= self.update(update, step) if step >= update.start else {}
         for average in self.task.averages.values():
             average.update(step)
         return told

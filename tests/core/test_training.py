@@ -93,6 +93,21 @@ def test_the_critic_may_learn_from_the_generators_own_clips(runs):
     assert losses(trained("dmd", runs / "own", **changes), "critic") != losses(trained("dmd", runs / "dmd"), "critic")
 
 
+def test_the_critic_may_learn_alone_at_first(runs):
+    """On rollouts of its own, as the student makes none."""
+    critic = {"updates": 2, "fresh": False, "ahead": 1, "optimizer": {"lr": 1e-3}}
+    settings = config("gan", runs / "ahead", critic=critic)
+    task = make_task(settings, Group(), CPU)
+    trainer = Trainer(settings, task, Group())
+    parts = {name: next(task.modules[name].parameters()) for name in ("student", "critic", "discriminator")}
+    for step, learns in ((0, False), (1, True)):
+        before = {name: part.detach().clone() for name, part in parts.items()}
+        told = trainer.step(step)
+        moved = {name: not torch.equal(part, before[name]) for name, part in parts.items()}
+        assert moved == {"student": learns, "critic": True, "discriminator": True}
+        assert ("generator" in told) == learns and "discriminator" in told
+
+
 @pytest.mark.parametrize("method", ["sid", "gan"])
 def test_an_update_makes_gradients_of_its_own_weights_alone(runs, method, monkeypatch):
     settings = config(method, runs / f"{method}-alone")
@@ -332,6 +347,7 @@ def refused(capsys, *argv):
         ("optimizr.lr=1", "Did you mean 'optimizer'?"),
         ("critic.optimizer.weight_decy=1", "Did you mean 'critic.optimizer.weight_decay'?"),
         ("steps=many", "Got steps: 'many'; it is a whole number"),
+        ("critic.ahead=1000", "Got critic.ahead 1000 of"),
         ("steps=0", "all must be 1 or more"),
         ("method=dmdd", "Did you mean 'dmd'?"),
         ("precision=fp8", "Got precision 'fp8', which is none. There is bfloat16, float32"),
