@@ -171,12 +171,12 @@ class OptimizerConfig:
 class CriticConfig:
     """The fake score: `updates` per generator update, each on fresh rollouts or on the generator's own.
 
-    ahead   first steps of the run in which it learns alone: a new discriminator knows nothing to teach
+    ahead   share of the run, its first steps, in which it learns alone: a new discriminator knows nothing to teach
     """
 
     updates: int = 5
     fresh: bool = True
-    ahead: int = 0
+    ahead: float = 0.0
     optimizer: OptimizerConfig = OptimizerConfig(lr=4e-7)
 
 
@@ -274,10 +274,10 @@ class TrainConfig:
                 f"Got {self.steps} steps, batch {self.batch}, micro_batch {self.micro_batch}, log.every "
                 f"{self.log.every}, log.save_every {self.log.save_every}; all must be 1 or more."
             )
-        if not 0 <= self.critic.ahead < self.steps:
+        if not 0 <= self.critic.ahead < 1:
             raise ValueError(
-                f"Got critic.ahead {self.critic.ahead} of {self.steps} steps; it must be 0 or more and leave steps to "
-                "the student. A tenth of them is plenty."
+                f"Got critic.ahead {self.critic.ahead}; it is a share of the run, 0 or more and less than 1. A tenth "
+                "is plenty."
             )
         if self.log.sample_every and not self.log.samples:
             raise ValueError(

@@ -39,11 +39,11 @@ Loss = Callable[[Draws, float], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Update:
-    """One step of one optimizer, from the step `start` of a run on."""
+    """One step of one optimizer, once the share `start` of a run's steps is done."""
 
     optimizer: Optimizer
     loss: Loss
-    start: int = 0
+    start: float = 0.0
 
 
 class Task:

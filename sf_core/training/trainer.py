@@ -61,7 +61,7 @@ class Trainer:
         """One step; returns its losses and gradient norms, means over all processes."""
         told: dict[str, float] = {}
         for update in self.task.updates:
-            told |= self.update(update, step) if step >= update.start else {}
+            told |= self.update(update, step) if step / self.config.steps >= update.start else {}
         for average in self.task.averages.values():
             average.update(step)
         return told

@@ -95,7 +95,7 @@ def test_the_critic_may_learn_from_the_generators_own_clips(runs):
 
 def test_the_critic_may_learn_alone_at_first(runs):
     """On rollouts of its own, as the student makes none."""
-    critic = {"updates": 2, "fresh": False, "ahead": 1, "optimizer": {"lr": 1e-3}}
+    critic = {"updates": 2, "fresh": False, "ahead": 0.2, "optimizer": {"lr": 1e-3}}
     settings = config("gan", runs / "ahead", critic=critic)
     task = make_task(settings, Group(), CPU)
     trainer = Trainer(settings, task, Group())
@@ -347,7 +347,7 @@ def refused(capsys, *argv):
         ("optimizr.lr=1", "Did you mean 'optimizer'?"),
         ("critic.optimizer.weight_decy=1", "Did you mean 'critic.optimizer.weight_decay'?"),
         ("steps=many", "Got steps: 'many'; it is a whole number"),
-        ("critic.ahead=1000", "Got critic.ahead 1000 of"),
+        ("critic.ahead=15", "Got critic.ahead 15.0; it is a share of the run"),
         ("steps=0", "all must be 1 or more"),
         ("method=dmdd", "Did you mean 'dmd'?"),
         ("precision=fp8", "Got precision 'fp8', which is none. There is bfloat16, float32"),
