@@ -366,6 +366,19 @@ def test_module_can_be_run():
     assert done.stderr.startswith("sf_core: error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_one_of_torchruns_processes_ends_without_python_ending(tmp_path, rank):
+    """Everything it said is out, and its status is the command's."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'Python ends')\n")
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    environment |= {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))} | ({"RANK": rank} if rank else {})
+    for argv, status, said in ((["--help"], 0, "usage"), (["generate", "--frames", "0"], 2, "sf_core: error")):
+        command = [sys.executable, "-m", "sf_core", *argv]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == status and said in done.stdout + done.stderr
+        assert ("Python ends" in done.stdout) == (rank is None)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_that_is_stopped_leaves_nothing(tmp_path, sign):
