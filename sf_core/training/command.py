@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=int, metavar="N", default=os.environ.get("WORLD_SIZE", "1"), help=shared)
 
 
-def run(args: argparse.Namespace) -> str:
+def run(args: argparse.Namespace) -> str | None:
     config = read_config(args.config, args.changes)
     if args.plan:
         if args.processes < 1:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> str:
         train(config, group, device)
     finally:
         group.leave()
-    return f"{config.out}: {config.steps} steps of {config.method}"
+    return f"{config.out}: {config.steps} steps of {config.method}" if group.first else None
 
 
 def train(config: TrainConfig, group: Group, device: torch.device) -> None:
@@ -61,6 +61,8 @@ def train(config: TrainConfig, group: Group, device: torch.device) -> None:
     use_threads(device)
     # Autocast leaves the weights of norms in float32, which is meant; torch warns of the kernel it cannot use for it.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+    # FSDP's, of outputs that are changed in place. None is: sharded gradients are those of one process.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     check_memory(config, group.size, device)
     with told_memory(config, group.size, device):
         Trainer(config, make_task(config, group, device), group).run()

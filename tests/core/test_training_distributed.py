@@ -25,6 +25,7 @@ def torchrun(path, processes, *changes):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "FSDP2-wrapped" not in done.stderr and len(done.stdout.splitlines()) == 1  # one process speaks for all
 
 
 @pytest.fixture(scope="module")
