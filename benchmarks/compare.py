@@ -80,12 +80,17 @@ class Cell:
         return out / self.layout / f"{name}-{self.seed}"
 
 
-def cells(seeds: int, part: str) -> list[Cell]:
-    """All, or those of part i of n: layouts and seeds are dealt out, so that no part waits for another."""
-    number, _, parts = part.partition("/")
-    groups = [(layout, seed) for seed in range(seeds) for layout in LAYOUTS]
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """Of the rows that are asked for, with those that they start from: all, or those of part i of n.
+
+    Layouts and seeds are dealt out, so that no part waits for another.
+    """
+    number, _, parts = args.part.partition("/")
+    groups = [(layout, seed) for seed in range(args.seeds) for layout in LAYOUTS if args.layout in (None, layout)]
     mine = groups[int(number) - 1 :: int(parts)]
-    return [Cell(layout, seed, row) for layout, seed in mine for row in ROWS]
+    asked = args.row or list(ROWS)
+    rows = [row for row in ROWS if row in asked or row in {ROWS[one].start for one in asked}]
+    return [Cell(layout, seed, row) for layout, seed in mine for row in rows]
 
 
 def config_of(cell: Cell, args: argparse.Namespace) -> TrainConfig:
@@ -242,6 +247,14 @@ def arguments() -> argparse.ArgumentParser:
     add("--prompts", type=int, default=96)
     add("--windows", type=int, default=10, help="windows of 36 frames to score; the first is as long as training (10)")
     add("--model", type=named, action="append", metavar="NAME=FOLDER", help="one more exported model")
+    add(
+        "--row",
+        action="append",
+        choices=ROWS,
+        metavar="ROW",
+        help=f"only this row, with what it starts from: {', '.join(map(repr, ROWS))} (all)",
+    )
+    add("--layout", choices=LAYOUTS, help="only this layout (both)")
     add("--part", type=part, default="1/1", help="only part i/n of the work (1/1)")
     add("--table", action="store_true", help="only write the table of what is there")
     parser.set_defaults(model=[("the shipped model", tiny.WEIGHTS)])
@@ -255,7 +268,7 @@ def main() -> None:
         if args.part.startswith("1/"):
             for (_, folder), out in zip(args.model, exported(args).values(), strict=True):
                 score(folder, out, PRESETS["tiny"], args)
-        for cell in cells(args.seeds, args.part):
+        for cell in cells(args):
             run(cell, args)
     args.out.mkdir(parents=True, exist_ok=True)
     written = table(args)

@@ -14,10 +14,18 @@ def arguments(out, *more):
     return compare.arguments().parse_args(["--out", str(out), "--runs", str(out / "runs"), *more])
 
 
-def test_parts_share_the_work_and_keep_what_depends_on_each_other_together():
-    whole, halves = compare.cells(3, "1/1"), [compare.cells(3, f"{i}/2") for i in (1, 2)]
+def test_parts_share_the_work_and_keep_what_depends_on_each_other_together(tmp_path):
+    whole, *halves = (compare.cells(arguments(tmp_path, f"--part={part}")) for part in ("1/1", "1/2", "2/2"))
     assert sorted(map(str, halves[0] + halves[1])) == sorted(map(str, whole)) and len(whole) == 42
     assert len({(cell.layout, cell.seed) for half in halves for cell in half}) == 6
+
+
+def test_a_row_comes_with_what_it_starts_from(tmp_path):
+    found = compare.cells(arguments(tmp_path, "--row", "Self Forcing, GAN", "--layout", "frame-wise", "--seeds", "1"))
+    assert [(cell.layout, cell.row) for cell in found] == [
+        ("frame-wise", "teacher forcing"),
+        ("frame-wise", "Self Forcing, GAN"),
+    ]
 
 
 def test_every_row_is_a_configuration_that_starts_where_it_should(tmp_path):
