@@ -27,13 +27,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sf_core import tiny
-from sf_core.config import PRESETS, Sampling
-from sf_core.tiny import evaluate
-from sf_core.training.command import MODEL, TEXT, train
+from sf_core.cli import evaluate
+from sf_core.sampling.config import PRESETS, Sampling
 from sf_core.training.config import TrainConfig, read_config
-from sf_core.training.parallel import Group
-from sf_core.training.store import fingerprint
-from sf_core.training.worlds import tiny_autoencoder
+from sf_core.training.distributed import Group
+from sf_core.training.encoders import tiny_autoencoder
+from sf_core.training.run_folder import MODEL, fingerprint
+from sf_core.training.train import TEXT, train
 from sf_core.video import contact_sheet
 
 LAYOUTS = {"chunk-wise": 3, "frame-wise": 1}

@@ -16,12 +16,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sf_core import tiny  # noqa: E402
-from sf_core.config import PRESETS  # noqa: E402
-from sf_core.noise import SeededNoise  # noqa: E402
-from sf_core.rollout import rollout  # noqa: E402
-from sf_core.tiny import detect  # noqa: E402
-from sf_core.tiny.evaluate import WINDOW, ask  # noqa: E402
+from sf_core import tiny
+from sf_core.cli.evaluate import WINDOW, ask
+from sf_core.sampling.config import PRESETS
+from sf_core.sampling.noise import SeededNoise
+from sf_core.sampling.rollout import rollout
+from sf_core.tiny import detect
 
 AFTER = 15  # latent frames made after the cut: a second and 36 frames
 CUTS = (21, 120)  # latent frames before it

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sf_core.bench import Job
-from sf_core.model import Sequence, WanModel, block_causal_mask, encode_text, velocity
-from sf_core.noise import Noise
-from sf_core.rollout import plan_spans
-from sf_core.schedule import add_noise, x0_from_velocity
+from sf_core.cli.bench import Job
+from sf_core.sampling.noise import Noise
+from sf_core.sampling.rollout import plan_spans
+from sf_core.sampling.schedule import add_noise, x0_from_velocity
+from sf_core.wan.attention import Sequence, block_causal_mask
+from sf_core.wan.model import WanModel, encode_text, velocity
 
 
 class Recompute:

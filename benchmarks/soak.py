@@ -21,14 +21,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sf_core import tiny  # noqa: E402
-from sf_core.config import PRESETS, Sampling  # noqa: E402
-from sf_core.noise import SeededNoise  # noqa: E402
-from sf_core.rollout import rollout  # noqa: E402
-from sf_core.taehv import DecoderStream  # noqa: E402
-from sf_core.tiny import detect  # noqa: E402
-from sf_core.tiny.evaluate import WINDOW, ask  # noqa: E402
-from sf_core.video import save_video  # noqa: E402
+from sf_core import tiny
+from sf_core.autoencoders.stream import DecoderStream
+from sf_core.cli.evaluate import WINDOW, ask
+from sf_core.sampling.config import PRESETS, Sampling
+from sf_core.sampling.noise import SeededNoise
+from sf_core.sampling.rollout import rollout
+from sf_core.tiny import detect
+from sf_core.video import save_video
 
 EARLY, LATE = slice(50, 150), slice(-100, None)  # chunks that are compared
 

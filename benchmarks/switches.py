@@ -14,14 +14,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sf_core import tiny  # noqa: E402
-from sf_core.config import PRESETS, Sampling  # noqa: E402
-from sf_core.noise import SeededNoise  # noqa: E402
-from sf_core.rollout import rollout  # noqa: E402
-from sf_core.script import TRANSITIONS, Cue  # noqa: E402
-from sf_core.taehv import DecoderStream  # noqa: E402
-from sf_core.tiny import detect  # noqa: E402
-from sf_core.tiny.evaluate import WINDOW, ask  # noqa: E402
+from sf_core import tiny
+from sf_core.autoencoders.stream import DecoderStream
+from sf_core.cli.evaluate import WINDOW, ask
+from sf_core.sampling.config import PRESETS, Sampling
+from sf_core.sampling.noise import SeededNoise
+from sf_core.sampling.prompts import TRANSITIONS, Cue
+from sf_core.sampling.rollout import rollout
+from sf_core.tiny import detect
 
 SWITCH, LATER = 21, 6  # latent frames: where the second prompt starts, and how long after it reading begins
 BLEND = 6  # latent frames, 1.5 s

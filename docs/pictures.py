@@ -19,10 +19,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from sf_core import tiny  # noqa: E402
-from sf_core.config import PRESETS  # noqa: E402
-from sf_core.noise import SeededNoise  # noqa: E402
-from sf_core.rollout import rollout  # noqa: E402
-from sf_core.taehv import DecoderStream  # noqa: E402
+from sf_core.autoencoders.stream import DecoderStream  # noqa: E402
+from sf_core.sampling.config import PRESETS  # noqa: E402
+from sf_core.sampling.noise import SeededNoise  # noqa: E402
+from sf_core.sampling.rollout import rollout  # noqa: E402
 from tests.host.server import WORKFLOWS, frames_of, load_prompt, running  # noqa: E402
 
 PROMPTS = [

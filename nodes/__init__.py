@@ -1,7 +1,7 @@
-"""What a user drags into a graph. Each file is a schema and a call; host.py is the seam to ComfyUI."""
+"""What a user drags into a graph. Each file is a schema and a call; host/ is the seam to ComfyUI."""
 
-from . import custom, decode, load, prompt, sample, settings, stream
+from . import custom_sampler, decode, load, prompt, sample, settings, stream
 
 NODES = [
-    *load.NODES, *settings.NODES, *prompt.NODES, *sample.NODES, *stream.NODES, *custom.NODES, *decode.NODES,
+    *load.NODES, *settings.NODES, *prompt.NODES, *sample.NODES, *stream.NODES, *custom_sampler.NODES, *decode.NODES,
 ]  # fmt: skip

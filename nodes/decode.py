@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import comfy.model_management as management
-import comfy.sd
-import comfy.utils
-from comfy.ldm.wan.vae import WanVAE as HostWanVAE
-from comfy.taesd.taehv import TAEHV as HostTAEHV
 from comfy_api.latest import io
-from torch import Tensor
 
-from ..sf_core import memory, taehv, vae
-from . import host, options, room, tiny
-from .job import Kept
-
-SMALLEST_TILE = 128  # pixels; tiles also look at 24 pixels on each side, so smaller ones do little else
+from . import inputs
+from .host.decoding import check_channels, check_tile, streaming_decoder
+from .host.memory import threads_for, within_memory
 
 
 class SelfForcingDecode(io.ComfyNode):
@@ -26,14 +15,14 @@ class SelfForcingDecode(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingDecode",
             display_name="Self Forcing Decode",
-            category=options.CATEGORY,
+            category=inputs.CATEGORY,
             description="Decodes a video piece by piece, so that memory does not grow with its length. Streams the "
             "Wan VAE, TAEHV and the built-in autoencoder; any other VAE decodes as VAE Decode does.",
             search_aliases=["vae decode", "streaming decode", "taehv decode", "decode video", "latent to video"],
             inputs=[
                 io.Latent.Input("latent", tooltip="The video's latents, from Self Forcing Sampler."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
-                options.tile(),
+                inputs.tile(),
             ],
             outputs=[io.Image.Output(tooltip="The frames, one after the other; videos of a batch follow each other.")],
         )  # fmt: skip
@@ -47,117 +36,21 @@ class SelfForcingDecode(io.ComfyNode):
         if decoder is None:
             return io.NodeOutput(vae.decode(samples).flatten(0, -4))
         what = f"{samples.shape[2]} latent frames of {8 * samples.shape[4]} x {8 * samples.shape[3]} pixels to decode"
-        with host.threads_for(vae.patcher, 64 * samples.shape[3] * samples.shape[4]):
-            frames = host.within_memory(lambda: decoder.decode(samples, tile // 8 or None), what, decoder.remedy)
+        with threads_for(vae.patcher, 64 * samples.shape[3] * samples.shape[4]):
+            frames = within_memory(lambda: decoder.decode(samples, tile // 8 or None), what, decoder.remedy)
         return io.NodeOutput(frames.flatten(0, 1))
 
 
-def check_channels(samples: Tensor, vae: comfy.sd.VAE) -> None:
-    if samples.shape[1] != vae.latent_channels:
-        raise ValueError(
-            f"Got latents with {samples.shape[1]} channels (shape {list(samples.shape)}); this VAE decodes "
-            f"{vae.latent_channels}. Connect the VAE that belongs to the model that made them."
-        )
 
 
-def check_tile(tile: int) -> None:
-    if 0 < tile < SMALLEST_TILE:
-        raise ValueError(
-            f"Got tiles of {tile} pixels; such small ones work mostly on what is beyond their edges. Set tile to "
-            f"{SMALLEST_TILE} or more, or to 0 for the whole picture at once."
-        )
 
 
-Stream = taehv.DecoderStream | vae.DecoderStream
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """A VAE of ComfyUI and how the core streams it.
-
-    stream          makes the stream, with the weights on their device; takes the side of tiles in latent pixels
-    to_model_space  of raw latents
-    memory          what it takes
-    remedy          what to do if that is too much
-    """
-
-    vae: comfy.sd.VAE
-    stream: Callable[[int | None], Stream]
-    to_model_space: Callable[[Tensor], Tensor]
-    memory: memory.Decoder
-    remedy: str = "Make a smaller video."
-
-    def decode(self, samples: Tensor, tile: int | None) -> Tensor:
-        """Raw latents [B, C, F, H, W] -> frames [B, 4F-3, 8H, 8W, 3] on ComfyUI's intermediate device.
-
-        One video after the other, with progress, previews and Cancel.
-        """
-        pixels, length = samples.shape[3] * samples.shape[4] * 64, len(samples) * (4 * samples.shape[2] - 3)
-        room.check_frames(length, pixels, "Use Self Forcing Stream with a file, and set its keep to 81.")
-        self.load(self.held(pixels, tile) + self.used(pixels, tile))
-        stream, bar = self.stream(tile), comfy.utils.ProgressBar(len(samples) * samples.shape[2])
-        kept = Kept(length, length, dim=0)
-        for video in samples.split(1):
-            stream.reset()
-            for piece in video.split(4 if tile else 3, dim=2):
-                host.check_cancelled()
-                frames = self.piece(stream, piece)
-                kept.add(frames)
-                picture = host.as_preview(host.frame_picture(frames[-1]))
-                bar.update_absolute(bar.current + piece.shape[2], preview=picture)
-        return kept.tensor.unflatten(0, (len(samples), -1))
-
-    def piece(self, stream: Stream, raw: Tensor) -> Tensor:
-        """The next raw latents [1, C, F, H, W] of a video -> frames [T, 8H, 8W, 3] on ComfyUI's intermediate device."""
-        frames = stream.decode(self.to_model_space(raw.to(self.vae.device)))[0]
-        return frames.to(management.intermediate_device(), management.intermediate_dtype())
-
-    def held(self, pixels: int, tile: int | None) -> int:
-        """Bytes it keeps for frames of so many pixels, beside the weights that ComfyUI loads.
-
-        Weights in dynamic memory come and go, so the stream has a copy of them.
-        """
-        copied = 0 if self.vae.patcher.is_dynamic() else self.memory.weights
-        return (self.memory.held(pixels, tile is not None) - copied) * self.vae.vae_dtype.itemsize
-
-    def used(self, pixels: int, tile: int | None) -> int:
-        """Bytes that it takes while it decodes."""
-        return self.memory.used(pixels, tile) * self.vae.vae_dtype.itemsize
-
-    def load(self, room: int) -> None:
-        """Brings the VAE to its device, with `room` bytes free beside it."""
-        whole = isinstance(self.vae.first_stage_model, tiny.HostAutoencoder)  # plain torch layers are not brought later
-        management.load_models_gpu([self.vae.patcher], memory_required=room, force_full_load=whole)
 
 
-def streaming_decoder(host_vae: comfy.sd.VAE) -> Decoder | None:
-    """How a VAE is streamed; None for those that are not."""
-    model = host_vae.first_stage_model
-    if isinstance(model, tiny.HostAutoencoder):
-        return Decoder(
-            host_vae, lambda _: taehv.DecoderStream(model.autoencoder), model.to_model_space, memory.BUILT_IN
-        )
-    if isinstance(model, HostTAEHV) and model.latent_channels in (16, 48):
-        return Decoder(
-            host_vae,
-            lambda _: taehv.DecoderStream(taehv.TAEHV.from_state_dict(_weights(host_vae))),
-            model.process_in,
-            memory.TAEHV,
-        )
-    if isinstance(model, HostWanVAE) and (host_vae.output_channels, host_vae.conv_out_channels) == (3, 3):
-        return Decoder(
-            host_vae,
-            lambda tile: vae.DecoderStream(vae.WanVAE.from_state_dict(_weights(host_vae)), tile),
-            vae.to_model_space,
-            memory.WAN_VAE,
-            "Set tile to 256, or use a TAEHV from Load TAEHV.",
-        )
-    return None
 
 
-def _weights(host_vae: comfy.sd.VAE) -> dict[str, Tensor]:
-    """A VAE's weights on its device, in its dtype; copies only of those that ComfyUI keeps elsewhere."""
-    return {name: weight.to(host_vae.device, host_vae.vae_dtype) for name, weight in host_vae.get_sd().items()}
 
 
 NODES = [SelfForcingDecode]

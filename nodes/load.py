@@ -8,9 +8,10 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..sf_core.families import FAMILIES
-from . import host, models, tiny
-from .options import AUTO, CATEGORY
+from ..sf_core.sampling.families import FAMILIES
+from .host import checkpoints, tiny
+from .host.progress import say
+from .inputs import AUTO, CATEGORY
 
 NONE = "none"
 TAEHV_FOLDERS = ("vae_approx", "vae")
@@ -62,7 +63,7 @@ class SelfForcingLoadModel(io.ComfyNode):
                     "Choosing one also says that the model is causal where nothing in the file does.",
                 ),
                 io.Combo.Input(
-                    "precision", options=list(models.PRECISIONS), default=AUTO,
+                    "precision", options=list(checkpoints.PRECISIONS), default=AUTO,
                     tooltip="auto: as ComfyUI loads any Wan model, in float16 on most NVIDIA cards; bf16, as these "
                     "models were trained; fp16; fp8: the blocks' matrices in float8 with scales, half the memory.",
                 ),
@@ -85,11 +86,11 @@ class SelfForcingLoadModel(io.ComfyNode):
     def execute(cls, file, family, precision, lora=NONE, strength=1.0) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", file))
         merged = None if lora == NONE else Path(folder_paths.get_full_path_or_raise("loras", lora))
-        source = models.Source(path, None if family == AUTO else family, precision, merged, strength)
+        source = checkpoints.Source(path, None if family == AUTO else family, precision, merged, strength)
         checkpoint = source.checkpoint()
         log.info("%s: %s", file, checkpoint.note)
-        host.say(cls, checkpoint.note)
-        return io.NodeOutput(models.from_checkpoint(checkpoint, source))
+        say(cls, checkpoint.note)
+        return io.NodeOutput(checkpoints.from_checkpoint(checkpoint, source))
 
 
 class SelfForcingLoadTAEHV(io.ComfyNode):
@@ -114,7 +115,7 @@ class SelfForcingLoadTAEHV(io.ComfyNode):
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         folder = next((name for name in TAEHV_FOLDERS if folder_paths.get_full_path(name, file)), TAEHV_FOLDERS[0])
-        return io.NodeOutput(models.load_taehv(Path(folder_paths.get_full_path_or_raise(folder, file))))
+        return io.NodeOutput(checkpoints.load_taehv(Path(folder_paths.get_full_path_or_raise(folder, file))))
 
 
 def taehv_files() -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..sf_core.script import TRANSITIONS
-from ..sf_core.storyboard import entrance, parse
-from . import host, options
+from ..sf_core.sampling.prompt_text import entrance, parse
+from ..sf_core.sampling.prompts import TRANSITIONS
+from . import inputs
+from .host.conditioning import entering, in_order
 
 
 class SelfForcingPrompt(io.ComfyNode):
@@ -15,7 +16,7 @@ class SelfForcingPrompt(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingPrompt",
             display_name="Self Forcing Prompt",
-            category=options.CATEGORY,
+            category=inputs.CATEGORY,
             description="Turns a prompt, or several with the times they start at, into conditioning for Self "
             "Forcing Sampler.",
             search_aliases=["text encode", "prompt", "prompt schedule", "video prompt", "umt5", "wan prompt"],
@@ -46,7 +47,7 @@ class SelfForcingPrompt(io.ComfyNode):
         first, *later = parse(text, fps)
         conditioning = encode(clip, first.text)
         if later:
-            entries = [host.entering(encode(clip, prompt.text), prompt.entrance) for prompt in later]
+            entries = [entering(encode(clip, prompt.text), prompt.entrance) for prompt in later]
             conditioning = [conditioning[0], *entries]
         return io.NodeOutput(conditioning)
 
@@ -57,7 +58,7 @@ class SelfForcingNextPrompt(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingNextPrompt",
             display_name="Self Forcing Next Prompt",
-            category=options.CATEGORY,
+            category=inputs.CATEGORY,
             description="Lets one prompt follow another at a time, where each is conditioning of its own. Put several "
             "behind each other for longer stories.",
             search_aliases=["prompt schedule", "prompt travel", "combine conditioning", "story", "prompt switch"],
@@ -95,8 +96,8 @@ class SelfForcingNextPrompt(io.ComfyNode):
         if not first or not next:
             raise ValueError("Got empty conditioning; both prompts are needed. Connect one to first and one to next.")
         how = f"blend {blend:g}s" if transition == "blend" else transition
-        new = host.entering(next, entrance(start.strip() and f"{start.strip()} {how}", fps))
-        return io.NodeOutput([*host.in_order(first), new])
+        new = entering(next, entrance(start.strip() and f"{start.strip()} {how}", fps))
+        return io.NodeOutput([*in_order(first), new])
 
 
 def encode(clip, text: str) -> list:

@@ -6,8 +6,11 @@ import comfy.model_management as management
 import torch
 from comfy_api.latest import io
 
-from . import host, options
-from .job import REMEDY, job_of, notes_of
+from . import inputs
+from .host.generation import REMEDY, job_of, notes_of
+from .host.memory import within_memory
+from .host.model import family_of
+from .host.progress import SamplingProgress
 
 
 class SelfForcingLatent(io.ComfyNode):
@@ -16,7 +19,7 @@ class SelfForcingLatent(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingLatent",
             display_name="Self Forcing Latent",
-            category=options.CATEGORY,
+            category=inputs.CATEGORY,
             description="The size and length of the video to make.",
             search_aliases=["empty latent video", "empty wan latent", "video size", "video length", "resolution"],
             inputs=[
@@ -76,17 +79,17 @@ class SelfForcingSampler(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingSampler",
             display_name="Self Forcing Sampler",
-            category=options.CATEGORY,
+            category=inputs.CATEGORY,
             description="Makes a video a few latent frames at a time, each chunk attending to the ones before it.",
             search_aliases=[
                 "autoregressive sampler", "causal sampler", "rolling kv cache", "wan sampler", "causvid", "long video",
                 "video to video", "continue video",
             ],
             inputs=[
-                options.model(), options.positive(), options.latent(), options.seed(), options.preset(),
-                options.steps(), options.chunk(), options.window(), options.sink(), options.prefix(), options.cache(),
-                options.compiled(), options.negative(), options.cfg(), options.denoise(), options.history(),
-                options.keep_prefix(),
+                inputs.model(), inputs.positive(), inputs.latent(), inputs.seed(), inputs.preset(),
+                inputs.steps(), inputs.chunk(), inputs.window(), inputs.sink(), inputs.prefix(), inputs.cache(),
+                inputs.compiled(), inputs.negative(), inputs.cfg(), inputs.denoise(), inputs.history(),
+                inputs.keep_prefix(),
             ],
             outputs=[io.Latent.Output(tooltip="The video's latents, for Self Forcing Decode or VAE Decode.")],
             hidden=[io.Hidden.unique_id],
@@ -94,21 +97,21 @@ class SelfForcingSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, latent, seed, preset, steps, chunk, window, sink, prefix=None, cache=options.AUTO,
+        cls, model, positive, latent, seed, preset, steps, chunk, window, sink, prefix=None, cache=inputs.AUTO,
         compile="off", negative=None, cfg=1.0, denoise=1.0, history="window", keep_prefix=True,
     ) -> io.NodeOutput:  # fmt: skip
-        sampling = options.sampling_of(preset, host.family_of(model).sampling, steps, chunk, window, sink)
+        sampling = inputs.sampling_of(preset, family_of(model).sampling, steps, chunk, window, sink)
         job = job_of(
-            model, sampling, positive, latent, seed, prefix, history, denoise, negative, cfg, options.CACHES[cache],
+            model, sampling, positive, latent, seed, prefix, history, denoise, negative, cfg, inputs.CACHES[cache],
             compile,
         )  # fmt: skip
-        progress = host.SamplingProgress(job.model, notes_of(job, cls), compile != "off")
+        progress = SamplingProgress(job.model, notes_of(job, cls), compile != "off")
 
         def sample() -> torch.Tensor:
             with job.loaded():
                 return job.latents(progress, first=0 if keep_prefix else job.given)
 
-        samples = host.within_memory(sample, job.what, REMEDY)
+        samples = within_memory(sample, job.what, REMEDY)
         return io.NodeOutput({"samples": job.model.model.process_latent_out(samples)})
 
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..sf_core.config import Sampling
-from ..sf_core.schedule import evenly
-from . import host, models, options
+from ..sf_core.sampling.config import Sampling
+from ..sf_core.sampling.schedule import evenly
+from . import inputs
+from .host import checkpoints
+from .host.model import family_of, set_family
 
 AS_MADE, PINNED = "as made", "pinned"
 
@@ -19,19 +21,19 @@ class SelfForcingSettings(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingSettings",
             display_name="Self Forcing Settings",
-            category=options.CATEGORY,
+            category=inputs.CATEGORY,
             description="How a model is sampled, for all nodes behind it: chunks, steps, and what keeps long videos "
             "from drifting. What is not set here stays as the model was made for.",
             search_aliases=["drift", "long video", "window", "attention sink", "context noise", "frame-wise", "shift"],
             inputs=[
                 io.Model.Input("model", tooltip="A causal Wan text-to-video model."),
-                options.preset(),
-                options.steps(),
-                options.chunk(),
-                options.window(),
-                options.sink(),
+                inputs.preset(),
+                inputs.steps(),
+                inputs.chunk(),
+                inputs.window(),
+                inputs.sink(),
                 io.Combo.Input(
-                    "sink_positions", options=[options.AUTO, AS_MADE, PINNED], default=options.AUTO,
+                    "sink_positions", options=[inputs.AUTO, AS_MADE, PINNED], default=inputs.AUTO,
                     tooltip="Where the model sees the sink. as made: ever further back. pinned: just before the "
                     "window, however long the video, so that no distance exceeds what it was trained with. Use pinned "
                     "with a sink beyond a minute or so; models made for it (longlive-infinity) have it by themselves.",
@@ -73,10 +75,10 @@ class SelfForcingSettings(io.ComfyNode):
         cls, model, preset, steps, chunk, window, sink, sink_positions, context_noise, shift, first_chunk, first_steps,
         reencode_vae=None,
     ) -> io.NodeOutput:  # fmt: skip
-        family = host.family_of(model)
+        family = family_of(model)
         sampling = changed(
-            options.sampling_of(preset, family.sampling, steps, chunk, window, sink),
-            pinned=None if sink_positions == options.AUTO else sink_positions == PINNED,
+            inputs.sampling_of(preset, family.sampling, steps, chunk, window, sink),
+            pinned=None if sink_positions == inputs.AUTO else sink_positions == PINNED,
             context_noise=None if context_noise < 0 else context_noise,
             shift=shift or None,
             first_chunk=first_chunk or None,
@@ -85,7 +87,7 @@ class SelfForcingSettings(io.ComfyNode):
         model = model.clone()
         trained = family.trained or family.sampling.chunk
         reencoder = reencode_vae or family.reencoder
-        host.set_family(model, replace(family, sampling=sampling, trained=trained, reencoder=reencoder))
+        set_family(model, replace(family, sampling=sampling, trained=trained, reencoder=reencoder))
         return io.NodeOutput(model)
 
 
@@ -100,7 +102,7 @@ class SelfForcingFP8(io.ComfyNode):
         return io.Schema(
             node_id="SelfForcingFP8",
             display_name="Self Forcing FP8",
-            category=options.CATEGORY,
+            category=inputs.CATEGORY,
             description="Turns the weights of a model's blocks into float8 with scales: half the memory, nearly the "
             "same video.",
             search_aliases=["fp8", "float8", "quantize", "quantise", "low vram", "e4m3"],
@@ -113,7 +115,7 @@ class SelfForcingFP8(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, enabled) -> io.NodeOutput:
-        return io.NodeOutput(models.float8_of(model) if enabled else model)
+        return io.NodeOutput(checkpoints.float8_of(model) if enabled else model)
 
 
 NODES = [SelfForcingSettings, SelfForcingFP8]

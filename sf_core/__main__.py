@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from .cli import main
+from .cli.main import main
 
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill stops as cleanly as ^C
 status = main()

@@ -15,10 +15,11 @@ from functools import lru_cache
 
 import torch
 
-from .checkpoint import Memory, memory_needed
-from .config import Sampling, WanConfig
-from .fp8 import FLOAT8, quantise
-from .model import WanModel
+from .checkpoints.load import Memory, memory_needed
+from .sampling.config import Sampling
+from .wan.config import WanConfig
+from .wan.fp8 import FLOAT8, quantise
+from .wan.model import WanModel
 
 TILE = 32  # latent pixels: what is suggested
 COARSE, BETWEEN = 550, 144  # numbers per pixel of a whole frame while tiles are used: before them, and beside them

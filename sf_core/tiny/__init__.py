@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import WanConfig
-from ..model import WanModel
+from ..wan.config import WanConfig
+from ..wan.model import WanModel
 from .autoencoder import TinyAutoencoder
 from .text import TinyTextEncoder
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..taehv import DecoderStream, Stateful, conv, walk
+from ..autoencoders.stream import DecoderStream, Stateful, walk
+from ..autoencoders.taehv import conv
 
 CHANNELS, TIME, SPACE = 16, 4, 8
 BLOCK = TIME * SPACE * SPACE * 3  # numbers in a block

@@ -19,9 +19,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Sampling
-from .losses import Levels
-from .self_rollout import SelfRollout
+from ..sampling.config import Sampling
+from .methods.losses import Levels
+from .methods.self_rollout import SelfRollout
 
 METHODS = {
     "dmd": "Self Forcing with distribution matching",

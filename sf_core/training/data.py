@@ -1,7 +1,7 @@
 """What is learnt from: prompts alone, captioned clips, or the tiny world's procedural ones.
 
 Every source gives captions; sources with clips give batches of latents too. Which ones is drawn per sample
-(draws.py). Clips are encoded once, into the run's folder, each process a share of them. Beside the latents stands what
+(step_random.py). Clips are encoded once, into the run's folder, each process a share of them. Beside the latents stands what
 they were made from; where that changes they are made again.
 """
 
@@ -21,10 +21,10 @@ from tqdm import tqdm
 from ..tiny.data import Clips, caption, draw, render
 from ..video import read_video
 from .config import DataConfig, TrainConfig
-from .draws import Draws
-from .parallel import Group
-from .store import fingerprint, whole_or_not
-from .worlds import World, check_prompts
+from .distributed import Group
+from .encoders import World, check_prompts
+from .run_folder import fingerprint, whole_or_not
+from .step_random import Draws
 
 VIDEOS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi")
 POOL, MADE_FROM = "latents.pt", "latents.json"

@@ -34,19 +34,19 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import describe as describe_file
-from ..config import WanConfig
-from ..families import DEFAULT
-from ..machine import memory_of, ran_out
-from ..model import WanModel
-from ..tensorfiles import read_header
-from ..text import bytes_loaded
-from ..vae import WanVAE
+from ..autoencoders.wan_vae import WanVAE
+from ..checkpoints.load import describe as describe_file
+from ..checkpoints.tensorfiles import read_header
+from ..device import memory_of, ran_out
+from ..sampling.families import DEFAULT
+from ..text_encoder import bytes_loaded
+from ..wan.config import WanConfig
+from ..wan.model import WanModel
 from .config import SELF_FORCING, ModelConfig, TrainConfig
-from .discriminator import Discriminator
+from .encoders import DTYPES, NEW, latent_size, student_dtype, there
 from .lora import adapted
-from .store import CHECKPOINT, load_checkpoint
-from .worlds import DTYPES, NEW, latent_size, student_dtype, there
+from .methods.discriminator import Discriminator
+from .run_folder import CHECKPOINT, load_checkpoint
 
 GIB = 2**30
 WAN_14B = WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import OptimizerConfig
-from .parallel import gather, local, put_back, spread_like, whole
+from .distributed import gather, local, put_back, spread_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 

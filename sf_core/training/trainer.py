@@ -6,7 +6,7 @@
             step the optimizer
         update the averages
 
-A checkpoint holds weights, averages and optimizer states; randomness belongs to the step (draws.py). So a run that was
+A checkpoint holds weights, averages and optimizer states; randomness belongs to the step (step_random.py). So a run that was
 killed continues with the losses it would have had, to the bit on a CPU, whatever number of processes continues it.
 """
 
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .draws import Draws
-from .parallel import Group, fill
-from .report import Report
-from .store import CHECKPOINT, load_checkpoint, save_checkpoint
-from .task import Task, Update
+from .distributed import Group, fill
+from .methods.base import Task, Update
+from .metrics import Report
+from .run_folder import CHECKPOINT, load_checkpoint, save_checkpoint
+from .step_random import Draws
 
 
 class TrainingStopped(ValueError):

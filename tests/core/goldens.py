@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sf_core.config import WanConfig
-from sf_core.model import WanModel
+from sf_core.wan.config import WanConfig
+from sf_core.wan.model import WanModel
 from tests.core.regenerate import weights
 
 FOLDER = Path(os.environ.get("SELF_FORCING_GOLDENS", Path(__file__).parents[1] / "golden"))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from sf_core.training.command import train
 from sf_core.training.config import TrainConfig, build
-from sf_core.training.parallel import Group
-from sf_core.training.store import read_losses
+from sf_core.training.distributed import Group
+from sf_core.training.run_folder import read_losses
+from sf_core.training.train import train
 
 SMALL = {"world": "tiny", "dim": 24, "layers": 2, "heads": 2, "ffn_dim": 32}
 SAMPLING = {"chunk": 1, "shift": 3, "steps": [1000, 500]}

@@ -6,8 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from sf_core.attention import KERNELS, attention_named
-from sf_core.model import sdpa
+from sf_core.wan.attention import KERNELS, attention_named, sdpa
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sf_core import bench
-from sf_core.bench import JOBS, Job
-from sf_core.cli import main
-from sf_core.config import WAN_1_3B, Sampling, WanConfig
+from sf_core.cli import bench
+from sf_core.cli.bench import JOBS, Job
+from sf_core.cli.main import main
+from sf_core.sampling.config import Sampling
+from sf_core.wan.config import WAN_1_3B, WanConfig
 from tests.core.test_cli import refused
 
 CONFIG = WanConfig(dim=24, heads=2, layers=1, ffn_dim=32, freq_dim=16, text_dim=8, text_len=6)
@@ -21,7 +22,7 @@ RECOMPUTE = f"{Path(__file__).parents[2]}/benchmarks/recompute.py:Recompute"
 @pytest.fixture(autouse=True)
 def small_jobs(monkeypatch):
     monkeypatch.setitem(JOBS, "cpu", SMALL)
-    monkeypatch.setattr("sf_core.bench.matmul_peak", lambda device, dtype: 1e9)
+    monkeypatch.setattr("sf_core.cli.bench.matmul_peak", lambda device, dtype: 1e9)
 
 
 def run(capsys, *options):

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sf_core.checkpoint import (
+from sf_core.checkpoints.identify import find_wan
+from sf_core.checkpoints.load import (
     CheckpointError,
     dequantised,
     describe,
@@ -24,11 +25,12 @@ from sf_core.checkpoint import (
     memory_needed,
     plain_dtype,
 )
-from sf_core.config import Sampling, WanConfig
-from sf_core.families import FAMILIES, PATTERNS, guess_family
-from sf_core.model import Sequence, WanModel, encode_text, velocity
-from sf_core.recognise import find_wan
-from sf_core.tensorfiles import TensorFile
+from sf_core.checkpoints.tensorfiles import TensorFile
+from sf_core.sampling.config import Sampling
+from sf_core.sampling.families import FAMILIES, PATTERNS, guess_family
+from sf_core.wan.attention import Sequence
+from sf_core.wan.config import WanConfig
+from sf_core.wan.model import WanModel, encode_text, velocity
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = WanConfig(dim=128, ffn_dim=64, heads=1, layers=2, channels=16, freq_dim=16, text_dim=24)
@@ -764,7 +766,7 @@ def test_file_larger_than_memory_is_not_called_damaged(tmp_path, monkeypatch, su
     path = tmp_path / f"wan.{suffix}"
     cut(path, 1)
     monkeypatch.setattr(torch, "load", refuse)
-    monkeypatch.setattr("sf_core.tensorfiles.safe_open", refuse)
+    monkeypatch.setattr("sf_core.checkpoints.tensorfiles.safe_open", refuse)
     with pytest.raises(CheckpointError, match="cannot be mapped into memory"):
         load_checkpoint(path)
 

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sf_core import generate, tiny
-from sf_core.cli import STOPPED, main
-from sf_core.config import WanConfig
-from sf_core.model import WanModel
-from sf_core.taehv import TAEHV, DecoderStream, Layout
+from sf_core import tiny
+from sf_core.autoencoders.stream import DecoderStream
+from sf_core.autoencoders.taehv import TAEHV, Layout
+from sf_core.cli import generate
+from sf_core.cli.main import STOPPED, main
 from sf_core.tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
 from sf_core.video import read_video, save_video
+from sf_core.wan.config import WanConfig
+from sf_core.wan.model import WanModel
 from tests.core.regenerate import weights
 
 ROOT = Path(__file__).parents[2]

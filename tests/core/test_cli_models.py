@@ -13,15 +13,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sf_core import generate, memory, models, taehv, vae
-from sf_core.checkpoint import dequantised, load_checkpoint
-from sf_core.cli import main
-from sf_core.config import WanConfig
-from sf_core.families import FAMILIES
-from sf_core.fp8 import FLOAT8, Fp8Linear
-from sf_core.model import sdpa
-from sf_core.models import float8_model
+from sf_core import memory
+from sf_core import pipeline as models
+from sf_core.autoencoders import taehv, wan_vae
+from sf_core.checkpoints.load import dequantised, load_checkpoint
+from sf_core.cli import generate
+from sf_core.cli.main import main
+from sf_core.pipeline import float8_model
+from sf_core.sampling.families import FAMILIES
 from sf_core.video import read_video
+from sf_core.wan.attention import sdpa
+from sf_core.wan.config import WanConfig
+from sf_core.wan.fp8 import FLOAT8, Fp8Linear
 from tests.core import test_checkpoint as checkpoints
 from tests.core import test_text as texts
 from tests.core import test_vae as vaes
@@ -274,7 +277,7 @@ def test_out_of_memory_frees_everything_and_says_what_helps(files, tmp_path, cap
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(models.Files, "wan", remembered)
-    monkeypatch.setattr(vae.DecoderStream, "decode", full)
+    monkeypatch.setattr(wan_vae.DecoderStream, "decode", full)
     line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *SIZE, *MODEL, *VAE)
     assert "Got out of memory on cpu" in line and "--taehv instead of --vae (" in line
     gc.collect()
@@ -364,7 +367,7 @@ def test_a_missing_package_is_named(files, tmp_path, capsys, monkeypatch):
 
 def test_the_built_in_model_imports_nothing_heavy(tmp_path):
     script = (
-        "import sys; from sf_core.cli import main; "
+        "import sys; from sf_core.cli.main import main; "
         f"assert main(['generate', '{PROMPT}', '--frames', '1', '--out', 'clip/']) == 0; "
         "print([name for name in ('transformers', 'torch._dynamo', 'torch._inductor') if name in sys.modules])"
     )
@@ -411,7 +414,7 @@ def test_lighttae_reads_the_latents_of_the_wan_vae():
     autoencoder = taehv.TAEHV.from_state_dict(taehv_state())
     latents = torch.randn(1, 16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     light = models.LightDecoderStream(autoencoder).decode(latents)
-    assert torch.equal(light, taehv.DecoderStream(autoencoder).decode(vae.from_model_space(latents)))
+    assert torch.equal(light, taehv.DecoderStream(autoencoder).decode(wan_vae.from_model_space(latents)))
 
 
 @pytest.mark.parametrize("kind", ["vae", "vae in tiles", "taehv", "lighttae"])
@@ -427,10 +430,10 @@ def test_a_clip_is_encoded_in_pieces_to_the_latents_of_the_whole(files, monkeypa
     whole, given = source.autoencoder(request), []
     if tiny:
         expected = whole.encode(torch.cat([frames[:, :1].expand(-1, 3, -1, -1, -1), frames], 1))
-        expected = vae.to_model_space(expected) if light else expected
+        expected = wan_vae.to_model_space(expected) if light else expected
     else:
         expected = whole.encode(frames, tile)
-    for stream in (vae.EncoderStream, taehv.EncoderStream):
+    for stream in (wan_vae.EncoderStream, taehv.EncoderStream):
         encode = stream.encode
         monkeypatch.setattr(stream, "encode", lambda s, x, run=encode: given.append(x.shape[1]) or run(s, x))
     latents = source.encode(request, frames)

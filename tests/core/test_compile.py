@@ -6,10 +6,10 @@ import logging
 import pytest
 import torch
 
-from sf_core import fp8
-from sf_core.compile import compile_stages
-from sf_core.config import Sampling
-from sf_core.model import EAGER
+from sf_core.sampling.config import Sampling
+from sf_core.wan import fp8
+from sf_core.wan.compile import compile_stages
+from sf_core.wan.model import EAGER
 from tests.core.test_rollout import WAN, roll
 
 

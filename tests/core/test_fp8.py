@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sf_core.fp8 import FLOAT8, Fp8Linear, multiplies_float8, quantise, quantised
+from sf_core.wan.fp8 import FLOAT8, Fp8Linear, multiplies_float8, quantise, quantised
 from tests.core.goldens import model
 from tests.core.test_rollout import PROMPT, WAN, roll
 

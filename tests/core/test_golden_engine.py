@@ -5,12 +5,11 @@ import re
 import pytest
 import torch
 
-from sf_core.cache import RollingCache
-from sf_core.config import Sampling
-from sf_core.model import Sequence, block_causal_mask, encode_text, velocity
-from sf_core.noise import RecordedNoise
-from sf_core.rollout import rollout
-from sf_core.schedule import (
+from sf_core.sampling.config import Sampling
+from sf_core.sampling.noise import RecordedNoise
+from sf_core.sampling.prompts import Cue
+from sf_core.sampling.rollout import rollout
+from sf_core.sampling.schedule import (
     add_noise,
     few_steps,
     loss_weights,
@@ -20,7 +19,9 @@ from sf_core.schedule import (
     velocity_from_x0,
     x0_from_velocity,
 )
-from sf_core.script import Cue
+from sf_core.wan.attention import Sequence, block_causal_mask
+from sf_core.wan.cache import RollingCache
+from sf_core.wan.model import encode_text, velocity
 from tests.core.goldens import CONFIG, HEIGHT, REAL_SCORE, TOKENS, WIDTH, frames_second, golden, model
 
 TOLERANCE = 2e-5

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from sf_core.config import Sampling
-from sf_core.model import EAGER
-from sf_core.noise import RecordedNoise
-from sf_core.schedule import sigma_at
-from sf_core.training.losses import (
+from sf_core.sampling.config import Sampling
+from sf_core.sampling.noise import RecordedNoise
+from sf_core.sampling.schedule import sigma_at
+from sf_core.training.methods.losses import (
     Level,
     Prompts,
     Scores,
@@ -17,8 +16,9 @@ from sf_core.training.losses import (
     generator_gan,
     score_identity,
 )
-from sf_core.training.networks import Network, stages_for
-from sf_core.training.self_rollout import Walk, roll_out
+from sf_core.training.methods.self_rollout import Walk, roll_out
+from sf_core.training.network import Network, stages_for
+from sf_core.wan.model import EAGER
 from tests.core.goldens import FAKE_SCORE, HEIGHT, REAL_SCORE, WIDTH, frames_second, golden, golden_facts, model
 
 TRAINING = golden("g7_training")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sf_core.checkpoint import CheckpointError, describe, load_checkpoint, load_model
-from sf_core.model import WanModel
+from sf_core.checkpoints.load import CheckpointError, describe, load_checkpoint, load_model
 from sf_core.training.config import LoraConfig
 from sf_core.training.lora import PREFIX, adapter_file, add_adapters, merged
+from sf_core.wan.model import WanModel
 from tests.core.test_checkpoint import SMALL, float8, forward, fsdp, legacy, same, weights
 
 RANK = 4

@@ -7,22 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sf_core.cache import RollingCache
-from sf_core.config import PRESETS, WAN_1_3B, Sampling, WanConfig
-from sf_core.model import (
-    EAGER,
-    Sequence,
-    WanLayers,
-    WanModel,
-    attention_by_rows,
-    block_causal_mask,
-    encode_text,
-    sdpa,
-    velocity,
-)
-from sf_core.noise import SeededNoise
-from sf_core.rollout import Course, Denoiser, plan_spans, rollout, whole_chunks
-from sf_core.script import Cue
+from sf_core.sampling.config import PRESETS, Sampling
+from sf_core.sampling.noise import SeededNoise
+from sf_core.sampling.prompts import Cue
+from sf_core.sampling.rollout import Course, Denoiser, plan_spans, rollout, whole_chunks
+from sf_core.wan.attention import Sequence, attention_by_rows, block_causal_mask, sdpa
+from sf_core.wan.cache import RollingCache
+from sf_core.wan.config import WAN_1_3B, WanConfig
+from sf_core.wan.model import EAGER, WanLayers, WanModel, encode_text, velocity
 
 SMALL = WanConfig(dim=24, heads=2, layers=2, ffn_dim=32, channels=4, freq_dim=16, text_dim=8, text_len=6)
 HEIGHT, WIDTH = 4, 6
@@ -308,7 +300,7 @@ def test_the_first_chunk_may_take_other_steps():
 
 def test_the_last_chunk_is_not_committed(monkeypatch):
     calls = []
-    monkeypatch.setattr("sf_core.rollout.velocity", lambda *args: calls.append(args[2]) or velocity(*args))
+    monkeypatch.setattr("sf_core.sampling.rollout.velocity", lambda *args: calls.append(args[2]) or velocity(*args))
     roll(9)
     assert len(calls) == 3 * 4 + 2
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from sf_core.config import Sampling
-from sf_core.model import Sequence, encode_text, velocity
-from sf_core.noise import SeededNoise
-from sf_core.rollout import Denoiser, rollout
-from sf_core.script import TRANSITIONS, Cue, Script
+from sf_core.sampling.config import Sampling
+from sf_core.sampling.noise import SeededNoise
+from sf_core.sampling.prompts import TRANSITIONS, Cue, Script
+from sf_core.sampling.rollout import Denoiser, rollout
+from sf_core.wan.attention import Sequence
+from sf_core.wan.model import encode_text, velocity
 from tests.core.test_rollout import PROMPT, SMALL, WAN, equal, roll
 
 OTHER = torch.randn(1, 4, SMALL.text_dim, generator=torch.Generator().manual_seed(2))

@@ -4,14 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from sf_core.config import Sampling, WanConfig
-from sf_core.model import EAGER, Rope, WanModel, encode_text, sdpa, velocity
-from sf_core.noise import SeededNoise
-from sf_core.rollout import rollout
-from sf_core.schedule import add_noise
-from sf_core.training.draws import Draws
-from sf_core.training.networks import Network, stages_for
-from sf_core.training.self_rollout import SelfRollout, Walk, roll_out
+from sf_core.sampling.config import Sampling
+from sf_core.sampling.noise import SeededNoise
+from sf_core.sampling.rollout import rollout
+from sf_core.sampling.schedule import add_noise
+from sf_core.training.methods.self_rollout import SelfRollout, Walk, roll_out
+from sf_core.training.network import Network, stages_for
+from sf_core.training.step_random import Draws
+from sf_core.wan.attention import sdpa
+from sf_core.wan.config import WanConfig
+from sf_core.wan.model import EAGER, WanModel, encode_text, velocity
+from sf_core.wan.rope import Rope
 
 CONFIG = WanConfig(dim=24, heads=2, layers=2, ffn_dim=32, channels=4, freq_dim=16, text_dim=8, text_len=6)
 HEIGHT, WIDTH, CHUNK, BATCH = 4, 6, 2, 2

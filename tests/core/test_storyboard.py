@@ -8,13 +8,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sf_core import tiny
-from sf_core.config import PRESETS, Sampling
-from sf_core.noise import SeededNoise
-from sf_core.rollout import plan_spans, rollout
-from sf_core.storyboard import Entrance, Prompt, cues, entrance, parse, starts
-from sf_core.taehv import DecoderStream
+from sf_core.autoencoders.stream import DecoderStream
+from sf_core.cli.evaluate import ask
+from sf_core.sampling.config import PRESETS, Sampling
+from sf_core.sampling.noise import SeededNoise
+from sf_core.sampling.prompt_text import Entrance, Prompt, cues, entrance, parse, starts
+from sf_core.sampling.rollout import plan_spans, rollout
 from sf_core.tiny import detect
-from sf_core.tiny.evaluate import ask
 
 STORY = """
 0: a red circle moves right

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sf_core.taehv import TAEHV, DecoderStream, EncoderStream, Layout, walk
+from sf_core.autoencoders.stream import DecoderStream, EncoderStream, walk
+from sf_core.autoencoders.taehv import TAEHV, Layout
 from tests.core.regenerate import weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "taehv.safetensors"

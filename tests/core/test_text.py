@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sf_core import text
-from sf_core.text import ScaledLinear, bytes_loaded, clean, load_text_encoder
+from sf_core import text_encoder as text
+from sf_core.text_encoder import ScaledLinear, bytes_loaded, clean, load_text_encoder
 
 pytest.importorskip("transformers", reason="UMT5 is transformers' network: pip install transformers")
 sentencepiece = pytest.importorskip("sentencepiece", reason="tokenizers are trained with sentencepiece")

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from sf_core import tiny
-from sf_core.taehv import DecoderStream
+from sf_core.autoencoders.stream import DecoderStream
+from sf_core.cli.evaluate import WINDOW, score_truth
 from sf_core.tiny import data, detect
 from sf_core.tiny.autoencoder import psnr
-from sf_core.tiny.evaluate import WINDOW, score_truth
 
 
 def generator(seed=0):

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from sf_core import tiny
-from sf_core.cli import main
-from sf_core.config import PRESETS
-from sf_core.noise import SeededNoise
-from sf_core.rollout import rollout
-from sf_core.tiny import data, detect, evaluate
+from sf_core.cli import evaluate
+from sf_core.cli.main import main
+from sf_core.sampling.config import PRESETS
+from sf_core.sampling.noise import SeededNoise
+from sf_core.sampling.rollout import rollout
+from sf_core.tiny import data, detect
 
 
 @pytest.fixture(scope="module")

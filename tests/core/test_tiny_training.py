@@ -8,20 +8,20 @@ import pytest
 import torch
 
 from sf_core import tiny
-from sf_core.checkpoint import describe
-from sf_core.cli import main
-from sf_core.config import PRESETS
-from sf_core.tiny import train
+from sf_core.checkpoints.load import describe
+from sf_core.cli import train_tiny as train
+from sf_core.cli.main import main
+from sf_core.sampling.config import PRESETS
 from sf_core.tiny.data import draw, render
-from sf_core.training import autoencoder
-from sf_core.training.autoencoder import FitAutoencoder
-from sf_core.training.command import train as run
 from sf_core.training.config import ModelConfig
-from sf_core.training.draws import Draws
+from sf_core.training.distributed import Group
+from sf_core.training.encoders import NEW, open_world
+from sf_core.training.methods import autoencoder
+from sf_core.training.methods.autoencoder import FitAutoencoder
 from sf_core.training.optim import Muon, orthogonalise
-from sf_core.training.parallel import Group
-from sf_core.training.store import load_checkpoint, read_losses
-from sf_core.training.worlds import NEW, open_world
+from sf_core.training.run_folder import load_checkpoint, read_losses
+from sf_core.training.step_random import Draws
+from sf_core.training.train import train as run
 
 STEPS = 2
 SMALL = ("batch=4", "data.pool=64")

@@ -13,26 +13,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sf_core.cache import RollingCache
-from sf_core.checkpoint import describe, load_model
-from sf_core.cli import main
-from sf_core.config import WanConfig
-from sf_core.model import WanModel
-from sf_core.noise import SeededNoise
-from sf_core.rollout import rollout
+from sf_core.checkpoints.load import describe, load_model
+from sf_core.cli.main import main
+from sf_core.sampling.noise import SeededNoise
+from sf_core.sampling.rollout import rollout
 from sf_core.tiny import load_autoencoder
-from sf_core.training import forcing, report
-from sf_core.training.command import make_task
+from sf_core.training import metrics as report
 from sf_core.training.config import METHODS, SHIPPED, ModelConfig, read_config
 from sf_core.training.data import ProceduralClips, open_data
-from sf_core.training.draws import Draws
-from sf_core.training.losses import critic_flow
+from sf_core.training.distributed import Group
+from sf_core.training.encoders import open_world
+from sf_core.training.methods import dmd as forcing
+from sf_core.training.methods.losses import critic_flow
 from sf_core.training.optim import Average, rate_at
-from sf_core.training.parallel import Group
-from sf_core.training.store import LOSSES, MODEL, load_checkpoint, save_checkpoint
+from sf_core.training.run_folder import LOSSES, MODEL, load_checkpoint, save_checkpoint
+from sf_core.training.step_random import Draws
+from sf_core.training.train import make_task
 from sf_core.training.trainer import Trainer, TrainingStopped
-from sf_core.training.worlds import open_world
 from sf_core.video import save_video
+from sf_core.wan.cache import RollingCache
+from sf_core.wan.config import WanConfig
+from sf_core.wan.model import WanModel
 from tests.core.runs import SAMPLING, config, losses, trained, written
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from sf_core.checkpoint import load_model
-from sf_core.training.parallel import Group
-from sf_core.training.store import MODEL, load_checkpoint
+from sf_core.checkpoints.load import load_model
+from sf_core.training.distributed import Group
+from sf_core.training.run_folder import MODEL, load_checkpoint
 from tests.core.runs import losses, trained, written
 
 pytestmark = pytest.mark.skipif(

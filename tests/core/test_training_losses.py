@@ -5,14 +5,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from sf_core.config import Sampling
-from sf_core.model import Sequence, block_causal_mask
-from sf_core.schedule import add_noise
+from sf_core.sampling.config import Sampling
+from sf_core.sampling.schedule import add_noise
 from sf_core.training.config import GanConfig, LoraConfig
-from sf_core.training.discriminator import Discriminator
-from sf_core.training.draws import Draws
-from sf_core.training.few_step import Consistency, Ode
-from sf_core.training.flow import (
+from sf_core.training.lora import add_adapters, merged
+from sf_core.training.methods.diffusion import (
     block_mask,
     chunk_rule,
     chunks_of,
@@ -21,10 +18,13 @@ from sf_core.training.flow import (
     forced_attention,
     masked,
 )
-from sf_core.training.forcing import Adversarial, Made
-from sf_core.training.lora import add_adapters, merged
-from sf_core.training.losses import Level, Levels, Prompts, logit_slope
-from sf_core.training.networks import Network, plain_attention, stages_for
+from sf_core.training.methods.discriminator import Discriminator
+from sf_core.training.methods.dmd import Adversarial, Made
+from sf_core.training.methods.losses import Level, Levels, Prompts, logit_slope
+from sf_core.training.methods.ode import Consistency, Ode
+from sf_core.training.network import Network, plain_attention, stages_for
+from sf_core.training.step_random import Draws
+from sf_core.wan.attention import Sequence, block_causal_mask
 from tests.core.test_self_rollout import CHUNK, CONFIG, HEIGHT, PROMPT, WIDTH, new_model
 
 CPU = torch.device("cpu")
@@ -79,9 +79,9 @@ def test_a_block_mask_takes_little_memory_at_full_size():
 @torch.no_grad()
 def test_teacher_forcing_sees_what_the_cache_holds():
     """A noisy chunk beside clean ones is denoised as in a rollout whose cache holds the clean ones."""
-    from sf_core.cache import RollingCache
-    from sf_core.model import encode_text, velocity
-    from sf_core.training.flow import beside_clean
+    from sf_core.training.methods.diffusion import beside_clean
+    from sf_core.wan.cache import RollingCache
+    from sf_core.wan.model import encode_text, velocity
 
     wan = new_model()
     clean, noisy = torch.randn(2, len(PROMPT), CONFIG.channels, 4, *SIZE).unbind(0)

@@ -6,14 +6,15 @@ from functools import partial
 import pytest
 import torch
 
-from sf_core.cli import main
-from sf_core.training import command
-from sf_core.training.command import make_task
+from sf_core.cli import train as command
+from sf_core.cli.main import main
+from sf_core.training import trainer
 from sf_core.training.config import SHIPPED, read_config
-from sf_core.training.draws import Draws
+from sf_core.training.distributed import Group
+from sf_core.training.encoders import NEW
 from sf_core.training.memory import UMT5_BYTES, Networks, check_memory, losses_of, needed, parameters, shape_of
-from sf_core.training.parallel import Group
-from sf_core.training.worlds import NEW
+from sf_core.training.step_random import Draws
+from sf_core.training.train import make_task
 from tests.core.runs import written
 
 CPU = torch.device("cpu")
@@ -124,7 +125,7 @@ def test_memory_that_runs_out_is_told_with_remedies(tmp_path, monkeypatch, capsy
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(command.Trainer, "run", full)
+    monkeypatch.setattr(trainer.Trainer, "run", full)
     path = written("dmd", tmp_path / "run", model={"world": "tiny", "student": "built-in", "teacher": "built-in"})
     assert main(["train", str(path)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sf_core.checkpoint import describe, load_model
-from sf_core.config import WanConfig
-from sf_core.model import WanModel
-from sf_core.training import worlds
+from sf_core.checkpoints.load import describe, load_model
+from sf_core.training import encoders as worlds
 from sf_core.training.config import ModelConfig
-from sf_core.training.store import MODEL
+from sf_core.training.run_folder import MODEL
+from sf_core.wan.config import WanConfig
+from sf_core.wan.model import WanModel
 from tests.core.regenerate import weights
 from tests.core.runs import FAST, losses, trained
 from tests.core.test_training import clip_folder

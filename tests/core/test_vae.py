@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sf_core.vae import DecoderStream, EncoderStream, Layout, WanVAE, from_model_space, spans, to_model_space
+from sf_core.autoencoders.wan_vae import (
+    DecoderStream,
+    EncoderStream,
+    Layout,
+    WanVAE,
+    from_model_space,
+    spans,
+    to_model_space,
+)
 from tests.core.goldens import golden
 from tests.core.regenerate import weights
 

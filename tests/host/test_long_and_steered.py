@@ -86,7 +86,7 @@ def server(monkeypatch):
 
 
 def test_live_frames_go_to_the_browser_that_asked_while_it_keeps_up(pack, server):
-    from any_folder_name.nodes import host
+    from any_folder_name.nodes.host import progress as host
 
     node, made = SimpleNamespace(hidden=SimpleNamespace(unique_id="7")), []
     data = lambda: made.append(1) or {"frames": []}  # noqa: E731
@@ -100,7 +100,7 @@ def test_live_frames_go_to_the_browser_that_asked_while_it_keeps_up(pack, server
 
 
 def test_notes_on_a_node_do_not_hide_each_other(pack, server):
-    from any_folder_name.nodes import host
+    from any_folder_name.nodes.host import progress as host
 
     notes = host.Notes(SimpleNamespace(hidden=SimpleNamespace(unique_id="7")))
     notes.add("chunk 1, but")
@@ -140,9 +140,9 @@ def test_frames_without_room_are_refused_before_anything_is_made(call, tiny, lat
 
 
 def test_stream_asks_for_the_larger_of_a_forward_and_a_decoding(pack, tiny, latent, monkeypatch):
-    from any_folder_name.nodes import stream as module
-    from any_folder_name.nodes.job import job_of
-    from any_folder_name.sf_core.config import PRESETS
+    from any_folder_name.nodes.host import live as module
+    from any_folder_name.nodes.host.generation import job_of
+    from any_folder_name.sf_core.sampling.config import PRESETS
 
     job = job_of(tiny.model, PRESETS["tiny"], tiny.prompt, latent, 0)
     decoder = module.decoder_of(tiny.vae, latent["samples"])
@@ -153,7 +153,7 @@ def test_stream_asks_for_the_larger_of_a_forward_and_a_decoding(pack, tiny, late
 
 
 def test_memory_that_a_cpu_has_not_got_is_out_of_memory(pack):
-    from any_folder_name.nodes import host
+    from any_folder_name.nodes.host import memory as host
 
     with pytest.raises(torch.OutOfMemoryError, match="Got a video, for which.*Make a smaller one"):
         host.within_memory(lambda: torch.empty(2**60), "a video", "Make a smaller one.")
@@ -293,9 +293,9 @@ def test_masks_and_other_guiders_are_refused(call, tiny, latent, custom, sample)
 
 def test_guidance_is_the_cores(call, tiny, sample):
     from any_folder_name.sf_core import tiny as core
-    from any_folder_name.sf_core.config import PRESETS
-    from any_folder_name.sf_core.noise import SeededNoise
-    from any_folder_name.sf_core.rollout import rollout
+    from any_folder_name.sf_core.sampling.config import PRESETS
+    from any_folder_name.sf_core.sampling.noise import SeededNoise
+    from any_folder_name.sf_core.sampling.rollout import rollout
 
     negative = call("Prompt", tiny.clip, "a blue square")
     ours = tiny.model.model.process_latent_in(sample(negative=negative, cfg=3.0))
@@ -323,7 +323,7 @@ def test_a_negative_prompt_without_guidance_costs_and_changes_nothing(call, tiny
 
 def test_too_little_memory_for_two_branches_is_said_with_what_would_fit(call, tiny, sample, monkeypatch):
     import comfy.model_management as management
-    from any_folder_name.nodes import room
+    from any_folder_name.nodes.host import memory as room
 
     needed = []
     check = room.check
@@ -352,7 +352,7 @@ def test_a_continued_video_is_the_video_made_at_once(call, sample, settings):
 
 def test_cancel_is_heard_while_a_prefix_is_read(call, sample, monkeypatch):
     import comfy.model_management as management
-    from any_folder_name.sf_core.rollout import Denoiser
+    from any_folder_name.sf_core.sampling.rollout import Denoiser
 
     prefix, longer = {"samples": sample()}, call("Latent", 64, 64, 81, 0.0, 16.0, 1)
     commit, read = Denoiser.commit, []
@@ -434,9 +434,9 @@ def test_reencoding_begins_when_the_window_is_full(call, tiny, settings, sample)
 
 def test_reencoding_by_the_host_is_the_cores(tiny, settings, call, sample):
     from any_folder_name.sf_core import tiny as core
-    from any_folder_name.sf_core.config import PRESETS
-    from any_folder_name.sf_core.noise import SeededNoise
-    from any_folder_name.sf_core.rollout import rollout
+    from any_folder_name.sf_core.sampling.config import PRESETS
+    from any_folder_name.sf_core.sampling.noise import SeededNoise
+    from any_folder_name.sf_core.sampling.rollout import rollout
 
     longer = call("Latent", 64, 64, 57, 0.0, 16.0, 1)
     ours = tiny.model.model.process_latent_in(sample(latent=longer, model=settings(reencode_vae=tiny.vae)))

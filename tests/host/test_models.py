@@ -28,8 +28,8 @@ def folder(comfyui, tmp_path, monkeypatch):
 
 def wan_weights(dtype=torch.float32, seed=0) -> dict[str, torch.Tensor]:
     """A state dict under Wan's names, with Wan's own heads of 128 channels."""
-    from any_folder_name.sf_core.config import WanConfig
-    from any_folder_name.sf_core.model import WanModel
+    from any_folder_name.sf_core.wan.config import WanConfig
+    from any_folder_name.sf_core.wan.model import WanModel
 
     torch.manual_seed(seed)
     config = WanConfig(dim=128, ffn_dim=256, heads=1, layers=2)
@@ -104,8 +104,8 @@ def exact(prompt):
 
 
 def core_model(state=None):
-    from any_folder_name.sf_core.config import WanConfig
-    from any_folder_name.sf_core.model import WanModel
+    from any_folder_name.sf_core.wan.config import WanConfig
+    from any_folder_name.sf_core.wan.model import WanModel
 
     wan = WanModel(WanConfig(dim=128, ffn_dim=256, heads=1, layers=2))
     wan.load_state_dict(state or wan_weights())
@@ -113,10 +113,10 @@ def core_model(state=None):
 
 
 def rolled_out(wan, prompt) -> torch.Tensor:
-    from any_folder_name.sf_core.families import FAMILIES
-    from any_folder_name.sf_core.noise import SeededNoise
-    from any_folder_name.sf_core.rollout import rollout
-    from any_folder_name.sf_core.vae import from_model_space
+    from any_folder_name.sf_core.autoencoders.wan_vae import from_model_space
+    from any_folder_name.sf_core.sampling.families import FAMILIES
+    from any_folder_name.sf_core.sampling.noise import SeededNoise
+    from any_folder_name.sf_core.sampling.rollout import rollout
 
     sampling = FAMILIES["self-forcing"].sampling
     chunks = rollout(wan, sampling, prompt[0][0], SeededNoise(0), 3, 4, 4)
@@ -208,7 +208,7 @@ def test_fp8_files_keep_their_weights(call, folder):
 @pytest.mark.parametrize("precision", ["auto", "fp8"])
 def test_a_lora_that_is_a_part_of_the_model_is_merged(call, sample, folder, precision):
     """In PEFT's names, as LongLive publishes it; also in the copy that ComfyUI asks for."""
-    from any_folder_name.nodes import host
+    from any_folder_name.nodes.host import model as host
 
     weights, layer = wan_weights(), "blocks.1.self_attn.q"
     wide = weights[f"{layer}.weight"].shape[0]
@@ -379,8 +379,8 @@ def save_taehv(folder, name: str, kind: str = "vae_approx", weights: dict | None
 )
 def test_taehv_decodes_alike_in_all_nodes(call, folder, name, kind):
     import nodes
-    from any_folder_name.sf_core.taehv import TAEHV
-    from any_folder_name.sf_core.vae import to_model_space
+    from any_folder_name.sf_core.autoencoders.taehv import TAEHV
+    from any_folder_name.sf_core.autoencoders.wan_vae import to_model_space
 
     vae = call("LoadTAEHV", save_taehv(folder, name, kind))
     latents = {"samples": torch.randn(1, 16, 5, 4, 6)}
@@ -393,8 +393,8 @@ def test_taehv_decodes_alike_in_all_nodes(call, folder, name, kind):
 
 def test_taehv_encodes_what_the_core_encodes(call, folder):
     import nodes
-    from any_folder_name.sf_core.taehv import TAEHV
-    from any_folder_name.sf_core.vae import from_model_space
+    from any_folder_name.sf_core.autoencoders.taehv import TAEHV
+    from any_folder_name.sf_core.autoencoders.wan_vae import from_model_space
 
     vae, frames = call("LoadTAEHV", save_taehv(folder, "taew2_1.pth")), torch.rand(9, 32, 48, 3)
     network = TAEHV.from_state_dict({key: w.float() for key, w in taehv_weights().items()})
@@ -404,7 +404,7 @@ def test_taehv_encodes_what_the_core_encodes(call, folder):
 
 
 def test_lighttae_reads_raw_latents(call, folder):
-    from any_folder_name.sf_core.taehv import TAEHV
+    from any_folder_name.sf_core.autoencoders.taehv import TAEHV
 
     weights = taehv_weights(torch.bfloat16)
     vae = call("LoadTAEHV", save_taehv(folder, "lighttaew2_1.safetensors", "vae", weights))
@@ -428,7 +428,7 @@ def test_tiny_autoencoders_of_other_models_are_refused(call, folder):
 @pytest.fixture(scope="module")
 def wan_vae_weights(comfyui):
     """A small random VAE under the names of wan_2.1_vae.safetensors."""
-    from any_folder_name.sf_core.vae import Layout, WanVAE
+    from any_folder_name.sf_core.autoencoders.wan_vae import Layout, WanVAE
 
     torch.manual_seed(0)
     weights = WanVAE(Layout(widths=(16, 32, 64, 64))).state_dict()
@@ -514,7 +514,7 @@ def test_decoding_ends_at_cancel(call, wan_vae):
 
 
 def test_out_of_memory_while_decoding_says_what_to_do(call, wan_vae, monkeypatch):
-    from any_folder_name.sf_core.vae import DecoderStream
+    from any_folder_name.sf_core.autoencoders.wan_vae import DecoderStream
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -529,7 +529,7 @@ def test_out_of_memory_while_decoding_says_what_to_do(call, wan_vae, monkeypatch
 
 def test_stock_encode_makes_the_prefix_that_the_core_makes(wan_vae, wan_vae_weights):
     import nodes
-    from any_folder_name.sf_core.vae import WanVAE, from_model_space
+    from any_folder_name.sf_core.autoencoders.wan_vae import WanVAE, from_model_space
 
     frames = torch.rand(9, 32, 48, 3)
     stock = nodes.VAEEncode().encode(wan_vae, frames)[0]["samples"]
@@ -555,8 +555,9 @@ def test_float8_cache_costs_little_quality(sample, model):
 
 def rollout_of(tiny, frames=40, **changes):
     """What the built-in model takes for a long video without a window."""
-    from any_folder_name.nodes import host, room
-    from any_folder_name.sf_core.config import Sampling
+    from any_folder_name.nodes.host import memory as room
+    from any_folder_name.nodes.host import model as host
+    from any_folder_name.sf_core.sampling.config import Sampling
 
     config = host.wan_of(tiny.model).config
     size = {"batch": 1, "frames": frames, "height": 8, "width": 8, "dtype": torch.float32, "cache_dtype": None}
@@ -568,7 +569,7 @@ def test_too_much_memory_is_refused_with_what_would_fit(call, tiny, sample, monk
     import re
 
     import comfy.model_management as management
-    from any_folder_name.nodes import room
+    from any_folder_name.nodes.host import memory as room
 
     needed = rollout_of(tiny)
     limit = int(share * needed.bytes) + management.extra_reserved_memory()
@@ -591,7 +592,7 @@ def test_too_much_memory_is_refused_with_what_would_fit(call, tiny, sample, monk
 def test_out_of_memory_frees_the_cache_and_leaves_the_host_usable(sample, model, monkeypatch):
     import gc
 
-    from any_folder_name.sf_core import rollout
+    from any_folder_name.sf_core.sampling import rollout
 
     velocity, calls = rollout.velocity, []
 
@@ -614,8 +615,8 @@ def test_out_of_memory_frees_the_cache_and_leaves_the_host_usable(sample, model,
 
 
 def test_compiled_parts_serve_all_blocks_chunks_and_runs(sample, model, monkeypatch):
-    from any_folder_name.nodes import job
-    from any_folder_name.sf_core.compile import compile_stages
+    from any_folder_name.nodes.host import generation as job
+    from any_folder_name.sf_core.wan.compile import compile_stages
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
@@ -629,7 +630,7 @@ def test_compiled_parts_serve_all_blocks_chunks_and_runs(sample, model, monkeypa
 
 
 def test_models_in_dynamic_memory_are_compiled_from_a_copy_loaded_once(folder, sample, model, monkeypatch):
-    from any_folder_name.nodes import host
+    from any_folder_name.nodes.host import model as host
 
     patched, (load, source), loads = some_lora(folder, model), model.cached_patcher_init, []
     spy = lambda *source, **how: loads.append(how) or load(*source, **how)  # noqa: E731

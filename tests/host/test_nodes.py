@@ -22,8 +22,8 @@ def caches_alive() -> int:
 def wan_model(dtype=None, **fields):
     """A small random Wan MODEL, loaded as Load Diffusion Model does; `dtype` is its weight_dtype."""
     import comfy.sd
-    from any_folder_name.sf_core.config import WanConfig
-    from any_folder_name.sf_core.model import WanModel
+    from any_folder_name.sf_core.wan.config import WanConfig
+    from any_folder_name.sf_core.wan.model import WanModel
 
     config = WanConfig(**{"dim": 48, "ffn_dim": 96, "heads": 2, "layers": 2, "text_dim": 128, "text_len": 16, **fields})
     torch.manual_seed(0)
@@ -87,9 +87,9 @@ def test_stock_encode_makes_a_prefix(call, tiny, sample):
 
 def test_sampler_makes_what_the_core_makes(tiny, sample):
     from any_folder_name.sf_core import tiny as core
-    from any_folder_name.sf_core.config import PRESETS
-    from any_folder_name.sf_core.noise import SeededNoise
-    from any_folder_name.sf_core.rollout import rollout
+    from any_folder_name.sf_core.sampling.config import PRESETS
+    from any_folder_name.sf_core.sampling.noise import SeededNoise
+    from any_folder_name.sf_core.sampling.rollout import rollout
 
     chunks = rollout(core.load_model(), PRESETS["tiny"], tiny.prompt[0][0], SeededNoise(0), 6, 8, 8)
     expected = torch.cat([chunk.latents for chunk in chunks], dim=2)
@@ -192,9 +192,9 @@ def test_second_prompt_takes_over_from_its_time_on(sample, story, transition):
 
 def test_sampler_makes_of_a_schedule_what_the_core_makes(tiny, sample, story):
     from any_folder_name.sf_core import tiny as core
-    from any_folder_name.sf_core.config import PRESETS
-    from any_folder_name.sf_core.noise import SeededNoise
-    from any_folder_name.sf_core.rollout import rollout
+    from any_folder_name.sf_core.sampling.config import PRESETS
+    from any_folder_name.sf_core.sampling.noise import SeededNoise
+    from any_folder_name.sf_core.sampling.rollout import rollout
     from any_folder_name.sf_core.script import Cue
 
     (first, _), (second, _) = story(" cut")
@@ -255,7 +255,7 @@ def test_prompt_after_the_end_is_refused(call, tiny, sample):
 
 @pytest.fixture
 def pictures_of_every_step(pack, monkeypatch):
-    monkeypatch.setattr("any_folder_name.nodes.host.SECONDS_BETWEEN_PICTURES", 0)
+    monkeypatch.setattr("any_folder_name.nodes.host.progress.SECONDS_BETWEEN_PICTURES", 0)
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_every_step_shows_a_picture(sample, progress):
 
 
 def test_pictures_do_not_hold_up_a_fast_model(sample, progress, monkeypatch):
-    monkeypatch.setattr("any_folder_name.nodes.host.SECONDS_BETWEEN_PICTURES", 3600)
+    monkeypatch.setattr("any_folder_name.nodes.host.progress.SECONDS_BETWEEN_PICTURES", 3600)
     sample()
     assert [value for value, _, preview in progress if preview is not None] == [1]
     assert progress[-1][0] == 8

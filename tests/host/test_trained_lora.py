@@ -9,9 +9,9 @@ FRAMES = 6  # latent frames
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, pack):
     """The folder of a short run that trains adapters on the built-in model, with steps large enough to see."""
-    from any_folder_name.sf_core.training.command import train
     from any_folder_name.sf_core.training.config import TrainConfig, build
-    from any_folder_name.sf_core.training.parallel import Group
+    from any_folder_name.sf_core.training.distributed import Group
+    from any_folder_name.sf_core.training.train import train
 
     out = tmp_path_factory.mktemp("run")
     config = build(
@@ -32,9 +32,9 @@ def test_lora_of_a_training_run_is_its_merged_model(run, call, tiny, monkeypatch
     import folder_paths
     import nodes
     from any_folder_name.sf_core import tiny as core
-    from any_folder_name.sf_core.config import PRESETS
-    from any_folder_name.sf_core.noise import SeededNoise
-    from any_folder_name.sf_core.rollout import rollout
+    from any_folder_name.sf_core.sampling.config import PRESETS
+    from any_folder_name.sf_core.sampling.noise import SeededNoise
+    from any_folder_name.sf_core.sampling.rollout import rollout
 
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(run)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})

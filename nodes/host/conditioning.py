@@ -1,0 +1,81 @@
+"""Latents and prompts on wires, as the core wants them."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+import comfy.model_management as management
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...sf_core.sampling.prompt_text import Entrance
+from ...sf_core.sampling.rollout import Reencode
+from ...sf_core.wan.model import WanLayers
+
+ENTRANCE = "self_forcing_entrance"  # key of a CONDITIONING entry: the storyboard.Entrance of a prompt after the first
+
+
+def latents_of(latent: dict, wan: WanLayers, what: str = "latent") -> Tensor:
+    """The samples [B, C, F, H, W] of a LATENT that fits the model. Raises ValueError where it does not."""
+    samples, channels = latent["samples"], wan.config.channels
+    if samples.ndim != 5 or samples.shape[1] != channels:
+        raise ValueError(
+            f"Got a {what} of shape {list(samples.shape)}; this model needs [batch, {channels}, frames, height, "
+            "width]. Make it with Self Forcing Latent, or with VAE Encode and the VAE that belongs to the model."
+        )
+    return samples
+
+
+def entering(conditioning: list, entrance: Entrance) -> list:
+    """The first entry of a prompt's CONDITIONING as one that comes in later.
+
+    The entrance stands in the entry's dict. For stock samplers the entry starts when sampling is over, so that they
+    follow the first prompt alone.
+    """
+    embeds, values = conditioning[0]
+    return [embeds, {**values, ENTRANCE: entrance, "start_percent": 1.0}]
+
+
+def in_order(conditioning: list) -> list:
+    """The first entry and those right after it that come in later; the rest is what others have combined with it."""
+    first, *others = conditioning
+    return [first, *takewhile(lambda entry: ENTRANCE in entry[1], others)]
+
+
+def prompts_of(conditioning: list, batch: int) -> list[tuple[Entrance, Tensor]]:
+    """The first entry and those right after it that come in later, with embeddings [B, tokens, width] for `batch`.
+
+    Whatever else stock nodes have combined with it is left out. Raises ValueError if there is no entry.
+    """
+    if not conditioning:
+        raise ValueError("Got empty conditioning; the sampler needs a prompt. Connect Self Forcing Prompt.")
+    first, *later = in_order(conditioning)
+    prompts = [(Entrance(), first[0]), *((values[ENTRANCE], embeds) for embeds, values in later)]
+    return [(entrance, comfy.utils.repeat_to_batch_size(embeds, batch)) for entrance, embeds in prompts]
+
+
+def negative_of(conditioning: list | None, batch: int) -> Tensor:
+    """Embeddings [B, tokens, width] of a negative prompt. Raises ValueError if there is none."""
+    if not conditioning:
+        raise ValueError(
+            "Got cfg other than 1 without a negative prompt; guidance leads away from one. Connect a prompt to "
+            "negative (an empty one of CLIP Text Encode will do), or set cfg to 1, which distilled models are made for."
+        )
+    return comfy.utils.repeat_to_batch_size(conditioning[0][0], batch)
+
+
+def still_of(patcher: ModelPatcher, vae: comfy.sd.VAE, free: int) -> Reencode:
+    """First-frame re-encode by a VAE of ComfyUI, after which the model has its place and `free` bytes again."""
+
+    def still(latents: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] in model space -> the latent [B, C, 1, H, W] of a still of their last frame."""
+        raw = patcher.model.process_latent_out(latents[:, :, -4:])
+        frames = [vae.decode(video)[0, -1:] for video in raw.split(1)]  # [1, 8H, 8W, 3] each
+        stills = torch.cat([vae.encode(frame) for frame in frames])
+        management.load_models_gpu([patcher], memory_required=free)  # the VAE may have taken its place
+        return patcher.model.process_latent_in(stills).to(latents)
+
+    return still

@@ -1,0 +1,124 @@
+"""What a node tells while it runs: text, a progress bar with pictures, messages to the browser; it hears Cancel."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import comfy.model_management as management
+import comfy.sd
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ...sf_core.sampling.rollout import Progress
+from .model import family_of
+
+Preview = tuple[str, Image.Image, int]  # format, picture, largest side
+
+
+SECONDS_BETWEEN_PICTURES = 0.1  # as often as ComfyUI itself tells of progress
+
+
+MOST_WAITING = 64  # messages; a run that nobody is slow to watch has a few
+
+
+PREVIEW_SIZE = 256  # pixels, at least where a picture can be enlarged by a whole factor
+
+
+def say(node: type[io.ComfyNode], text: str) -> None:
+    """Shows a line of text on the node that runs. Needs the hidden input unique_id; does nothing outside a server."""
+    if node.hidden is not None and node.hidden.unique_id:
+        from server import PromptServer  # runs already; without one it would take a second to import
+
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+
+class Notes:
+    """Lines of text on the node that runs, one below the other: a text that is said takes the place of the last."""
+
+    def __init__(self, node: type[io.ComfyNode]) -> None:
+        self.node, self.lines = node, []
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        say(self.node, "\n".join(self.lines))
+
+
+def send(node: type[io.ComfyNode], event: str, data: Callable[[], dict]) -> None:
+    """Sends an event about the node that runs to the browser it was started from, if that is there and keeps up.
+
+    ComfyUI queues messages without end and sends them one after the other: those for a slow connection would hold up
+    everybody's, and grow. So while MOST_WAITING wait this one is dropped.
+    """
+    if node.hidden is not None and node.hidden.unique_id:
+        from server import PromptServer
+
+        server = PromptServer.instance
+        if server.client_id in server.sockets and server.messages.qsize() < MOST_WAITING:
+            server.send_sync(event, {"node": node.hidden.unique_id, **data()}, server.client_id)
+
+
+def check_cancelled() -> None:
+    """Raises ComfyUI's interruption when the user has pressed Cancel."""
+    management.throw_exception_if_processing_interrupted()
+
+
+class SamplingProgress:
+    """A step of a rollout on the node's progress bar, with a picture of the newest frames; Cancel is heard here.
+
+    `compiling` notes that the first step takes longer, and then how long it took.
+    """
+
+    def __init__(self, patcher: ModelPatcher, notes: Notes, compiling: bool) -> None:
+        self.bar, self.done, self.shown = comfy.utils.ProgressBar(1), 0, -math.inf
+        self.preview = family_of(patcher).preview
+        self.previewer = previewer_of(patcher)
+        self.notes, self.began = notes, time.monotonic() if compiling else None
+        if compiling:
+            notes.add("Compiling. The first step takes longer.")
+
+    def __call__(self, progress: Progress) -> None:
+        check_cancelled()
+        if self.began is not None:
+            self.notes.add(f"First step with compiling: {time.monotonic() - self.began:.0f} s")
+            self.began = None
+        self.done += 1
+        self.bar.update_absolute(self.done, progress.total, self.picture(progress.x0))
+
+    def picture(self, x0: Tensor) -> Preview | None:
+        """None so soon after the last one that nobody would see it: the built-in model takes longer over it than over
+        a step."""
+        if time.monotonic() < self.shown + SECONDS_BETWEEN_PICTURES:
+            return None
+        self.shown = time.monotonic()
+        newest = x0[:1, :, -1:]  # [1, C, 1, H, W]
+        if self.preview is not None:
+            return as_preview(self.preview(newest))
+        return self.previewer.decode_latent_to_preview_image("JPEG", newest)
+
+
+def previewer_of(patcher: ModelPatcher) -> latent_preview.LatentPreviewer:
+    """The kind the user has chosen. Where previews are off, as they are by default, plain colours: watching the video
+    grow is the point, and they cost nothing beside a step."""
+    form = patcher.model.latent_format
+    return latent_preview.get_previewer(patcher.load_device, form) or latent_preview.Latent2RGBPreviewer(
+        form.latent_rgb_factors, form.latent_rgb_factors_bias, form.latent_rgb_factors_reshape
+    )
+
+
+def as_preview(picture: Image.Image) -> Preview:
+    """A picture for a progress bar. The canvas shows it pixel by pixel, so the built-in model's are enlarged."""
+    factor = max(1, PREVIEW_SIZE // max(picture.size))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
+    return ("JPEG", picture, min(latent_preview.MAX_PREVIEW_RESOLUTION, max(picture.size)))
+
+
+def frame_picture(frame: Tensor) -> Image.Image:
+    """A frame [H, W, 3] in 0..1 as a picture."""
+    return Image.fromarray(frame.mul(255).round().to("cpu", torch.uint8).numpy())

@@ -1,0 +1,293 @@
+"""Is a file's header that of a causal Wan model, and which tensor is which? Or what is it instead?
+
+Checkpoints of Wan differ in their wrapping only: the layers have the same names, under some prefix, in some dict.
+Diffusers alone has other names, which are turned to Wan's first. Names are cut at the first part that is a layer of Wan
+(`blocks.0...`); what comes before is the root. The best root is taken: EMA weights, then the generator, then any other;
+never a critic. The shape of the model follows from the tensors' shapes; only the number of heads cannot be seen
+(metadata, or else heads 128 wide). Every name and shape is then checked against the model itself, on the meta device,
+before a single weight is mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..wan.config import WanConfig
+from ..wan.model import WanModel
+from .tensorfiles import CheckpointError, TensorFile
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_WIDTH = 128  # of every published Wan
+DIM_14B = 5120
+
+NEEDED = "a causal Wan 2.1 text-to-video model is needed"
+GET_ONE = (
+    "Get checkpoints/self_forcing_dmd.pt from huggingface.co/gdhe17/Self-Forcing, or another causal 1.3B model: Causal "
+    "Forcing, LongLive, Reward Forcing, Rolling Forcing"
+)
+
+WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+LAYER = re.compile(r"(?:^|\.)(text_embedding|time_projection|blocks|head)\.")
+SIGNATURE = ("text_embedding.0.weight", "time_projection.1.weight", "blocks.0.self_attn.q.weight", "head.modulation")
+TEACHERS = re.compile(r"(^|\.)(critic|fake_score|real_score|discriminator)(_lora)?\.")
+EMA = re.compile(r"(^|[._])ema([._]|$)")
+SCALES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}  # other names of the same
+# Diffusers' names -> Wan's (huggingface/diffusers, scripts/convert_wan_to_diffusers.py, the other way round). Only the
+# norm before cross-attention has weights: norm3 to Wan, norm2 to Diffusers.
+DIFFUSERS = re.compile(r"(^|\.)blocks\.0\.attn1\.to_q\.")
+DIFFUSERS_NAMES = {
+    r"\bcondition_embedder\.time_embedder\.linear_1\.": "time_embedding.0.",
+    r"\bcondition_embedder\.time_embedder\.linear_2\.": "time_embedding.2.",
+    r"\bcondition_embedder\.time_proj\.": "time_projection.1.",
+    r"\bcondition_embedder\.text_embedder\.linear_1\.": "text_embedding.0.",
+    r"\bcondition_embedder\.text_embedder\.linear_2\.": "text_embedding.2.",
+    r"\battn1\.(?=to_|norm_)": "self_attn.",
+    r"\battn2\.(?=to_|norm_)": "cross_attn.",
+    r"(?<=_attn\.)to_([qkv])\.": r"\1.",
+    r"(?<=_attn\.)to_out\.0\.": "o.",
+    r"\bblocks\.(\d+)\.norm2\.": r"blocks.\1.norm3.",
+    r"\bffn\.net\.0\.proj\.": "ffn.0.",
+    r"\bffn\.net\.2\.": "ffn.2.",
+    r"\bblocks\.(\d+)\.scale_shift_table$": r"blocks.\1.modulation",
+    r"\bscale_shift_table$": "head.modulation",
+    r"\bproj_out\.": "head.head.",
+}
+MARKERS = ("scaled_fp8", "comfy_quant", "freqs")  # tensors that say nothing the others do not
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model in a file: its shape and, for every tensor of it (float8 scales included), {Wan's name: file's name}.
+
+    `root` is the prefix its names have in the file, wrappers removed; `causal` whether the file itself says so.
+    """
+
+    config: WanConfig
+    names: dict[str, str]
+    root: str
+    causal: bool
+
+
+def find_wan(file: TensorFile, trusted: bool = False) -> Found:
+    """The model in a header. `trusted`: the user says that it is causal, which lets a 14B model pass.
+
+    Raises CheckpointError, saying what the file is, where there is no model in it that can be sampled.
+    """
+    title = file.paths[0].name
+    _refuse_loras(file.tensors, title)
+    root, names = _best_root(file.tensors, title)
+    tensors = {name: file.tensors[at] for name, at in names.items()}
+    facts = _transformer_facts(file.metadata)
+    causal = facts.get("causal_ar") is True or "generator" in root
+    _refuse_variants(tensors, title, trusted or facts.get("causal_ar") is True)
+    config = _config(tensors, facts, title)
+    _check(tensors, config, title)
+    return Found(config, names, root, causal)
+
+
+def is_scale(name: str) -> bool:
+    return name.endswith((".weight_scale", ".input_scale"))
+
+
+# --- Names -----------------------------------------------------------------------------------------------------------
+
+
+def _best_root(tensors: dict[str, Tensor], title: str) -> tuple[str, dict[str, str]]:
+    """The root of the best set of Wan layers, and {Wan's name: the file's name} of all that is under it."""
+    clean = {WRAPPERS.sub("", name): name for name in tensors}
+    if any(DIFFUSERS.search(name) for name in clean):
+        clean = {wan_name(name): at for name, at in clean.items()}
+    roots = {root for root in map(_root, clean) if root is not None}
+    usable = sorted((root for root in roots if not TEACHERS.search(root)), key=_rank)
+    if not usable:
+        raise _stranger(list(clean), roots, title)
+    best, others = usable[0], tuple(root for root in roots if root)
+    under = {
+        _plain_name(name[len(best) :]): at
+        for name, at in clean.items()
+        if name.startswith(best) and (best or not name.startswith(others))
+    }
+    return best, {name: at for name, at in under.items() if name.rpartition(".")[2] not in MARKERS}
+
+
+def wan_name(name: str) -> str:
+    """Wan's name of a tensor that has Diffusers'."""
+    for pattern, replacement in DIFFUSERS_NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _root(name: str) -> str | None:
+    """What stands before a layer that only Wan has."""
+    layer = LAYER.search(name)
+    return name[: layer.start(1)] if layer and name[layer.start(1) :] in SIGNATURE else None
+
+
+def _rank(root: str) -> tuple[bool, bool, str]:
+    return (not EMA.search(root), "generator" not in root, root)
+
+
+def _plain_name(name: str) -> str:
+    layer, _, last = name.rpartition(".")
+    return f"{layer}.{SCALES[last]}" if last in SCALES else name
+
+
+# --- Shapes ----------------------------------------------------------------------------------------------------------
+
+
+def _transformer_facts(metadata: dict[str, str]) -> dict:
+    """What a safetensors file says of its transformer, where ComfyUI looks and where our training puts it."""
+    facts = metadata_entry(metadata, "config").get("transformer", {})
+    own = metadata_entry(metadata, "wan")
+    names = {"heads": "num_heads", "text_len": "text_len", "eps": "eps"}
+    ours = {theirs: own[name] for name, theirs in names.items() if name in own}
+    return ours | facts if isinstance(facts, dict) else ours
+
+
+def metadata_entry(metadata: dict[str, str], name: str) -> dict:
+    """A JSON object in the metadata; {} if there is none that can be read."""
+    try:
+        entry = json.loads(metadata.get(name, "{}"))
+    except (ValueError, TypeError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _config(tensors: dict[str, Tensor], facts: dict, title: str) -> WanConfig:
+    dim, channels, *_ = _shape(tensors, "patch_embedding.weight", 5, title)
+    heads = facts.get("num_heads", dim // HEAD_WIDTH if dim % HEAD_WIDTH == 0 else None)
+    if heads is None:
+        raise CheckpointError(
+            f"{title}, a Wan model of width {dim} that does not say how many heads it has",
+            f"the number is needed where heads are not {HEAD_WIDTH} wide",
+            'Save it as safetensors with the metadata config = {"transformer": {"num_heads": n}}',
+        )
+    ffn_dim, _ = _shape(tensors, "blocks.0.ffn.0.weight", 2, title)
+    _, freq_dim = _shape(tensors, "time_embedding.0.weight", 2, title)
+    _, text_dim = _shape(tensors, "text_embedding.0.weight", 2, title)
+    layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    try:
+        text_len, eps = int(facts.get("text_len", WanConfig.text_len)), float(facts.get("eps", WanConfig.eps))
+        return WanConfig(dim, ffn_dim, int(heads), layers, channels, freq_dim, text_dim, text_len, eps)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{title}, whose metadata cannot be right ({error})", NEEDED, GET_ONE) from None
+
+
+def _shape(tensors: dict[str, Tensor], name: str, ndim: int, title: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise _incomplete(title, [name])
+    shape = tuple(tensors[name].shape)
+    if len(shape) != ndim:
+        raise _misshapen(title, name, shape, f"it has {ndim} dimensions in every Wan model")
+    return shape
+
+
+def _check(tensors: dict[str, Tensor], config: WanConfig, title: str) -> None:
+    """Every tensor of the model is there, nothing else is, and all have the right shape and a dtype of use."""
+    needed = {name: tuple(tensor.shape) for name, tensor in WanModel(config, device="meta").state_dict().items()}
+    if missing := [name for name in needed if name not in tensors]:
+        raise _incomplete(title, missing)
+    for name in needed:
+        if tensors[name].dtype not in PLAIN + FLOAT8:
+            raise _unknown_quantisation(title, name, tensors[name])
+    for name, shape in needed.items():
+        if tuple(tensors[name].shape) != shape:
+            raise _misshapen(title, name, tuple(tensors[name].shape), f"the other layers need {list(shape)}")
+    for name in sorted(tensors.keys() - needed.keys()):
+        weight = tensors.get(re.sub(r"\.(weight|input)_scale$", ".weight", name)) if is_scale(name) else None
+        if weight is None:
+            raise CheckpointError(f"{title}, a Wan variant with other layers ({name})", NEEDED, GET_ONE)
+        _check_scale(name, tensors[name], weight, title)
+
+
+def _check_scale(name: str, scale: Tensor, weight: Tensor, title: str) -> None:
+    per_row = weight.shape[0] if name.endswith(".weight_scale") else 1
+    if scale.dtype not in PLAIN or weight.dtype not in FLOAT8 or scale.numel() not in (1, per_row):
+        raise _unknown_quantisation(title, name, scale)
+
+
+# --- What else a file may be -----------------------------------------------------------------------------------------
+
+LORA = re.compile(r"(^|[._])lora[._]|lokr_w|hada_w|\.diff(_b)?$")
+
+# A name in the file (as a pattern), what the file is, where it belongs.
+STRANGERS = (
+    (
+        r"(^|\.)(token_embedding\.weight|shared\.weight|encoder\.block\.0\.layer\.0\.)",
+        "a text encoder (T5)",
+        "It belongs in models/text_encoders. ",
+    ),
+    (r"(^|\.)(text_model\.encoder|vision_model|visual\.(transformer|conv1))\.", "a CLIP encoder", ""),
+    (r"conditioner\.embedders|(^|\.)label_emb\.0\.", "a Stable Diffusion XL checkpoint", ""),
+    (r"cond_stage_model|(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion checkpoint", ""),
+    (r"(^|\.)(joint|double|double_stream)_(blocks|modules)\.0\.", "an image model (SD3, Flux or a relative)", ""),
+    (r"(^|\.)decoder\.(middle\.0|upsamples\.0)\.", "the Wan VAE", "It belongs in models/vae. "),
+    (r"(^|\.)decoder\.(mid\.block_1|mid_block|conv_in)\.", "an image VAE", ""),
+    (r"(^|\.)decoder\.\d+\.(conv\.)?(\d+\.)?weight$", "a TAEHV", "It belongs in models/vae_approx. "),
+)
+
+
+def _refuse_loras(tensors: dict[str, Tensor], title: str) -> None:
+    if any(LORA.search(name) for name in tensors):
+        raise CheckpointError(
+            f"{title}, a LoRA or a model with LoRA layers not merged into it",
+            f"{NEEDED}, whole (the step-distilled 'self forcing' LoRAs make a model faster, not causal)",
+            f"Add a LoRA to a model: with LoraLoaderModelOnly in ComfyUI, with --lora in generate. {GET_ONE}",
+        )
+
+
+def _stranger(names: list[str], teachers: set[str], title: str) -> CheckpointError:
+    if teachers:
+        return CheckpointError(f"{title}, a critic without its generator", NEEDED, GET_ONE)
+    for pattern, what, place in STRANGERS:
+        if any(re.search(pattern, name) for name in names):
+            return CheckpointError(f"{title}, {what}", NEEDED, place + GET_ONE)
+    what = f"{len(names)} tensors of no model known here (such as {min(names)})" if names else "no tensors in it"
+    return CheckpointError(f"{title}, with {what}", NEEDED, GET_ONE)
+
+
+def _refuse_variants(tensors: dict[str, Tensor], title: str, causal: bool) -> None:
+    """Raises CheckpointError for Wan models that cannot be sampled here; `causal` lets a 14B model pass."""
+    dim, takes, *_ = _shape(tensors, "patch_embedding.weight", 5, title)
+    gives = _shape(tensors, "head.head.weight", 2, title)[0] // 4
+    if takes == 36 or any("k_img" in name or name.startswith("img_emb") for name in tensors):
+        what = "a Wan image-to-video model"
+        remedy = f"Text-to-video models start from an image too: give it as a prefix. {GET_ONE}"
+    elif takes == gives == 48:
+        what, remedy = "Wan 2.2 5B or a relative, whose latents have 48 channels instead of 16", GET_ONE
+    elif takes != gives:
+        what, remedy = f"a Wan variant that takes {takes} channels and gives {gives} (inpainting, control)", GET_ONE
+    elif dim == DIM_14B and not causal:
+        what = "a Wan 14B model that nothing calls causal (the step-distilled 'self forcing' 14B models are not)"
+        remedy = f"{GET_ONE}. If it is causal all the same, choose its family"
+    else:
+        return
+    raise CheckpointError(f"{title}, {what}", NEEDED, remedy)
+
+
+def _incomplete(title: str, missing: list[str]) -> CheckpointError:
+    tensors = "a tensor" if len(missing) == 1 else f"{len(missing)} of the tensors"
+    return CheckpointError(
+        f"{title}, a Wan model without {tensors} of its kind ({missing[0]})",
+        "all of them are needed",
+        "If it is one of several shards, put them in one folder under their own names; else download it again",
+    )
+
+
+def _misshapen(title: str, name: str, got: tuple[int, ...], needed: str) -> CheckpointError:
+    return CheckpointError(f"{title}, whose {name} has the shape {list(got)}", needed, GET_ONE)
+
+
+def _unknown_quantisation(title: str, name: str, tensor: Tensor) -> CheckpointError:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return CheckpointError(
+        f"{title}, quantised in a way not known here ({name} is {kind} {list(tensor.shape)})",
+        "weights are float32, float16, bfloat16, or float8 with a scale for the whole tensor or for each row",
+        "Get the bf16 or fp8_scaled version",
+    )

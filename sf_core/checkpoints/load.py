@@ -1,0 +1,306 @@
+"""Any checkpoint a user has -> (config, plain Wan state dict), or an error that says what the file is instead.
+
+    model, checkpoint = load_model("self_forcing_dmd.pt", "cuda", torch.bfloat16)
+    sampling = checkpoint.sampling
+
+Three layers: tensorfiles.py reads files, identify.py finds the model in a header, and here is what a user has of it:
+what the file is (`describe`), its weights (`load_checkpoint`), the model (`load_model`).
+
+Float8 weights stay float8. A scaled one has its scale beside it, under one name whatever the file calls it:
+
+    blocks.0.self_attn.q.weight          float8 [out, in]
+    blocks.0.self_attn.q.weight_scale    float32, [] for the tensor or [out] per row: weight = float8 * scale
+    blocks.0.self_attn.q.input_scale     float32 [], where the file has one: for float8 activations
+
+`dequantised` makes plain weights of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..sampling.config import Sampling
+from ..sampling.families import DEFAULT, FAMILIES, Guess, family_named, guess_family
+from ..wan.cache import RollingCache
+from ..wan.config import WanConfig
+from ..wan.model import WanModel
+from .identify import FLOAT8, GET_ONE, Found, find_wan, is_scale, metadata_entry
+from .lora import Merged, read_lora
+from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
+
+__all__ = [
+    "Checkpoint", "CheckpointError", "Description", "Memory",
+    "dequantised", "describe", "load_checkpoint", "load_model", "memory_needed", "plain_dtype",
+]  # fmt: skip
+
+LONGEST_TRAINED = 21  # latent frames of a training clip, 81 frames of video
+STAGE = re.compile(r"ode[-_]init|causal[-_]ode|causal[-_]cd|ar[-_]diffusion", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a rollout takes on the device, without the decoder. Made by `memory_needed`."""
+
+    weights: int
+    cache: int
+    text: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.text + self.activations
+
+
+def memory_needed(
+    config: WanConfig,
+    sampling: Sampling,
+    weights: int,
+    height: int,
+    width: int,
+    frames: int = LONGEST_TRAINED,
+    dtype: torch.dtype = torch.bfloat16,
+    cache_dtype: torch.dtype | None = None,
+    rereads: bool = False,
+) -> Memory:
+    """Memory for one video of `height` x `width` pixels and `frames` latent frames, with `weights` bytes of weights.
+
+    Computed in `dtype`; the cache may be in a `cache_dtype` of its own, such as float8. With b bytes a number and
+    S = height/16 * width/16 tokens a latent frame:
+
+    cache        2 layers min(window, frames) S dim b; in float8 b is 1, and each token and head has a float32 scale;
+                 sinks whose positions move along keep their first keys too: layers sink S dim b
+    text         2 layers text_len dim b: keys and values of the prompt
+    activations  chunk S (2 ffn_dim + 20 dim) b, and 3 min(window, frames) S dim b where a float8 cache is turned back;
+                 with `rereads` the whole window takes the chunk's place, as a prompt switch by recache reads it
+
+    The cache is exact. Activations are an estimate: the feed-forward with both its halves alive and what a block holds
+    besides, fitted to measured peaks (10 % above them for 1 to 3 layers in float32 and bfloat16).
+    """
+    height, width = height // 8, width // 8
+    size = {"batch": 1, "height": height, "width": width, "device": "meta", "dtype": cache_dtype or dtype}
+    cache = RollingCache.for_rollout(config, sampling, frames, **size)
+    tokens = (cache.slots if rereads else sampling.chunk) * cache.tokens
+    kept = config.layers * cache.sink * cache.tokens * config.dim * dtype.itemsize if cache.pinned else 0
+    turned_back = 3 * cache.slots * cache.tokens * config.dim if size["dtype"] in FLOAT8 else 0
+    return Memory(
+        weights=weights,
+        cache=cache.nbytes + kept,
+        text=2 * config.layers * config.text_len * config.dim * dtype.itemsize,
+        activations=(tokens * (2 * config.ffn_dim + 20 * config.dim) + turned_back) * dtype.itemsize,
+    )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file's header says.
+
+    dtype       of its linear layers; where any weight is float8, torch.float8_e4m3fn or else torch.float8_e5m2, since
+                such a file has to be taken apart layer by layer, however many of them are float8
+    family      a name in FAMILIES; `note` says, for people, how it was known and what else to know
+    sampling    the family's, or what a model of our own training says of itself
+    source      which weights of the file these are, for people
+    file_bytes  of the file, or of all its shards
+    tensors, parameters, weight_bytes   of the model alone, without scales
+    """
+
+    config: WanConfig
+    dtype: torch.dtype
+    family: str
+    sampling: Sampling
+    note: str
+    source: str
+    file_bytes: int
+    tensors: int
+    parameters: int
+    weight_bytes: int
+
+    def memory(
+        self,
+        height: int = 480,
+        width: int = 832,
+        sampling: Sampling | None = None,
+        frames: int = LONGEST_TRAINED,
+        dtype: torch.dtype | None = None,
+        cache_dtype: torch.dtype | None = None,
+    ) -> Memory:
+        """Memory of a rollout, see `memory_needed`; `sampling` is the family's and `dtype` the file's if None.
+
+        Float8 weights are counted as they are, and computed with in bfloat16.
+        """
+        weights = self.parameters * dtype.itemsize if dtype else self.weight_bytes
+        dtype = dtype or plain_dtype(self.dtype)
+        sampling = sampling or self.sampling
+        return memory_needed(self.config, sampling, weights, height, width, frames, dtype, cache_dtype)
+
+
+@dataclass(frozen=True)
+class Checkpoint(Description):
+    """A description and the weights: CPU views of the file under Wan's names, scales beside float8 ones.
+
+    With a LoRA, a weight that it changes is computed each time it is read.
+    """
+
+    state_dict: Mapping[str, Tensor]
+
+
+def describe(
+    path: str | Path, family: str | None = None, lora: str | Path | None = None, strength: float = 1.0
+) -> Description:
+    """What a file is, from its header alone, and whether a LoRA goes with it. Raises as `load_checkpoint` does."""
+    file, found = _open(path, family)
+    if lora is not None:
+        read_lora(lora, _headers(file, found))
+    return _describe(file, found, family, lora, strength)
+
+
+def load_checkpoint(
+    path: str | Path, family: str | None = None, lora: str | Path | None = None, strength: float = 1.0
+) -> Checkpoint:
+    """Opens a checkpoint: a file, a shard, an index of shards, or a folder with one of these.
+
+    `family` says how it is sampled instead of a guess, and is taken for word that the model is causal. The weights are
+    memory-mapped: they take no memory of their own until they are changed or converted. `lora` is a file whose LoRA is
+    merged into them, `strength` times. Raises CheckpointError, a ValueError, for anything but a causal Wan
+    text-to-video model, and for a LoRA that does not go with it; ValueError for an unknown family.
+    """
+    file, found = _open(path, family)
+    adapters = None if lora is None else read_lora(lora, _headers(file, found))
+    mapped = map_tensors(file, found.names.values())
+    state = {name: _scale(mapped[at]) if is_scale(name) else mapped[at] for name, at in found.names.items()}
+    about = _describe(file, found, family, lora, strength)
+    return Checkpoint(**vars(about), state_dict=Merged(state, adapters, strength) if adapters else state)
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+    lora: str | Path | None = None,
+    strength: float = 1.0,
+) -> tuple[WanModel, Checkpoint]:
+    """The model itself, ready to run, and its checkpoint.
+
+    `dtype` defaults to the file's (bfloat16 for float8 files). Weights that need neither conversion nor another device
+    remain views of the file; others are converted one at a time. Raises as `load_checkpoint` does.
+    """
+    checkpoint = load_checkpoint(path, family, lora, strength)
+    model = WanModel(checkpoint.config, device="meta")
+    state = dequantised(checkpoint.state_dict, dtype or plain_dtype(checkpoint.dtype), device)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval(), checkpoint
+
+
+def dequantised(
+    state_dict: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Plain weights of a state dict in `dtype` on `device`; float8 weights times their scales, in float32."""
+    plain = {}
+    for name, tensor in state_dict.items():
+        if is_scale(name):
+            continue
+        if (scale := state_dict.get(f"{name}_scale")) is not None:
+            rows = scale.to(device).reshape(-1, *[1] * (tensor.ndim - 1))  # [1 or out, 1]
+            tensor = tensor.to(device).float() * rows
+        plain[name] = tensor.to(device, dtype)
+    return plain
+
+
+def plain_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: that of the weights, or bfloat16 for float8."""
+    return torch.bfloat16 if dtype in FLOAT8 else dtype
+
+
+def _open(path: str | Path, family: str | None) -> tuple[TensorFile, Found]:
+    if family is not None:
+        family_named(family)
+    file = read_header(path)
+    return file, find_wan(file, trusted=family is not None)
+
+
+def _headers(file: TensorFile, found: Found) -> dict[str, Tensor]:
+    """The model's tensors under Wan's names, on the meta device."""
+    return {name: file.tensors[at] for name, at in found.names.items()}
+
+
+def _scale(tensor: Tensor) -> Tensor:
+    """A scale as float32, [] or [out]."""
+    scale = tensor.float()
+    return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
+
+
+def _describe(
+    file: TensorFile, found: Found, chosen: str | None, lora: str | Path | None, strength: float
+) -> Description:
+    weights = [file.tensors[at] for name, at in found.names.items() if not is_scale(name)]
+    float8 = [dtype for dtype in FLOAT8 if any(tensor.dtype is dtype for tensor in weights)]
+    guess = Guess(chosen, "chosen") if chosen else _guess(file)
+    own = None if chosen else _own_sampling(file)
+    notes = ["Sampled as its metadata says."] if own else _notes(file, found, guess, chosen is not None)
+    notes += [] if lora is None else [f"With {Path(lora).name} merged into it, strength {strength:g}."]
+    return Description(
+        config=found.config,
+        dtype=float8[0] if float8 else file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,
+        family=guess.family,
+        sampling=own or FAMILIES[guess.family].sampling,
+        note=" ".join(notes),
+        source=_source(file, found),
+        file_bytes=file.nbytes,
+        tensors=len(weights),
+        parameters=sum(tensor.numel() for tensor in weights),
+        weight_bytes=sum(tensor.nbytes for tensor in weights),
+    )
+
+
+def _own_sampling(file: TensorFile) -> Sampling | None:
+    """What a model of our own training says of itself."""
+    entry = metadata_entry(file.metadata, "sampling")
+    try:
+        return Sampling(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}) if entry else None
+    except (TypeError, ValueError) as error:
+        title = f"{file.paths[0].name}, whose metadata cannot be right ({error})"
+        raise CheckpointError(title, "its `sampling` must fit", "Choose a family, or correct it") from None
+
+
+def _source(file: TensorFile, found: Found) -> str:
+    shards = f" and {len(file.paths) - 1} more" if len(file.paths) > 1 else ""
+    which = f"weights under {found.root.rstrip('.')}" if found.root else "bare names"
+    return f"{file.paths[0].name}{shards}, {which}"
+
+
+def _guess(file: TensorFile) -> Guess:
+    """The family, by the file's name; by its folder too where that leaves it open ("framewise/causal_forcing.pt").
+
+    A Diffusers pipeline has its name one folder further up, over "transformer".
+    """
+    path = file.paths[0]
+    guess = guess_family(path.name)
+    if guess.evidence is None or guess.family == "causal-forcing":
+        folder = path.absolute().parent
+        folder = folder.parent if folder.name == "transformer" else folder
+        return guess_family(f"{folder.name} {path.name}", *file.metadata.values())
+    return guess
+
+
+def _notes(file: TensorFile, found: Found, guess: Guess, chosen: bool) -> list[str]:
+    """How the family was known, and doubts about the file, in sentences."""
+    if chosen:
+        notes = [f"Sampled as {guess.family}, as chosen."]
+    elif guess.evidence:
+        notes = [f'Sampled as {guess.family}: its name says "{guess.evidence}".']
+    else:
+        notes = [f"Sampled as {DEFAULT}, since no name tells the family: choose it if it is another."]
+    if STAGE.search(file.paths[0].name):
+        notes.append("The name is that of a stage of training before the last: expect blurred motion in few steps.")
+    if not (found.causal or guess.evidence):
+        notes.append(
+            "Nothing says that this model is causal. Wan 2.1 T2V 1.3B itself and its step distillations have exactly "
+            f"the same tensors, but fall apart when they are sampled chunk by chunk. If the video does: {GET_ONE}."
+        )
+    return notes

@@ -1,0 +1,134 @@
+"""Lists the built-in model, the sampling presets and this machine's devices; or says what a model file is.
+
+    python -m sf_core info self_forcing_dmd.pt --width 832 --height 480 --window 12
+
+Of a file only the header is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from dataclasses import replace
+
+import torch
+
+from .. import __version__, memory, tiny
+from ..checkpoints.load import LONGEST_TRAINED, Description, describe, plain_dtype
+from ..memory import Plan, gib
+from ..pipeline import weights_in
+from ..sampling.config import PRESETS, Sampling
+from ..sampling.families import FAMILIES
+from .arguments import size, window
+
+DECODERS = {
+    "Wan VAE": (memory.WAN_VAE, None),
+    "Wan VAE, --tile 256": (memory.WAN_VAE, memory.TILE),
+    "TAEHV": (memory.TAEHV, None),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("file", nargs="?", metavar="FILE", help="a model: file, index of shards, or folder; without it: what is here")
+    add("--width", type=size, default=832, help="pixels of the video whose memory is told (832)")
+    add("--height", type=size, default=480, help="pixels (480)")
+    add("--window", type=window, default=argparse.SUPPRESS, help="latent frames attended to (the family's)")
+    add("--family", metavar="NAME", help=f"instead of the guessed one: {', '.join(FAMILIES)}")
+
+
+def run(args: argparse.Namespace) -> str:
+    return _about(args) if args.file else _overview()
+
+
+# --- A file ----------------------------------------------------------------------------------------------------------
+
+
+def _about(args: argparse.Namespace) -> str:
+    about = describe(args.file, args.family)
+    window = {"window": args.window} if "window" in args else {}
+    sampling = replace(about.sampling, **window)
+    return "\n".join([*_file(about), "", *_memory(about, sampling, args.width, args.height)])
+
+
+def _file(about: Description) -> list[str]:
+    config, dtype = about.config, str(about.dtype).removeprefix("torch.")
+    return [
+        about.source,
+        f"  size      {gib(about.file_bytes)}; the model {gib(about.weight_bytes)} in {dtype}, "
+        f"{about.parameters / 1e6:,.0f} M parameters, {about.tensors} tensors",
+        f"  shape     layers {config.layers}, dim {config.dim}, ffn {config.ffn_dim}, heads {config.heads}, "
+        f"latent channels {config.channels}, text {config.text_len} x {config.text_dim}",
+        f"  family    {about.family}: {_sampling(about.sampling)}",
+        f"  {about.note}",
+    ]
+
+
+def _memory(about: Description, sampling: Sampling, width: int, height: int) -> list[str]:
+    dtype = torch.float16 if plain_dtype(about.dtype) is torch.float16 else torch.bfloat16
+    weights, frames = weights_in(about, dtype), LONGEST_TRAINED
+    whole = Plan(about.config, sampling, weights, frames, height, width, dtype, memory.WAN_VAE)
+    small = replace(whole, fp8=True, cache_dtype=torch.float8_e4m3fn)
+    rows = [
+        ("weights", whole.model.weights, small.model.weights),
+        ("cache", whole.model.cache, small.model.cache),
+        ("prompt", whole.model.text, small.model.text),
+        ("a forward", whole.model.activations, small.model.activations),
+        *((name, sum(_decoding(whole, name)), sum(_decoding(small, name))) for name in DECODERS),
+        *((f"total, {name}", _with(whole, name).total, _with(small, name).total) for name in DECODERS),
+    ]
+    size = f"{width} x {height}, window {whole.window}, {LONGEST_TRAINED} latent frames"
+    precision = str(dtype).removeprefix("torch.")
+    return [
+        f"{f'Memory at {size}':58}{precision:>12}{'--fp8 --fp8-cache':>20}",
+        *(f"  {name:56}{gib(plain):>12}{gib(float8):>20}" for name, plain, float8 in rows),
+    ]
+
+
+def _with(plan: Plan, name: str) -> Plan:
+    decoder, tile = DECODERS[name]
+    return replace(plan, decoder=decoder, tile=tile)
+
+
+def _decoding(plan: Plan, name: str) -> tuple[int, int]:
+    return _with(plan, name).decoding
+
+
+# --- What is here ----------------------------------------------------------------------------------------------------
+
+
+def _overview() -> str:
+    lines = [f"Self Forcing {__version__}, torch {torch.__version__}, Python {platform.python_version()}", ""]
+    lines += ["Built-in model", *_model(), "", "Presets (generate --preset)"]
+    lines += [f"  {name:6} {_sampling(sampling)}" for name, sampling in PRESETS.items()]
+    lines += ["", "Families (generate --model FILE --family)"]
+    lines += [f"  {name:24} {_sampling(family.sampling)}" for name, family in FAMILIES.items()]
+    return "\n".join([*lines, "", "Devices", *_devices()])
+
+
+def _model() -> list[str]:
+    parts = {
+        "wan": tiny.load_model(torch.device("cpu"), torch.float32),
+        "text": tiny.load_text_encoder(),
+        "autoencoder": tiny.load_autoencoder(),
+    }
+    config = parts["wan"].config
+    sizes = {name: sum(weight.numel() for weight in part.parameters()) / 1e6 for name, part in parts.items()}
+    return [
+        *(f"  {name:12} {size:.2f} M parameters" for name, size in sizes.items()),
+        f"  layers {config.layers}, dim {config.dim}, heads {config.heads}, latent channels {config.channels}",
+        f"  knows the words: {' '.join(parts['text'].words)}",
+    ]
+
+
+def _sampling(sampling: Sampling) -> str:
+    steps = ", ".join(f"{step:g}" for step in sampling.steps) + ("" if sampling.warp else " as they stand")
+    window = "all" if sampling.window is None else sampling.window
+    sink = f"{sampling.sink}, pinned" if sampling.pinned and sampling.sink else sampling.sink
+    return f"steps {steps}; shift {sampling.shift:g}; chunk {sampling.chunk}; window {window}; sink {sink}"
+
+
+def _devices() -> list[str]:
+    cuda = [f"  cuda:{i}  {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    mps = ["  mps"] if torch.backends.mps.is_available() else []
+    return [*cuda, *mps, f"  cpu     {torch.get_num_threads()} threads"]

@@ -1,0 +1,83 @@
+"""What a model is (`WanConfig`) and how it is sampled (`Sampling`), as frozen dataclasses with named presets.
+
+Both check themselves when they are made, so nothing further in asks again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .schedule import Step, few_steps
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a causal model is sampled.
+
+    steps         timesteps (0, 1000] of the few-step list before the shift, falling
+    shift         flow shift; `warp=False` uses `steps` as they stand instead of shifting them
+    chunk         latent frames generated together
+    first_chunk   size of the first chunk where it differs (1 for "independent first frame" models)
+    first_steps   steps of the first chunk where they differ
+    window        latent frames attended to, the current chunk included; None: the whole video
+    sink          first latent frames that never leave the window
+    pinned        give sink keys positions just before the window, so that distances stay what training saw
+    context_noise timestep (0..1000) told to the network when a finished chunk enters the cache
+
+    Raises ValueError for lists that do not fall, sizes below 1 and a window smaller than sink + chunk.
+    Source: arXiv 2506.08009 section 3; presets `cli` and `demo` are the published inference script and web demo.
+    """
+
+    steps: tuple[float, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    warp: bool = True
+    chunk: int = 3
+    first_chunk: int | None = None
+    first_steps: tuple[float, ...] | None = None
+    window: int | None = None
+    sink: int = 0
+    pinned: bool = False
+    context_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for steps in filter(None, (self.steps, self.first_steps)):
+            falling = all(a > b for a, b in zip(steps, steps[1:]))
+            if not falling or steps[0] > 1000 or steps[-1] <= 0:
+                raise ValueError(
+                    f"Got steps {list(steps)}; timesteps must fall and lie in (0, 1000]. Use e.g. 1000, 750, 500, 250."
+                )
+        if not self.steps:
+            raise ValueError("Got no steps; sampling needs at least one. Use e.g. 1000, 750, 500, 250.")
+        if self.shift <= 0:
+            raise ValueError(f"Got shift {self.shift}; it must be above 0. The published models use 5.")
+        for name, value in (("chunk", self.chunk), ("first_chunk", self.first_chunk), ("window", self.window)):
+            if value is not None and value < 1:
+                raise ValueError(f"Got {name} {value}; it must be at least 1 latent frame.")
+        if self.sink < 0:
+            raise ValueError(f"Got sink {self.sink}; it must be 0 or more latent frames.")
+        if not 0 <= self.context_noise < 1000:
+            raise ValueError(f"Got context noise {self.context_noise}; it is a timestep in [0, 1000).")
+        largest = max(self.chunk, self.first_chunk or 0)
+        if self.window is not None and self.sink + largest > self.window:
+            raise ValueError(
+                f"Got a window of {self.window} latent frames with sink {self.sink} and chunk {largest}; the window "
+                f"must hold both. Use a window of at least {self.sink + largest}, or a smaller sink or chunk."
+            )
+
+    def steps_of(self, first: bool, strength: float = 1.0) -> tuple[Step, ...]:
+        """The (timestep, sigma) list of a chunk; `first` for the first one that is generated.
+
+        With a `strength` below 1 the list begins at that level, before the shift, and goes on with the lower steps.
+        """
+        steps = self.first_steps if first and self.first_steps else self.steps
+        if strength < 1:
+            steps = (1000 * strength, *(step for step in steps if step < 1000 * strength))
+        return few_steps(steps, self.shift, self.warp)
+
+
+PRESETS = {
+    "cli": Sampling(),
+    "demo": Sampling(shift=8.0),
+    # Trained without a sink; one that is pinned measured best in long videos and at prompt switches (benchmarks).
+    "tiny": Sampling(shift=3.0, window=9, sink=1, pinned=True),
+}

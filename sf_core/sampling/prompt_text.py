@@ -1,0 +1,218 @@
+"""A prompt of several lines, each with the time at which it starts:
+
+    0: a red circle moves right
+    4s: a blue square moves right
+    8s cut: a green star bounces
+    @60 blend 1.5s: a big yellow star orbits
+
+Before the colon stand the time (0, seconds, or after how many chunks: @60) and, where it is not to be recache, the
+transition: renew, cut, or blend and how long it takes. prompts.py says what they do. All else is words. A text without
+such a line is one prompt, whatever colons it has.
+
+    parse(text, fps)        -> prompts, each with its entrance
+    cues(prompts, spans)    -> what `rollout` takes, once it is known where chunks begin
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .prompts import TRANSITIONS, Cue
+from .rollout import Span
+
+DEFAULT = "recache"
+MOST = 1_000_000  # seconds or chunks
+SECONDS, CHUNKS = re.compile(r"(0(?=$)|[0-9]*\.?[0-9]+(?=s$))s?", re.I), re.compile("@([0-9]+)")
+TIMED = re.compile(rf"\s*(?:0|[0-9]*\.?[0-9]+s|@[0-9]+)(?:\s*:(?![0-9])|\s+(?:{'|'.join(TRANSITIONS)})\b)", re.I)
+TIMES = "Write seconds as 4s or 1.5s, a number of chunks as @60, and the beginning as 0."
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """When a prompt comes in, and how.
+
+    start       latent frame, or with `chunks` the number of chunks that come before
+    transition  one of script.TRANSITIONS
+    blend       latent frames that "blend" takes
+    said        the time as it was written
+    """
+
+    start: int = 0
+    chunks: bool = False
+    transition: str = DEFAULT
+    blend: int = 0
+    said: str = "0"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Words, and when they come in."""
+
+    text: str
+    entrance: Entrance = Entrance()
+
+
+@dataclass(frozen=True)
+class Word:
+    """A piece of a prompt and where it stands, both counted from 1."""
+
+    text: str
+    line: int
+    column: int
+
+    def error(self, needed: str) -> ValueError:
+        shown = self.text if len(self.text) <= 40 else self.text[:37] + "..."
+        return ValueError(f"Got {shown!r} in line {self.line}, column {self.column} of the prompt; {needed}")
+
+
+def parse(text: str, fps: float = 16.0) -> tuple[Prompt, ...]:
+    """The prompts of a text, in order; seconds are counted at `fps` frames, of which a latent frame is four.
+
+    Raises ValueError, with line and column, for what is not a schedule although a line of it begins with a time.
+    """
+    lines = text.split("\n")
+    if not any(TIMED.match(line) for line in lines):
+        return (Prompt(text),)
+    prompts: list[Prompt] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            prompts.append(_prompt(line, number, fps, prompts))
+    return tuple(prompts)
+
+
+def entrance(text: str, fps: float = 16.0) -> Entrance:
+    """What stands before the colon of a line that is not the first, such as `4s`, `@20 cut` or `8s blend 1.5s`.
+
+    Raises ValueError, with the column, for anything else.
+    """
+    words = _words(text, 1)
+    if not words:
+        raise Word(text, 1, 1).error(f"a prompt that follows another has a time. {TIMES}")
+    start, chunks = _time(words[0], fps)
+    if not start:
+        raise words[0].error("the prompt that starts at 0 is the first one. Give this one a later time.")
+    transition, blend = _transition(words[1:], fps) if words[1:] else (DEFAULT, 0)
+    return Entrance(start, chunks, transition, blend, words[0].text)
+
+
+def _words(text: str, line: int) -> list[Word]:
+    return [Word(match[0], line, match.start() + 1) for match in re.finditer(r"\S+", text)]
+
+
+def _prompt(line: str, number: int, fps: float, before: list[Prompt]) -> Prompt:
+    """The prompt that stands in a line."""
+    head, colon, text = line.partition(":")
+    words = _words(head, number)
+    if not words:
+        raise Word(":", number, len(head) + 1).error(f"a time comes before the colon. {TIMES}")
+    start, chunks = _time(words[0], fps)
+    if not colon:
+        raise words[-1].error(
+            f"a colon comes between time and prompt. Write {words[0].text}: and then what the video shows."
+        )
+    transition, blend = _transition(words[1:], fps) if words[1:] else (DEFAULT, 0)
+    if not text.strip():
+        raise Word(":", number, len(head) + 1).error("words come after the colon. Write what is seen from then on.")
+    prompt = Prompt(text.strip(), Entrance(start, chunks, transition, blend, words[0].text))
+    _check_order(words, prompt.entrance, before)
+    return prompt
+
+
+def _time(word: Word, fps: float) -> tuple[int, bool]:
+    """(latent frame, False) or (number of chunks, True)."""
+    if match := CHUNKS.fullmatch(word.text):
+        return int(_number(word, match[1])), True
+    if match := SECONDS.fullmatch(word.text):
+        return latent_frame(_number(word, match[1]), fps), False
+    if re.fullmatch("[0-9]+", word.text):
+        raise word.error(f"a time has a unit. Write {word.text}s for seconds or @{word.text} for chunks.")
+    raise word.error(f"where one line starts with a time, all do. {TIMES}")
+
+
+def _number(word: Word, digits: str) -> float:
+    if float(digits) > MOST:
+        raise word.error(f"{MOST} seconds or chunks is the most. Write a smaller number.")
+    return float(digits)
+
+
+def latent_frame(seconds: float, fps: float) -> int:
+    """The latent frame that shows a moment; the first holds one frame, the others four."""
+    return -(-round(seconds * fps) // 4)
+
+
+def _transition(words: list[Word], fps: float) -> tuple[str, int]:
+    """A transition's name, and the latent frames that a blend takes."""
+    name, length = words[0], words[1:]
+    if name.text.lower() not in TRANSITIONS:
+        raise name.error(f"between time and colon stands one of {', '.join(TRANSITIONS)}, or nothing.")
+    wanted = 1 if name.text.lower() == "blend" else 0
+    if len(length) > wanted:
+        raise length[wanted].error("nothing more is needed here. Leave it out; the colon follows.")
+    if not wanted:
+        return name.text.lower(), 0
+    if not length:
+        raise name.error("a blend has a length. Write how long it takes, e.g. blend 1.5s.")
+    match = SECONDS.fullmatch(length[0].text)
+    if not match or not _number(length[0], match[1]):
+        raise length[0].error("a blend takes a number of seconds above 0. Write e.g. blend 1.5s.")
+    return "blend", max(1, round(float(match[1]) * fps / 4))
+
+
+def _check_order(words: list[Word], entrance: Entrance, before: list[Prompt]) -> None:
+    if not before and entrance.start:
+        raise words[0].error("the first prompt starts at 0. Begin with a line 0: that says what is seen first.")
+    if not before and words[1:]:
+        raise words[1].error("the first prompt follows no other. Write 0: without a transition.")
+    last = before[-1].entrance if before else None
+    if last and (last.chunks == entrance.chunks or not entrance.start) and entrance.start <= last.start:
+        raise words[0].error(
+            f"the prompt before it starts at {last.said}, and each at least a latent frame (4 frames) after the last. "
+            "Put the lines in order, or give one of them another time."
+        )
+
+
+def cues(prompts: Iterable[tuple[Entrance, Tensor]], spans: Sequence[Span]) -> list[Cue]:
+    """Entrances and embeddings [B, tokens, text_dim] as cues, each starting with a chunk of the rollout.
+
+    Raises ValueError as `starts` does.
+    """
+    prompts = list(prompts)
+    placed = starts([entrance for entrance, _ in prompts], spans)
+    return [
+        Cue(start, embeds, entrance.transition, entrance.blend) for start, (entrance, embeds) in zip(placed, prompts)
+    ]
+
+
+def starts(entrances: Sequence[Entrance], spans: Sequence[Span]) -> list[int]:
+    """The latent frames at which prompts take effect: where the first chunk begins then or later; 0 for the first.
+
+    Raises ValueError where no chunk is left for a prompt, or none for the one before it.
+    """
+    found, last = [0], "0"
+    for entrance in entrances[1:]:
+        begin = _chunk_of(entrance, spans)
+        if begin <= found[-1]:
+            raise ValueError(
+                f"Got prompts at {last} and {entrance.said}, which start with the same chunk or in the wrong order; "
+                "each needs a chunk of its own. Put more time between them, or make smaller chunks."
+            )
+        found.append(begin)
+        last = entrance.said
+    return found
+
+
+def _chunk_of(entrance: Entrance, spans: Sequence[Span]) -> int:
+    """Latent frame at which the first chunk begins that follows a prompt."""
+    later = spans[entrance.start :] if entrance.chunks else [span for span in spans if span.start >= entrance.start]
+    if not later:
+        last = spans[-1]
+        moment = f"after {entrance.start} chunks" if entrance.chunks else f"latent frame {entrance.start}"
+        raise ValueError(
+            f"Got a prompt at {entrance.said} ({moment}), and the video has {len(spans)} chunks, the last of which "
+            f"begins at latent frame {last.start}. Start the prompt earlier, or make a longer video."
+        )
+    return later[0].start

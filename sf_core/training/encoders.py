@@ -1,0 +1,261 @@
+"""What networks are trained in: which words and pixels there are, and which weights one starts from.
+
+    world.embeds(["a red circle"])    prompts -> [B, tokens, text_dim]; "" is no prompt
+    world.encode(frames)              [B, T, H, W, 3] in 0..1 -> latents [B, C, F, H, W] in model space
+    world.decode(latents)             and back
+    world.still(latents)              the last frame as a clip of its own: [B, C, 1, H, W]
+
+`TinyWorld` is the built-in model's, whose text encoder may be trained along; `WanWorld` reads a user's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import tiny
+from ..autoencoders import wan_vae
+from ..autoencoders.stream import DecoderStream
+from ..checkpoints.load import load_model
+from ..checkpoints.tensorfiles import map_tensors, read_header
+from ..sampling.families import DEFAULT
+from ..text_encoder import load_text_encoder
+from ..tiny.autoencoder import CHANNELS, SPACE, TinyAutoencoder
+from ..tiny.data import vocabulary
+from ..tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
+from ..wan.config import WAN_1_3B, WanConfig
+from ..wan.model import WanModel
+from .config import ModelConfig, TrainConfig
+from .distributed import fill
+from .run_folder import CHECKPOINT, fingerprint, load_checkpoint, trained_by
+
+NEW = WanConfig(dim=160, ffn_dim=640, heads=5, layers=6, channels=CHANNELS, text_dim=TEXT_DIM, text_len=TEXT_LEN)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class World(Protocol):
+    config: ModelConfig
+    text: nn.Module
+    vae: nn.Module
+
+    def embeds(self, prompts: list[str]) -> Tensor: ...
+
+    def encode(self, frames: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def still(self, latents: Tensor) -> Tensor: ...
+
+    def new_student(self) -> WanModel: ...
+
+
+class TinyWorld:
+    """The built-in model's world. The text encoder is the student's: a new one for a new student."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.text = tiny_text(config.student).requires_grad_(config.student == "new").to(device)
+        self.vae = tiny_autoencoder(config.vae).requires_grad_(False)
+
+    def embeds(self, prompts: list[str]) -> Tensor:
+        rows = torch.full((len(prompts), TEXT_LEN), -1)
+        named = [i for i, prompt in enumerate(prompts) if prompt]
+        if named:
+            rows[named] = self.text.batch([prompts[i] for i in named])
+        return self.text(rows.to(self.device))
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        return self.vae.encode(frames)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return DecoderStream(self.vae).decode(latents.cpu())
+
+    @torch.no_grad()
+    def still(self, latents: Tensor) -> Tensor:
+        return self.vae.still(latents.cpu()).to(latents)
+
+    def new_student(self) -> WanModel:
+        shape = {name: getattr(self.config, name) for name in ("dim", "layers", "heads", "ffn_dim")}
+        return WanModel(replace(NEW, **{k: v for k, v in shape.items() if v})).initialise()
+
+
+class WanWorld:
+    """Wan 2.1's: UMT5 and the Wan VAE. The text encoder stays on the CPU unless there is a GPU.
+
+    What guidance steers away from, "" or `negative`, is asked for with every clip, and encoded once.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, negative: str = "") -> None:
+        missing = [name for name in ("text_encoder", "vae") if getattr(config, name) is None]
+        if missing:
+            raise ValueError(
+                f"Got no model.{' and no model.'.join(missing)}; the wan world needs UMT5 and the Wan 2.1 VAE. Name "
+                "the files."
+            )
+        self.config, self.device = config, device
+        self.text = load_text_encoder(config.text_encoder, config.tokenizer, device)
+        file = read_header(config.vae)
+        self.vae = wan_vae.WanVAE.from_state_dict(map_tensors(file, file.tensors)).to(device).requires_grad_(False)
+        self.kept: dict[str, Tensor | None] = {"": None, negative: None}
+
+    @torch.no_grad()
+    def embeds(self, prompts: list[str]) -> Tensor:
+        return torch.cat([self._row(prompt) for prompt in prompts]).float().to(self.device)
+
+    def _row(self, prompt: str) -> Tensor:
+        kept = self.kept.get(prompt)
+        row = self.text.encode([prompt]) if kept is None else kept
+        if prompt in self.kept:
+            self.kept[prompt] = row
+        return row
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        stream = wan_vae.EncoderStream(self.vae)
+        return torch.cat((stream.encode(frames), stream.flush()), 2)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return wan_vae.DecoderStream(self.vae).decode(latents)
+
+    @torch.no_grad()
+    def still(self, latents: Tensor) -> Tensor:
+        return self.encode(self.decode(latents)[:, -1:]).to(latents)
+
+    def new_student(self) -> WanModel:
+        return WanModel(WAN_1_3B).initialise()
+
+
+def open_world(config: ModelConfig, device: torch.device, negative: str = "") -> TinyWorld | WanWorld:
+    """The world of a run; `negative` is a prompt that will be asked for again and again.
+
+    Raises ValueError for a size that the world does not have.
+    """
+    if config.width % 16 or config.height % 16:
+        raise ValueError(f"Got {config.width} x {config.height} pixels; use multiples of 16.")
+    return TinyWorld(config, device) if config.world == "tiny" else WanWorld(config, device, negative)
+
+
+def check_prompts(world: World, prompts: Iterable[str]) -> None:
+    """Raises ValueError for a prompt that the world cannot read; "" is no prompt."""
+    if isinstance(world, TinyWorld):
+        world.text.batch([prompt for prompt in prompts if prompt])
+
+
+def latent_size(config: ModelConfig) -> tuple[int, int]:
+    """(H, W) of latents."""
+    return config.height // SPACE, config.width // SPACE
+
+
+def student_dtype(config: TrainConfig) -> torch.dtype:
+    """Of the weights that a student is loaded with: those that are trained are float32.
+
+    Those under adapters are frozen; only sharding, which wants one dtype in a block, keeps them float32.
+    """
+    return DTYPES[config.model.frozen] if config.lora and not config.shard else torch.float32
+
+
+def load_student(source: str, world: World, dtype: torch.dtype = torch.float32) -> WanModel:
+    """A model to train: "new", "built-in", a file, or the averaged weights of a run's folder."""
+    if source == "new":
+        return world.new_student().to(dtype)
+    return load_network(source, dtype).requires_grad_(True)
+
+
+def load_network(source: str, dtype: torch.dtype) -> WanModel:
+    """A model as it is, frozen. Raises FileNotFoundError and ValueError for what cannot be one."""
+    path = Path(source)
+    if source == "built-in":
+        return tiny.load_model(dtype=dtype)
+    if (path / CHECKPOINT).is_file():
+        saved = load_checkpoint(path)
+        wan = WanModel(WanConfig(**saved["wan"]), dtype=dtype)
+        fill(wan, saved["student"])
+        return wan.requires_grad_(False).eval()
+    # The family is given so that a bidirectional teacher passes; nothing is sampled by it.
+    return load_model(there(path), dtype=dtype, family=DEFAULT)[0]
+
+
+def there(path: Path) -> Path:
+    """Raises FileNotFoundError where a model should be and nothing is."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f'Got no {path}; a model is a file, the folder of a run that has saved a checkpoint, "built-in" or "new". '
+            f"Check the path, or {trained_by(path)}."
+        )
+    return path
+
+
+def check_alike(expected: WanConfig, other: WanConfig, name: str, source: str, whose: str = "the student") -> None:
+    """Raises ValueError unless a network reads the prompts and latents that are expected of it."""
+    for what in ("channels", "text_dim", "text_len"):
+        mine, theirs = getattr(expected, what), getattr(other, what)
+        if mine != theirs:
+            raise ValueError(
+                f"Got {name} {source} with {what} {theirs}; {whose} has {mine}. Both must be for the same prompts and "
+                "latents: use models of one kind."
+            )
+
+
+def check_lineage(source: str, world: World, name: str) -> None:
+    """Raises ValueError for a network of the tiny world that learnt other embeddings or latents than the world has."""
+    if not isinstance(world, TinyWorld) or source == "new":
+        return
+    theirs, ours = lineage_of(source), lineage(world.text.state_dict(), world.vae.state_dict())
+    for part in theirs:
+        if theirs[part] != ours[part]:
+            raise ValueError(
+                f"Got {name} {source}, which was trained with another {part} than this run has; its prompts and "
+                "latents would mean nothing here. Use networks of one lineage, and the model.vae they had."
+            )
+
+
+def lineage_of(source: str) -> dict[str, str]:
+    """`lineage` of a run's folder or of a file, as far as they tell it."""
+    path = tiny.WEIGHTS / "transformer.safetensors" if source == "built-in" else Path(source)
+    folder = path if path.is_dir() else path.parent
+    files = {"text": folder / "text_encoder.safetensors", "vae": folder / "autoencoder.safetensors"}
+    states = {part: tiny.read(file)[0] for part, file in files.items() if file.is_file()}
+    if (path / CHECKPOINT).is_file():
+        states["text"] = load_checkpoint(path)["text"]
+    return lineage(**states)
+
+
+def lineage(text: dict[str, Tensor] | None = None, vae: dict[str, Tensor] | None = None) -> dict[str, str]:
+    """What tells text encoders and autoencoders apart: hashes of their weights as they are exported."""
+    states = {"text encoder": text, "autoencoder": vae}
+    return {
+        part: fingerprint({name: value.bfloat16() for name, value in state.items()})
+        for part, state in states.items()
+        if state
+    }
+
+
+def tiny_text(student: str) -> TinyTextEncoder:
+    """The text encoder that belongs to a student of the tiny world."""
+    path = Path(student)
+    if student == "new":
+        return TinyTextEncoder(vocabulary())
+    if (path / CHECKPOINT).is_file():
+        saved = load_checkpoint(path)
+        text = TinyTextEncoder(saved["words"])
+        fill(text, saved["text"])
+        return text
+    beside = path.parent / "text_encoder.safetensors"
+    return tiny.load_text_encoder(beside if beside.is_file() else None)
+
+
+def tiny_autoencoder(source: Path | None) -> TinyAutoencoder:
+    """The shipped autoencoder, or that of a file or of a run's folder."""
+    if source is None or source.is_file():
+        return tiny.load_autoencoder(source)
+    autoencoder = TinyAutoencoder()
+    fill(autoencoder, load_checkpoint(source)["student"])
+    return autoencoder

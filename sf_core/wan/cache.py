@@ -1,0 +1,243 @@
+"""The rolling KV cache: a ring of frame slots, allocated once per rollout.
+
+A slot holds one latent frame's keys and values. The first `sink` slots belong to the first frames for good; the
+others are a ring in which the newest frame takes the place of the oldest. While a chunk is denoised its keys are
+written straight into the slots it will own, over the frames that just left the window, so attention reads one slice
+[B, N, slots * S, D] and nothing is ever moved, copied or asked back from the device. Softmax does not care for the
+order of keys, which is why a ring is exact; positions live in the keys, which are stored with their rotary embedding.
+
+    frame      0 1 2 | 3 4 5 | 6 7 8 | 9 10 11        window 9, sink 3
+    slots      0 1 2 | 3 4 5 | 6 7 8 |                 frames 0..8 fill them
+               0 1 2 | 9 10 11 | 6 7 8                 frames 9..11 replace 3..5
+
+Pinned sinks also keep their keys as first written, and are turned to positions just before the window's oldest frame
+whenever the window moves, so that no distance exceeds what training has seen (LongLive's relative positions). A
+rotary embedding is a rotation: turning a key by the angle of n frames is the same as having placed it n frames later.
+
+Training that runs a forward again in its backward pass must find what was there the first time. Such a cache keeps
+every frame in a slot of its own (`keep`), and a window is what attention reads of them.
+
+A cache in float8 keeps a scale per token and head and is turned back, one layer at a time, when it is read: half the
+memory of bfloat16.
+
+Sources: the rolling cache of arXiv 2506.08009; attention sinks, arXiv 2309.17453; LongLive, arXiv 2509.22622.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..sampling.config import Sampling
+from .attention import Attention, sdpa
+from .config import WanConfig
+from .fp8 import FLOAT8, quantised
+from .rope import Rope
+
+
+class RollingCache:
+    """Keys and values of a rollout, [B, N, slots * S, D] per layer.
+
+    slots   frames it can hold: the window, or the length of the video where there is no window
+    sink    first frames that stay
+    pinned  whether sinks move along with the window
+    dtype   of what is kept; torch.float8_e4m3fn keeps scales beside it
+    first   number, and so position, of the first frame that will be written
+    window  frames attended to, where the slots keep more of them than that
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        batch: int,
+        height: int,
+        width: int,
+        slots: int,
+        sink: int = 0,
+        pinned: bool = False,
+        first: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        window: int | None = None,
+    ) -> None:
+        self.window = window or slots
+        self.config, self.height, self.width, self.device = config, height, width, device
+        self.slots, self.sink = slots, sink
+        self.tokens = config.tokens_per_frame(height, width)
+        shape = (batch, config.heads, slots * self.tokens, config.head_dim)
+        ring = ScaledRing if dtype is FLOAT8 else Ring
+        self.keys, self.values = ([ring(shape, dtype, device) for _ in range(config.layers)] for _ in range(2))
+        self.pinned = pinned and sink > 0
+        self.restart(first)
+
+    @classmethod
+    def for_rollout(
+        cls, config: WanConfig, sampling: Sampling, frames: int, keep: bool = False, **size
+    ) -> RollingCache:
+        """The cache that `frames` latent frames need under `sampling`; never larger than the video.
+
+        With `keep` nothing is overwritten, so that a chunk's forward can be run again after later chunks. Raises
+        ValueError for that with pinned sinks, whose keys move.
+        """
+        window = frames if sampling.window is None else min(sampling.window, frames)
+        if keep and sampling.pinned and sampling.sink:
+            raise ValueError(
+                "Got pinned sinks with gradient checkpointing; their keys move on before the backward pass reads them "
+                "again. Turn off one of the two."
+            )
+        slots, sink = frames if keep else window, min(sampling.sink, window)
+        return cls(config, slots=slots, sink=sink, pinned=sampling.pinned, window=window, **size)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ring.nbytes for ring in (*self.keys, *self.values))
+
+    def restart(self, first: int) -> None:
+        """Forgets everything; frame `first` comes next."""
+        self.first, self.ring_first = first, first + self.sink
+        self._sinks: list[Tensor] = []  # sink keys at their first positions, once they have to move
+        self._moved = 0
+
+    def cut(self, frame: int) -> None:
+        """Forgets everything but the sinks; `frame` comes next."""
+        self.ring_first = max(self.ring_first, frame)
+
+    def chunk(self, start: int, frames: int, attention: Attention = sdpa) -> ChunkAttention:
+        """How the chunk of frames start .. start + frames - 1 sees itself and the window before it.
+
+        Chunks come in order; the newest frames may come again, in one chunk or several.
+        """
+        if self.pinned:
+            self._move_sinks(max(self.ring_first, start + frames - self.ring))
+        return ChunkAttention(self, start, frames, attention)
+
+    @property
+    def ring(self) -> int:
+        """Slots that are not sinks'."""
+        return self.slots - self.sink
+
+    def runs(self, start: int, frames: int) -> Iterator[tuple[int, int, int]]:
+        """(slot, offset in the chunk, count) of each stretch of slots that the frames take, in order."""
+        offset = 0
+        while offset < frames:
+            frame = start + offset
+            if frame < self.first + self.sink:
+                slot, room = frame - self.first, self.first + self.sink - frame
+            else:
+                at = (frame - self.ring_first) % self.ring
+                slot, room = self.sink + at, self.ring - at
+            count = min(room, frames - offset)
+            yield slot, offset, count
+            offset += count
+
+    def filled(self, end: int) -> int:
+        """Slots in use once frame end - 1 is written: always the first ones."""
+        if end <= self.first + self.sink:
+            return end - self.first
+        return min(self.sink + end - self.ring_first, self.slots)
+
+    def before(self, start: int, frames: int) -> list[tuple[int, int]]:
+        """Stretches of slots [from, to) that frames start .. start + frames - 1 see besides their own."""
+        own = [(slot, slot + count) for slot, _, count in sorted(self.runs(start, frames))]
+        edges = [0, *(edge for run in own for edge in run), self.filled(start + frames)]
+        others = list(zip(edges[::2], edges[1::2]))
+        if self.window < self.slots:  # nothing is overwritten: slots are in the order of their frames
+            first, last = others[0][0], own[0][0]
+            newest = max(self.sink, own[-1][1] - (self.window - self.sink))
+            others = [(first, min(self.sink, last)), (newest, last)]
+        return [(low, high) for low, high in others if low < high]
+
+    def rope(self, start: int, frames: int) -> Rope:
+        return Rope.at(self.config.head_dim, range(start, start + frames), self.height, self.width, self.device)
+
+    def _move_sinks(self, oldest: int) -> None:
+        """Puts the sinks just before frame `oldest`, the window's oldest other frame."""
+        later = oldest - self.sink - self.first
+        if later == self._moved:
+            return
+        if not self._sinks:
+            self._sinks = [keys.read(self.sink * self.tokens).clone() for keys in self.keys]
+        turn = Rope.at(self.config.head_dim, [later], 2, 2, self.device)  # one angle: rows and columns stay
+        for keys, sinks in zip(self.keys, self._sinks):
+            keys.write(0, turn(sinks))
+        self._moved = later
+
+
+class Ring:
+    """Tokens [B, N, L, D] of one layer, as they are."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        self.tokens = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes
+
+    def write(self, at: int, tokens: Tensor) -> None:
+        self.tokens[:, :, at : at + tokens.shape[2]] = tokens
+
+    def read(self, end: int) -> Tensor:
+        """The first `end` tokens, as a view where nothing has to be computed."""
+        return self.tokens[:, :, :end]
+
+
+class ScaledRing(Ring):
+    """Tokens in float8 with a scale [B, N, L, 1] each, so that the largest number of each token and head is exact."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(shape, dtype, device)
+        self.scales = torch.empty((*shape[:3], 1), device=device)
+        self.dtype = torch.float32  # of what was written last, and is read back
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.scales.nbytes
+
+    def write(self, at: int, tokens: Tensor) -> None:
+        self.dtype = tokens.dtype
+        here = slice(at, at + tokens.shape[2])
+        self.tokens[:, :, here], self.scales[:, :, here] = quantised(tokens)
+
+    def read(self, end: int) -> Tensor:
+        return self.tokens[:, :, :end].to(self.dtype) * self.scales[:, :, :end].to(self.dtype)
+
+
+class ChunkAttention:
+    """Self-attention of one chunk over the cache; call it as `attend(layer, q, k, v)`, [B, N, L, D].
+
+    Without gradients it writes the chunk's keys and values into the cache and attends to all that is filled. With
+    gradients it leaves the cache alone and attends to [cached frames, chunk], so that nothing flows into earlier
+    chunks; so it does where the window is a part of what is kept.
+    """
+
+    def __init__(self, cache: RollingCache, start: int, frames: int, attention: Attention) -> None:
+        self.cache, self.attention = cache, attention
+        self.frames = range(start, start + frames)
+        self.rope = cache.rope(start, frames)
+        self.runs = tuple(cache.runs(start, frames))
+        self.length = cache.filled(start + frames) * cache.tokens
+        self.before = cache.before(start, frames)
+        self.whole = cache.window == cache.slots
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if torch.is_grad_enabled():
+            return self.attention(q, self._beside(keys, k), self._beside(values, v), None)
+        self._write(keys, k)
+        self._write(values, v)
+        if not self.whole:
+            return self.attention(q, self._beside(keys, k), self._beside(values, v), None)
+        return self.attention(q, keys.read(self.length), values.read(self.length), None)
+
+    def _write(self, ring: Ring, chunk: Tensor) -> None:
+        tokens = self.cache.tokens
+        for slot, offset, count in self.runs:
+            ring.write(slot * tokens, chunk[:, :, offset * tokens : (offset + count) * tokens])
+
+    def _beside(self, ring: Ring, chunk: Tensor) -> Tensor:
+        """[frames of the window before the chunk, chunk] along the tokens, as a new tensor."""
+        tokens, filled = self.cache.tokens, ring.read(self.length)
+        kept = [filled[:, :, low * tokens : high * tokens] for low, high in self.before]
+        return torch.cat((*kept, chunk), dim=2)

@@ -1,0 +1,313 @@
+"""The causal Wan DiT, forward only.
+
+The forward is a handful of functions over a tree of layers that carry Wan's own names (`blocks.0.self_attn.q`, ...),
+not methods of one class: the same code drives `WanModel` below and any other tree with these names, such as one that
+ComfyUI has loaded, quantised or patched (wrap it in `WanLayers`). Two things are handed in:
+
+    attend(layer, q, k, v)    how tokens see other tokens: `Sequence` here (training, masks), the rolling cache in
+                              cache.py. It also carries the positions (`attend.rope`) and the attention kernel.
+    stages                    the parts of a block before and after self-attention, which torch.compile may replace:
+                              their shapes do not change while a cache fills. It also says how a part is entered, for
+                              training: through a module's hooks, or to be run again in the backward pass.
+
+The attention kernel is `attention(q, k, v, mask)`, [B, N, L, D] in and out: torch's by default, ComfyUI's in a graph.
+
+Letters: B batch, C channels, F latent frames, H W latent size, S tokens per frame, L tokens, N heads, D head width.
+Source: Wan 2.1 (arXiv 2503.20314) with one timestep per latent frame, as in Self Forcing (arXiv 2506.08009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..device import upload
+from .attention import Attend, Attention
+from .config import WanConfig
+from .rope import Rope
+
+# --- Layers, with the names that checkpoints use ---------------------------------------------------------------------
+
+
+class Attn(nn.Module):
+    def __init__(self, config: WanConfig, linear: type[nn.Module], **factory) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (linear(config.dim, config.dim, **factory) for _ in range(4))
+        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps, **factory)
+        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps, **factory)
+
+
+class Block(nn.Module):
+    def __init__(self, config: WanConfig, linear: type[nn.Module], **factory) -> None:
+        super().__init__()
+        self.self_attn = Attn(config, linear, **factory)
+        self.cross_attn = Attn(config, linear, **factory)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps, **factory)
+        self.ffn = nn.Sequential(
+            linear(config.dim, config.ffn_dim, **factory),
+            nn.GELU(approximate="tanh"),
+            linear(config.ffn_dim, config.dim, **factory),
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim, **factory))
+
+    def forward(self, part: Callable, *args):
+        """`part` of the forward on this block, where hooks on modules have to see it (sharded training)."""
+        return part(self, *args)
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig, linear: type[nn.Module], **factory) -> None:
+        super().__init__()
+        self.head = linear(config.dim, 4 * config.channels, **factory)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim, **factory))
+
+
+class WanModel(nn.Module):
+    """Wan's layers and nothing else; call `encode_text` and `velocity` on it.
+
+    `linear` is the class of every linear layer (torch's by default); `device` and `dtype` go to all of them.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        linear: type[nn.Module] = nn.Linear,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        dim = config.dim
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.channels, dim, (1, 2, 2), (1, 2, 2), **factory)
+        self.text_embedding = nn.Sequential(
+            linear(config.text_dim, dim, **factory), nn.GELU(approximate="tanh"), linear(dim, dim, **factory)
+        )
+        self.time_embedding = nn.Sequential(
+            linear(config.freq_dim, dim, **factory), nn.SiLU(), linear(dim, dim, **factory)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), linear(dim, 6 * dim, **factory))
+        self.blocks = nn.ModuleList(Block(config, linear, **factory) for _ in range(config.layers))
+        self.head = Head(config, linear, **factory)
+
+    def forward(self, part: Callable, *args):
+        """`encode_text` or `velocity` on this model, where hooks on modules have to see it (sharded training)."""
+        return part(self, *args)
+
+    @torch.no_grad()
+    def initialise(self) -> WanModel:
+        """Wan's starting weights: Xavier everywhere, small embeddings, a head that outputs zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.patch_embedding.bias)
+        for sequential in (self.text_embedding, self.time_embedding):
+            for layer in (sequential[0], sequential[2]):
+                nn.init.normal_(layer.weight, std=0.02)
+        for part in (*self.blocks, self.head):
+            nn.init.normal_(part.modulation, std=self.config.dim**-0.5)
+        nn.init.zeros_(self.head.head.weight)
+        return self
+
+
+@dataclass(frozen=True)
+class WanLayers:
+    """A module tree with Wan's layer names that is not a `WanModel`, together with its shape."""
+
+    config: WanConfig
+    patch_embedding: nn.Module
+    text_embedding: nn.Module
+    time_embedding: nn.Module
+    time_projection: nn.Module
+    blocks: nn.ModuleList
+    head: nn.Module
+
+    @classmethod
+    def of(cls, module: nn.Module, config: WanConfig) -> WanLayers:
+        names = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks", "head")
+        return cls(config, *(getattr(module, name) for name in names))
+
+
+Wan = WanModel | WanLayers
+
+
+
+
+# --- Rotary position embedding ---------------------------------------------------------------------------------------
+
+
+
+
+
+
+
+
+
+
+
+
+# --- The forward -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt as the blocks read it: cross-attention keys and values [B, N, text_len, D] per layer.
+
+    Made once per prompt by `encode_text`; every step of every chunk reuses it.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+def encode_text(wan: Wan, embeds: Tensor, stages: Stages | None = None) -> Text:
+    """Text embedding and all cross-attention keys and values of prompt embeddings [B, <= text_len, text_dim].
+
+    Shorter prompts are padded with zeros to text_len and not masked, as the model was trained. Raises ValueError for
+    longer ones and for another width.
+    """
+    config = wan.config
+    if embeds.shape[-1] != config.text_dim:
+        raise ValueError(
+            f"Got prompt embeddings of width {embeds.shape[-1]}; this model needs {config.text_dim}. "
+            "Encode the prompt with the text encoder that belongs to the model."
+        )
+    if embeds.shape[1] > config.text_len:
+        raise ValueError(
+            f"Got a prompt of {embeds.shape[1]} tokens; this model reads {config.text_len}. Shorten the prompt."
+        )
+    padded = F.pad(embeds, (0, 0, 0, config.text_len - embeds.shape[1]))
+    context = wan.text_embedding(padded)  # [B, text_len, dim]
+    enter = (stages or EAGER).enter
+    keys, values = zip(*(enter(read_prompt, block, context, config) for block in wan.blocks))
+    return Text(keys, values)
+
+
+def read_prompt(block: nn.Module, context: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:
+    """A block's keys and values [B, N, text_len, D] of an embedded prompt [B, text_len, dim]."""
+    attn = block.cross_attn
+    return _heads(attn.norm_k(attn.k(context)), config.heads), _heads(attn.v(context), config.heads)
+
+
+def before_attention(block: nn.Module, x: Tensor, e6: Tensor, rope: Rope, config: WanConfig) -> tuple[Tensor, ...]:
+    """Queries and keys with positions, and values, [B, N, L, D], of tokens [B, L, dim]."""
+    shift, scale = (block.modulation.to(x) + e6).unbind(2)[:2]
+    attn, x = block.self_attn, modulated_norm(x, shift, scale, config.eps)
+    # q and k are normalised over the full width, before the split into heads.
+    q = rope(_heads(attn.norm_q(attn.q(x)), config.heads))
+    k = rope(_heads(attn.norm_k(attn.k(x)), config.heads))
+    return q, k, _heads(attn.v(x), config.heads)
+
+
+def after_attention(
+    block: nn.Module,
+    x: Tensor,
+    seen: Tensor,
+    e6: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention: Attention,
+    config: WanConfig,
+) -> Tensor:
+    """The rest of a block: what self-attention has `seen` [B, N, L, D], then the prompt, then the feed-forward."""
+    _, _, gate1, shift2, scale2, gate2 = (block.modulation.to(x) + e6).unbind(2)
+    x = add_gated(x, block.self_attn.o(_merge(seen)), gate1)
+    attn, y = block.cross_attn, block.norm3(x)
+    q = _heads(attn.norm_q(attn.q(y)), config.heads)
+    x = x + attn.o(_merge(attention(q, keys, values, None)))
+    return add_gated(x, block.ffn(modulated_norm(x, shift2, scale2, config.eps)), gate2)
+
+
+def enter(part: Callable, module: nn.Module, *args):
+    """Runs a part of the forward on its module, as it is."""
+    return part(module, *args)
+
+
+class Stages(NamedTuple):
+    """The two parts of a block around self-attention, and how parts are entered.
+
+    enter   called as enter(part, module, *args) for `encode_text` and `velocity` of a model, `read_prompt` and
+            `through_block` of a block
+    again   whether `enter` runs blocks again in the backward pass; a cache must then keep what they saw
+    """
+
+    before: Callable[..., tuple[Tensor, ...]] = before_attention
+    after: Callable[..., Tensor] = after_attention
+    enter: Callable = enter
+    again: bool = False
+
+
+EAGER = Stages()
+
+
+def velocity(wan: Wan, x: Tensor, t: float | Tensor, text: Text, attend: Attend, stages: Stages = EAGER) -> Tensor:
+    """The model's velocity (noise - x0) for noisy latents.
+
+    x      [B, C, F, H, W] in model space, in the dtype to compute in; H and W even
+    t      timestep 0..1000 = 1000 sigma: one number, or [B or 1, F or 1], one per latent frame
+    text   from `encode_text`, for the same batch
+    attend self-attention: `Sequence`, or a chunk of the rolling cache
+    """
+    config = wan.config
+    frames, height, width = x.shape[2:]
+    e = wan.time_embedding(time_frequencies(t, config.freq_dim, x))  # [B or 1, F or 1, dim]
+    e6 = wan.time_projection(e).unflatten(-1, (6, config.dim))  # [B or 1, F or 1, 6, dim]
+    # Contiguous, or the transposed layout would go through all blocks and cost each norm a copy.
+    x = wan.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()  # [B, L, dim]
+    for layer, block in enumerate(wan.blocks):
+        x = stages.enter(through_block, block, x, e6, layer, text, attend, stages, config)
+    shift, scale = (wan.head.modulation.to(x) + e.unsqueeze(2)).unbind(2)  # [B or 1, F or 1, dim]
+    x = wan.head.head(modulated_norm(x, shift, scale, config.eps))  # [B, L, 4C]
+    return rearrange(x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=frames, h=height // 2, w=width // 2, p=2, q=2)
+
+
+def through_block(
+    block: nn.Module, x: Tensor, e6: Tensor, layer: int, text: Text, attend: Attend, stages: Stages, config: WanConfig
+) -> Tensor:
+    """Tokens [B, L, dim] through one block."""
+    q, k, v = stages.before(block, x, e6, attend.rope, config)
+    seen = attend(layer, q, k, v)
+    return stages.after(block, x, seen, e6, text.keys[layer], text.values[layer], attend.attention, config)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights of [B, L, dim], then scale and shift [B or 1, F or 1, dim] per frame."""
+    normed = per_frame(F.layer_norm(x, x.shape[-1:], eps=eps), scale)
+    return torch.addcmul(shift.unsqueeze(2), normed, 1 + scale.unsqueeze(2)).view_as(x)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y for tokens [B, L, dim] and a gate [B or 1, F or 1, dim] per frame."""
+    return torch.addcmul(per_frame(x, gate), per_frame(y, gate), gate.unsqueeze(2)).view_as(x)
+
+
+def per_frame(x: Tensor, e: Tensor) -> Tensor:
+    """[B, L, dim] seen as [B, F or 1, tokens, dim], to fit a modulation [B or 1, F or 1, dim]."""
+    return x.unflatten(1, (e.shape[1], -1))
+
+
+def time_frequencies(t: float | Tensor, freq_dim: int, like: Tensor) -> Tensor:
+    """Sinusoids [B or 1, F or 1, freq_dim] of timesteps, cosines first, on the device and in the dtype of `like`."""
+    if not isinstance(t, Tensor):
+        t = torch.tensor([[t]], dtype=torch.float64)
+    wide = torch.float32 if t.device.type == "mps" else torch.float64  # MPS has no float64
+    half = freq_dim // 2
+    ladder = 10000.0 ** (-torch.arange(half, dtype=wide, device=t.device) / half)
+    angles = t.to(wide).unsqueeze(-1) * ladder
+    return upload(torch.cat((angles.cos(), angles.sin()), dim=-1).to(like.dtype), like.device)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, L, dim] -> [B, N, L, D]
+
+
+def _merge(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # [B, N, L, D] -> [B, L, dim]
