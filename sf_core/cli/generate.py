@@ -3,8 +3,8 @@
     prompts -> embeddings -> rollout -> latent chunk -> streaming decoder -> frames -> file
 
 Videos are made in whole chunks and cut to the frames asked for, so the first frames are the same for any length. The
-networks are the built-in ones, or a user's files (pipeline.py). Each is loaded when it is its turn, and the text encoder,
-the largest, is gone before the model comes.
+networks are the built-in ones, or a user's files (pipeline.py). Each is loaded when it is its turn, and the text
+encoder, the largest, is gone before the model comes.
 """
 
 from __future__ import annotations

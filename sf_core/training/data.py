@@ -1,8 +1,8 @@
 """What is learnt from: prompts alone, captioned clips, or the tiny world's procedural ones.
 
 Every source gives captions; sources with clips give batches of latents too. Which ones is drawn per sample
-(step_random.py). Clips are encoded once, into the run's folder, each process a share of them. Beside the latents stands what
-they were made from; where that changes they are made again.
+(step_random.py). Clips are encoded once, into the run's folder, each process a share of them. Beside the latents stands
+what they were made from; where that changes they are made again.
 """
 
 from __future__ import annotations

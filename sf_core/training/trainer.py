@@ -6,8 +6,9 @@
             step the optimizer
         update the averages
 
-A checkpoint holds weights, averages and optimizer states; randomness belongs to the step (step_random.py). So a run that was
-killed continues with the losses it would have had, to the bit on a CPU, whatever number of processes continues it.
+A checkpoint holds weights, averages and optimizer states; randomness belongs to the step (step_random.py). So a run
+that was killed continues with the losses it would have had, to the bit on a CPU, whatever number of processes continues
+it.
 """
 
 from __future__ import annotations
