@@ -11,13 +11,23 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sf_core.sampling.config import Sampling
+from ..sf_core.sampling.plan import Plan, round_up_to_chunks
+from ..sf_core.sampling.prompt_text import schedule
 from ..sf_core.sampling.rollout import Progress
 from . import inputs
-from .host.conditioning import latents_of, negative_of, prompts_of
-from .host.generation import REMEDY, Job, check_mask, content_of, notes_of
+from .host.conditioning import read_latents, read_negative, read_prompts
+from .host.generation import (
+    REMEDY,
+    HostGeneration,
+    begin_notes,
+    pad_to_length,
+    refuse_mask,
+    repeat_to_batch,
+    require_content,
+)
 from .host.memory import load, threads_for, within_memory
 from .host.model import family_of, for_compiling, wan_of
-from .host.progress import check_cancelled
+from .host.progress import StepProgress
 
 SIGMAS_FROM_1 = "use sigmas that begin at 1"
 
@@ -42,7 +52,7 @@ class SelfForcingSigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, preset, steps, denoise=1.0) -> io.NodeOutput:
-        sampling = inputs.sampling_of(preset, family_of(model).sampling, steps, 0, 0, -1)
+        sampling = inputs.change_sampling(family_of(model).sampling, preset, steps)
         levels = [step.sigma for step in sampling.steps_of(False, denoise)]
         return io.NodeOutput(torch.tensor([*levels, 0.0]))
 
@@ -101,48 +111,51 @@ class RolloutSampler(Sampler):
         Of the noise the seed counts: each latent frame and step has its own, so that the frames are those of Self
         Forcing Sampler.
         """
-        job = self.job(guider, sigmas, extra_args.get("seed") or 0, noise.shape, latent_image, denoise_mask)
+        refuse_mask(denoise_mask)
+        seed = extra_args.get("seed") or 0
+        generation = self.prepare(guider, sigmas, seed, noise.shape, latent_image)
         patches = extra_args["model_options"]["transformer_options"]
-        notes_of(job, self.node, own_steps=False)
-        report = _report(callback, disable_pbar)
+        begin_notes(generation, self.node, own_steps=False)
+        progress = CallbackProgress(None if disable_pbar else callback)
 
         def sample() -> Tensor:
-            load(job.model, job.needed)
-            with threads_for(job.model, 64 * job.shape[3] * job.shape[4]):
-                return job.latents(report, patches)
+            load(generation.model, generation.memory)
+            with threads_for(generation.model, generation.pixels):
+                return generation.latents(progress, patches)
 
-        latents = within_memory(sample, job.what, REMEDY)
+        latents = within_memory(sample, generation.what, REMEDY)
         if callback is not None:  # ComfyUI's denoised output is what the callback has seen last
             callback(len(sigmas) - 2, latents, latents, len(sigmas) - 1)
         return latents.to(noise.device)
 
-    def job(
-        self,
-        guider: CFGGuider,
-        sigmas: Tensor,
-        seed: int,
-        shape: torch.Size,
-        latent_image: Tensor | None,
-        denoise_mask: Tensor | None,
-    ) -> Job:
+    def prepare(
+        self, guider: CFGGuider, sigmas: Tensor, seed: int, shape: torch.Size, latent_image: Tensor | None
+    ) -> HostGeneration:
+        """The rollout that a guider asks for. Raises ValueError for what it cannot be."""
         sigmas = torch.where(torch.isclose(sigmas, torch.ones_like(sigmas)), 1.0, sigmas)  # schedulers round
         _check_guider(guider)
-        check_mask(denoise_mask)
         model = guider.model_patcher
         model = model if self.compile == "off" else for_compiling(model)
-        own = family_of(model).sampling
-        sampling = at_sigmas(inputs.sampling_of(inputs.AUTO, own, 0, self.chunk, self.window, self.sink), sigmas)
-        wan = wan_of(model)
+        own = inputs.change_sampling(family_of(model).sampling, chunk=self.chunk, window=self.window, sink=self.sink)
+        sampling, wan = at_sigmas(own, sigmas), wan_of(model)
+        prefix = None if self.prefix is None else read_latents(self.prefix, wan, "prefix")
+        prefix = None if prefix is None else model.model.process_latent_in(prefix)
+        source = None
+        if sigmas[0] != 1:
+            source = require_content(latent_image, f"sigmas from {sigmas[0]:g} on", SIGMAS_FROM_1)
+        batch, _, length, height, width = shape
+        begun = 0 if prefix is None else prefix.shape[2]
+        frames = round_up_to_chunks(length, sampling, begun)
+        full_history, cache_dtype = self.history == "all", inputs.CACHES[self.cache]
+        plan = Plan(sampling, frames, height, width, batch, begun, full_history, cache_dtype=cache_dtype)
         conds = {name: [[entry["cross_attn"], entry] for entry in entries] for name, entries in guider.conds.items()}
-        prefix = None if self.prefix is None else latents_of(self.prefix, wan, "prefix")
-        return Job(
-            model, sampling, prompts_of(conds["positive"], shape[0]), shape, seed,
-            prefix=None if prefix is None else model.model.process_latent_in(prefix),
-            whole_prefix=self.history == "all",
-            source=None if sigmas[0] == 1 else content_of(latent_image, f"sigmas from {sigmas[0]:g} on", SIGMAS_FROM_1),
-            negative=None if guider.cfg == 1 else negative_of(conds.get("negative"), shape[0]),
-            cfg=guider.cfg,
-            cache_dtype=inputs.CACHES[self.cache],
+        negative = None if guider.cfg == 1 else read_negative(conds.get("negative"), batch)
+        return HostGeneration(
+            model, plan, length,
+            schedule(read_prompts(conds["positive"], batch), plan.chunks, negative, guider.cfg),
+            seed,
+            prefix=repeat_to_batch(prefix, batch),
+            source=pad_to_length(repeat_to_batch(source, batch), frames),
             compile=self.compile,
         )  # fmt: skip
 
@@ -167,19 +180,17 @@ def _check_guider(guider: CFGGuider) -> None:
         )
 
 
-def _report(callback: Callable | None, silent: bool) -> Callable[[Progress], None]:
+class CallbackProgress(StepProgress):
     """Steps of the rollout, as the callback of ComfyUI's samplers hears of them."""
-    done = 0
 
-    def report(progress: Progress) -> None:
-        nonlocal done
-        check_cancelled()
-        done += 1
-        if callback is not None and not silent:
+    def __init__(self, callback: Callable | None) -> None:
+        super().__init__()
+        self.callback = callback
+
+    def show(self, progress: Progress) -> None:
+        if self.callback is not None:
             newest = progress.x0[:, :, -1:]
-            callback(done - 1, newest, newest, progress.total)
-
-    return report
+            self.callback(self.done - 1, newest, newest, progress.total)
 
 
 NODES = [SelfForcingSamplerSelect, SelfForcingSigmas]

@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io
 
-from ..sf_core.sampling.config import PRESETS, Sampling
+from ..sf_core.sampling.config import PRESETS, Sampling, override
 from ..sf_core.sampling.families import FAMILIES
 from ..sf_core.sampling.noise import MAX_SEED
-from ..sf_core.sampling.schedule import evenly
 from ..sf_core.wan.compile import MODES
-from ..sf_core.wan.fp8 import FLOAT8
+from ..sf_core.wan.fp8 import E4M3
 
 CATEGORY = "Self Forcing"
 AUTO = "auto"
-CACHES = {AUTO: None, "fp8": FLOAT8}
+CACHES = {AUTO: None, "fp8": E4M3}
 NAMED = PRESETS | {name: family.sampling for name, family in FAMILIES.items()}
 
 
@@ -100,8 +101,8 @@ def prefix() -> io.Input:
 def cache() -> io.Input:
     return io.Combo.Input(
         "cache", options=list(CACHES), default=AUTO, optional=True, advanced=True,
-        tooltip="Numbers that the model's memory of earlier frames is kept in. auto: those it computes with; fp8: "
-        "float8 with scales, half the memory of bf16 and a little slower.",
+        tooltip="Data type of the KV cache, the model's memory of earlier frames. auto: that of the model; fp8: float8 "
+        "with scales, half the memory of bf16 and a little slower.",
     )  # fmt: skip
 
 
@@ -160,14 +161,52 @@ def tile() -> io.Input:
     )  # fmt: skip
 
 
-def sampling_of(name: str, own: Sampling, steps: int, chunk: int, window: int, sink: int) -> Sampling:
-    """The preset (`own` for auto) with what the user has set; 0, or -1 for the sink, leaves it as it is."""
-    sampling = own if name == AUTO else NAMED[name]
-    return replace(
-        sampling,
-        steps=evenly(steps) or sampling.steps,
-        warp=sampling.warp or steps > 0,
-        chunk=chunk or sampling.chunk,
-        window=window or sampling.window,
-        sink=sampling.sink if sink < 0 else sink,
-    )
+# --- What was set on a node ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RolloutInputs:
+    """Inputs of Self Forcing Sampler, as they stand on the node; Stream has some more."""
+
+    model: ModelPatcher
+    positive: list
+    latent: dict
+    seed: int
+    preset: str = AUTO
+    steps: int = 0
+    chunk: int = 0
+    window: int = 0
+    sink: int = -1
+    prefix: dict | None = None
+    cache: str = AUTO
+    compile: str = "off"
+    negative: list | None = None
+    cfg: float = 1.0
+    denoise: float = 1.0
+    history: str = "window"
+    keep_prefix: bool = True
+
+    def sampling(self, own: Sampling) -> Sampling:
+        """The preset (`own` for auto) with what the user has set."""
+        return change_sampling(own, self.preset, self.steps, self.chunk, self.window, self.sink)
+
+
+@dataclass(frozen=True)
+class StreamInputs(RolloutInputs):
+    """Inputs of Self Forcing Stream."""
+
+    vae: VAE = None
+    fps: float = 16.0
+    file: str = ""
+    keep: int = 0
+    tile: int = 0
+
+
+def change_sampling(
+    own: Sampling, preset: str = AUTO, steps: int = 0, chunk: int = 0, window: int = 0, sink: int = -1, **changes
+) -> Sampling:
+    """The preset (`own` for auto) with what the user has set; 0, -1 for the sink, or None leaves a field as it is."""
+    changes |= {"steps": steps or None, "chunk": chunk or None, "window": window or None}
+    changes |= {"sink": None if sink < 0 else sink}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return override(own if preset == AUTO else NAMED[preset], **given)

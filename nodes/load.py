@@ -86,7 +86,7 @@ class SelfForcingLoadModel(io.ComfyNode):
     def execute(cls, file, family, precision, lora=NONE, strength=1.0) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", file))
         merged = None if lora == NONE else Path(folder_paths.get_full_path_or_raise("loras", lora))
-        source = checkpoints.Source(path, None if family == AUTO else family, precision, merged, strength)
+        source = checkpoints.CheckpointSource(path, None if family == AUTO else family, precision, merged, strength)
         checkpoint = source.checkpoint()
         log.info("%s: %s", file, checkpoint.note)
         say(cls, checkpoint.note)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..sf_core.sampling.prompt_text import entrance, parse
+from ..sf_core.sampling.prompt_text import parse, parse_start
 from ..sf_core.sampling.prompts import TRANSITIONS
 from . import inputs
-from .host.conditioning import entering, in_order
+from .host.conditioning import start_later, take_scheduled
 
 
 class SelfForcingPrompt(io.ComfyNode):
@@ -47,7 +47,7 @@ class SelfForcingPrompt(io.ComfyNode):
         first, *later = parse(text, fps)
         conditioning = encode(clip, first.text)
         if later:
-            entries = [entering(encode(clip, prompt.text), prompt.entrance) for prompt in later]
+            entries = [start_later(encode(clip, prompt.text), prompt.start) for prompt in later]
             conditioning = [conditioning[0], *entries]
         return io.NodeOutput(conditioning)
 
@@ -96,8 +96,8 @@ class SelfForcingNextPrompt(io.ComfyNode):
         if not first or not next:
             raise ValueError("Got empty conditioning; both prompts are needed. Connect one to first and one to next.")
         how = f"blend {blend:g}s" if transition == "blend" else transition
-        new = entering(next, entrance(start.strip() and f"{start.strip()} {how}", fps))
-        return io.NodeOutput([*in_order(first), new])
+        new = start_later(next, parse_start(start.strip() and f"{start.strip()} {how}", fps))
+        return io.NodeOutput([*take_scheduled(first), new])
 
 
 def encode(clip, text: str) -> list:

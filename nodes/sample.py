@@ -6,11 +6,11 @@ import comfy.model_management as management
 import torch
 from comfy_api.latest import io
 
+from ..sf_core.autoencoders.stream import latent_frames
 from . import inputs
-from .host.generation import REMEDY, job_of, notes_of
+from .host.generation import REMEDY, begin_notes, prepare_generation
 from .host.memory import within_memory
-from .host.model import family_of
-from .host.progress import SamplingProgress
+from .host.progress import PreviewProgress
 
 
 class SelfForcingLatent(io.ComfyNode):
@@ -51,16 +51,10 @@ class SelfForcingLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, width, height, frames, seconds, fps, batch_size) -> io.NodeOutput:
-        length = latent_frames(frames, seconds, fps)
+        length = latent_frames(max(1, round(seconds * fps)) if seconds > 0 else frames)
         shape = [batch_size, 16, length, *latent_size(width, height)]
         # One zero, seen as so many: an hour of empty latents would be gigabytes of memory that nobody reads.
         return io.NodeOutput({"samples": torch.zeros((), device=management.intermediate_device()).expand(shape)})
-
-
-def latent_frames(frames: int, seconds: float, fps: float) -> int:
-    """Latent frames that hold at least so many frames, or seconds where they are given: 1 + ceil((frames - 1) / 4)."""
-    wanted = max(1, round(seconds * fps)) if seconds > 0 else frames
-    return 1 + -(-(wanted - 1) // 4)
 
 
 def latent_size(width: int, height: int) -> tuple[int, int]:
@@ -96,23 +90,17 @@ class SelfForcingSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(
-        cls, model, positive, latent, seed, preset, steps, chunk, window, sink, prefix=None, cache=inputs.AUTO,
-        compile="off", negative=None, cfg=1.0, denoise=1.0, history="window", keep_prefix=True,
-    ) -> io.NodeOutput:  # fmt: skip
-        sampling = inputs.sampling_of(preset, family_of(model).sampling, steps, chunk, window, sink)
-        job = job_of(
-            model, sampling, positive, latent, seed, prefix, history, denoise, negative, cfg, inputs.CACHES[cache],
-            compile,
-        )  # fmt: skip
-        progress = SamplingProgress(job.model, notes_of(job, cls), compile != "off")
+    def execute(cls, **given) -> io.NodeOutput:
+        given = inputs.RolloutInputs(**given)
+        generation = prepare_generation(given)
+        progress = PreviewProgress(generation.model, begin_notes(generation, cls), given.compile != "off")
 
         def sample() -> torch.Tensor:
-            with job.loaded():
-                return job.latents(progress, first=0 if keep_prefix else job.given)
+            with generation.loaded():
+                return generation.latents(progress, first=0 if given.keep_prefix else generation.plan.prefix)
 
-        samples = within_memory(sample, job.what, REMEDY)
-        return io.NodeOutput({"samples": job.model.model.process_latent_out(samples)})
+        samples = within_memory(sample, generation.what, REMEDY)
+        return io.NodeOutput({"samples": generation.model.model.process_latent_out(samples)})
 
 
 NODES = [SelfForcingLatent, SelfForcingSampler]

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..sf_core.sampling.config import Sampling
-from ..sf_core.sampling.schedule import evenly
 from . import inputs
 from .host import checkpoints
 from .host.model import family_of, set_family
@@ -76,24 +74,19 @@ class SelfForcingSettings(io.ComfyNode):
         reencode_vae=None,
     ) -> io.NodeOutput:  # fmt: skip
         family = family_of(model)
-        sampling = changed(
-            inputs.sampling_of(preset, family.sampling, steps, chunk, window, sink),
+        sampling = inputs.change_sampling(
+            family.sampling, preset, steps, chunk, window, sink,
             pinned=None if sink_positions == inputs.AUTO else sink_positions == PINNED,
             context_noise=None if context_noise < 0 else context_noise,
             shift=shift or None,
             first_chunk=first_chunk or None,
-            first_steps=evenly(first_steps) or None,
-        )
+            first_steps=first_steps or None,
+        )  # fmt: skip
         model = model.clone()
         trained = family.trained or family.sampling.chunk
         reencoder = reencode_vae or family.reencoder
         set_family(model, replace(family, sampling=sampling, trained=trained, reencoder=reencoder))
         return io.NodeOutput(model)
-
-
-def changed(sampling: Sampling, **changes) -> Sampling:
-    """A sampling with all changes that are not None."""
-    return replace(sampling, **{name: value for name, value in changes.items() if value is not None})
 
 
 class SelfForcingFP8(io.ComfyNode):
@@ -115,7 +108,7 @@ class SelfForcingFP8(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, enabled) -> io.NodeOutput:
-        return io.NodeOutput(checkpoints.float8_of(model) if enabled else model)
+        return io.NodeOutput(checkpoints.quantise_model(model) if enabled else model)
 
 
 NODES = [SelfForcingSettings, SelfForcingFP8]

@@ -8,10 +8,9 @@ from comfy_api.latest import io
 
 from . import inputs
 from .host.decoding import check_tile
-from .host.generation import REMEDY, job_of, notes_of
-from .host.live import Stream, _result, decoder_of, destination
+from .host.generation import REMEDY, begin_notes, prepare_generation
+from .host.live import LiveVideo, next_file, require_decoder, saved_result
 from .host.memory import within_memory
-from .host.model import family_of
 
 
 class SelfForcingStream(io.ComfyNode):
@@ -61,41 +60,20 @@ class SelfForcingStream(io.ComfyNode):
         return secrets.token_hex() if seed == -1 else None
 
     @classmethod
-    def execute(
-        cls, model, positive, latent, vae, seed, fps, preset, file, keep, prefix=None, compile="off", steps=0, chunk=0,
-        window=0, sink=-1, cache=inputs.AUTO, negative=None, cfg=1.0, denoise=1.0, history="window", keep_prefix=True,
-        tile=0,
-    ) -> io.NodeOutput:  # fmt: skip
-        drawn = secrets.randbelow(2**53) if seed == -1 else None
-        sampling = inputs.sampling_of(preset, family_of(model).sampling, steps, chunk, window, sink)
-        job = job_of(
-            model, sampling, positive, latent, seed if drawn is None else drawn, prefix, history, denoise, negative,
-            cfg, inputs.CACHES[cache], compile,
-        )  # fmt: skip
-        check_tile(tile)
-        stream = Stream(job, decoder_of(vae, latent["samples"]), tile // 8 or None, fps, cls, keep, keep_prefix)
-        notes = notes_of(job, cls)
+    def execute(cls, **given) -> io.NodeOutput:
+        given = inputs.StreamInputs(**given)
+        drawn = secrets.randbelow(2**53) if given.seed == -1 else None
+        generation = prepare_generation(given, drawn)
+        check_tile(given.tile)
+        video = LiveVideo(generation, require_decoder(given.vae, given.latent["samples"]), given, cls)
+        notes = begin_notes(generation, cls)
         if drawn is not None:
             notes.add(f"seed {drawn}")
-        saved = destination(file.strip(), job) if file.strip() else None
-        within_memory(lambda: stream.run(saved), job.what, f"{REMEDY} {stream.decoder.remedy}")
+        saved = next_file(given.file.strip(), generation) if given.file.strip() else None
+        within_memory(lambda: video.run(saved), generation.what, f"{REMEDY} {video.decoder.remedy}")
         # Not as a preview (ui.PreviewVideo): the file is what the screen has shown.
-        shown = None if saved is None else {"video": [_result(saved)]}
-        return io.NodeOutput(stream.images.tensor, {"samples": stream.latents.tensor}, ui=shown)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+        shown = None if saved is None else {"video": [saved_result(saved)]}
+        return io.NodeOutput(video.images.tensor, {"samples": video.latents.tensor}, ui=shown)
 
 
 NODES = [SelfForcingStream]

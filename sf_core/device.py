@@ -1,10 +1,15 @@
-"""What this machine has: devices, their memory, and how much of it was used."""
+"""Devices: their memory, what to do where it runs out, copies that do not wait, and time."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,24 +27,13 @@ except ImportError:  # Windows
     resource = None
 
 
-def device_named(text: str) -> torch.device:
-    """A device by its name, for argparse; auto is the GPU where there is one."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if text == "auto":
-        return torch.device("cuda" if there["cuda"] else "cpu")
-    usable = " or ".join(kind for kind in there if there[kind])
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"got {text}, which is no device; use {usable}") from None
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not there.get(device.type) or (device.index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"got {text}, which this machine or this torch lacks; use {usable}")
-    return device
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def usual_dtype(device: torch.device) -> torch.dtype:
-    """What to compute in where nothing is said: bfloat16, but float32 on a CPU."""
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Dtype to compute in where nothing is said: bfloat16, but float32 on a CPU."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
@@ -51,8 +45,8 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def memory_of(device: torch.device) -> int | None:
-    """Bytes of memory a device has for us: of a GPU what is free, of a CPU all; None where nobody can tell."""
+def available_memory(device: torch.device) -> int | None:
+    """Memory of a device in bytes: of a GPU what is free, of a CPU all; None where nobody can tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -60,12 +54,12 @@ def memory_of(device: torch.device) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
 
 
-def ran_out(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out; a CPU tells it by the words alone."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def release(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
     """Gives memory that is no longer used back to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -79,3 +73,50 @@ def peak_memory_mib(device: torch.device) -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+Result = TypeVar("Result")
+
+
+def within_memory(
+    work: Callable[[], Result],
+    error: Callable[[], Exception],
+    release: Callable[[], None],
+    is_out_of_memory: Callable[[RuntimeError], bool] = is_out_of_memory,
+) -> Result:
+    """The result of `work`; where memory runs out, all that it held is freed and `release` called before `error`."""
+    try:
+        return work()
+    except RuntimeError as problem:
+        if not is_out_of_memory(problem):
+            raise
+        traceback.clear_frames(problem.__traceback__)
+    # Outside of the except block, where nothing refers to the tensors that were being worked with any more.
+    release()
+    raise error()
+
+
+@dataclass
+class Timer:
+    """Seconds spent in each stage of some work; a device is waited for where a stage ends."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+            synchronise(self.device)
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def each(self, stage: str, items: Iterator) -> Iterator:
+        """The items, with the time spent on making them measured."""
+        while True:
+            with self.measure(stage):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item

@@ -1,32 +1,33 @@
-"""What a video takes of its device's memory, known before it is begun, and what to change where that is too much.
+"""Memory of a video, known before it is begun, and what to change where that is too much.
 
-    weights + cache + keys and values of the prompt + the decoder + the larger of (a forward, a step of the decoder)
+    weights + KV cache + prompt + decoder + the larger of (a forward, a step of the decoder)
 
-since chunks are made and decoded in turns. `checkpoint.memory_needed` knows all but the decoder. What decoders take
-goes by pixels; it was counted, tensor by tensor, for 832 x 480 and for half the width and height. What convolution
-kernels borrow besides is not in it.
+since chunks are made and decoded in turns. What decoders take goes by pixels; it was counted, tensor by tensor, for
+832 x 480 and for half the width and height. What convolution kernels borrow besides is not in it.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
-from .checkpoints.load import Memory, memory_needed
-from .sampling.config import Sampling
+from .sampling.context import allocate_cache
+from .sampling.plan import Plan
 from .wan.config import WanConfig
-from .wan.fp8 import FLOAT8, quantise
+from .wan.fp8 import E4M3, quantise_model
 from .wan.model import WanModel
 
+LONGEST_TRAINED = 21  # latent frames of a training clip, 81 frames of video
 TILE = 32  # latent pixels: what is suggested
 COARSE, BETWEEN = 550, 144  # numbers per pixel of a whole frame while tiles are used: before them, and beside them
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderMemory:
     """Numbers (not bytes) that a streaming decoder holds.
 
     weights  in all
@@ -52,34 +53,98 @@ class Decoder:
         return max(COARSE * pixels, BETWEEN * pixels + seen * (self.fine + self.working))
 
 
-WAN_VAE = Decoder(weights=126_900_000, kept=2370, working=3200, fine=1970)
-TAEHV = Decoder(weights=11_300_000, kept=132, working=600)
-BUILT_IN = Decoder(weights=670_000, kept=85, working=320)
+WAN_VAE = DecoderMemory(weights=126_900_000, kept=2370, working=3200, fine=1970)
+TAEHV = DecoderMemory(weights=11_300_000, kept=132, working=600)
+BUILT_IN = DecoderMemory(weights=670_000, kept=85, working=320)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that decides how much memory a video takes: `frames` latent frames of `height` x `width` pixels.
+class MemoryUse:
+    """Bytes of a device that a video takes.
 
-    weights   bytes of the model's weights as they are, float8 or not; `fp8` makes them float8
-    tile      of the decoder, in latent pixels; None: the whole picture at once
-    rereads   whether the window is read again in one forward, as some prompt switches do
-    guided    whether a negative prompt runs beside, with a cache of its own
+    activations  a forward, while it runs
+    decoder      its weights and what it keeps from one chunk to the next
+    decoding     a step of the decoder, while it runs
+    """
+
+    weights: int
+    cache: int
+    prompt: int
+    activations: int
+    decoder: int = 0
+    decoding: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return self.weights + self.cache + self.prompt + self.decoder + self.working
+
+    @property
+    def working(self) -> int:
+        """The part that comes and goes while chunks are made and decoded."""
+        return max(self.activations, self.decoding)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All that decides how much memory a video takes; `use` says how much that is.
+
+    dtype      of what is computed with
+    weights    bytes of the model's weights as they are, float8 or not; `fp8` makes them float8. 0 where somebody else
+               looks after them, as ComfyUI does
+    decoder    None: decoding is not counted
+    tile       of the decoder, in latent pixels; None: the whole picture at once
+    rereads    whether the window is read again in one forward, as some prompt switches do
+    guided     whether a negative prompt runs beside, with a cache of its own
+    keeps_all  whether the cache overwrites nothing (training with gradient checkpointing)
     """
 
     config: WanConfig
-    sampling: Sampling
-    weights: int
-    frames: int
-    height: int
-    width: int
+    plan: Plan
     dtype: torch.dtype
-    decoder: Decoder
+    weights: int = 0
+    decoder: DecoderMemory | None = None
     fp8: bool = False
-    cache_dtype: torch.dtype | None = None
     tile: int | None = None
     rereads: bool = False
     guided: bool = False
+    keeps_all: bool = False
+
+    @cached_property
+    def use(self) -> MemoryUse:
+        """Bytes, with b bytes a number and S = height/16 * width/16 tokens a latent frame, for each video and branch:
+
+        cache        2 layers min(window, frames) S dim b; in float8 b is 1, and each token and head has a float32
+                     scale; sinks whose positions move along keep their first keys too: layers sink S dim b
+        prompt       2 layers text_len dim b: keys and values
+        activations  chunk S (2 ffn_dim + 20 dim) b, and 3 min(window, frames) S dim b where a float8 cache is turned
+                     back; with `rereads` the whole window takes the chunk's place
+
+        The cache is exact. Activations are an estimate: the feed-forward with both its halves alive and what a block
+        holds besides, fitted to measured peaks (10 % above them for 1 to 3 layers in float32 and bfloat16).
+        """
+        config, size = self.config, self.dtype.itemsize
+        cache_dtype = self.plan.cache_dtype or self.dtype
+        branches = 2 if self.guided else 1
+        cache = allocate_cache(config, self.plan, cache_dtype, "meta", branches, self.keeps_all)
+        videos = self.plan.batch * branches
+        first_keys = config.layers * cache.sink * cache.tokens * config.dim * size if cache.pinned else 0
+        tokens = (cache.slots if self.rereads else self.plan.sampling.chunk) * cache.tokens
+        turned_back = 3 * cache.slots * cache.tokens * config.dim if cache_dtype.itemsize == 1 else 0
+        held, used = self._decoder_numbers
+        return MemoryUse(
+            weights=self.weights_fp8 if self.fp8 else self.weights,
+            cache=cache.nbytes + videos * first_keys,
+            prompt=videos * 2 * config.layers * config.text_len * config.dim * size,
+            activations=videos * (tokens * (2 * config.ffn_dim + 20 * config.dim) + turned_back) * size,
+            decoder=held * size,
+            decoding=used * size,
+        )
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return self.use.total
 
     @property
     def weights_fp8(self) -> int:
@@ -87,94 +152,101 @@ class Plan:
         return min(self.weights, float8_bytes(self.config, self.dtype))
 
     @property
-    def model(self) -> Memory:
-        """What the rollout takes."""
-        weights = self.weights_fp8 if self.fp8 else self.weights
-        video = (self.height, self.width, self.frames)
-        one = memory_needed(self.config, self.sampling, weights, *video, self.dtype, self.cache_dtype, self.rereads)
-        twice = {name: 2 * getattr(one, name) for name in ("cache", "text", "activations")}
-        return replace(one, **twice) if self.guided else one
+    def width(self) -> int:
+        """Pixels."""
+        return 8 * self.plan.width
 
     @property
-    def decoding(self) -> tuple[int, int]:
-        """Bytes that the decoder holds throughout, and what it takes besides while it runs."""
-        pixels = self.height * self.width
-        held, used = self.decoder.held(pixels, self.tile is not None), self.decoder.used(pixels, self.tile)
-        return held * self.dtype.itemsize, used * self.dtype.itemsize
-
-    @property
-    def total(self) -> int:
-        """Bytes at the peak."""
-        model, (held, used) = self.model, self.decoding
-        return model.total - model.activations + held + max(model.activations, used)
+    def height(self) -> int:
+        """Pixels."""
+        return 8 * self.plan.height
 
     @property
     def window(self) -> int:
         """Latent frames that the cache holds."""
-        return min(self.sampling.window or self.frames, self.frames)
+        return self.plan.window
+
+    @property
+    def shortest_window(self) -> int:
+        """The shortest window there can be: sink and chunk."""
+        sampling = self.plan.sampling
+        return sampling.sink + max(sampling.chunk, sampling.first_chunk or 0)
+
+    def with_window(self, window: int) -> MemoryPlan:
+        return self._replace_plan(sampling=replace(self.plan.sampling, window=window))
+
+    def with_fp8_cache(self) -> MemoryPlan:
+        return self._replace_plan(cache_dtype=E4M3)
+
+    def longest_window(self, limit: int, step: int = 1) -> int | None:
+        """The longest window that stays within `limit` bytes, shorter than this one by multiples of `step`.
+
+        None if not even the shortest does.
+        """
+        windows = range(self.window, self.shortest_window - 1, -step)
+        found = bisect_left(windows, True, key=lambda window: self.with_window(window).total <= limit)
+        return windows[found] if found < len(windows) else None
+
+    def _replace_plan(self, **changes) -> MemoryPlan:
+        return replace(self, plan=replace(self.plan, **changes))
+
+    @property
+    def _decoder_numbers(self) -> tuple[int, int]:
+        """Numbers that the decoder holds throughout, and what it takes besides while it runs."""
+        if self.decoder is None:
+            return 0, 0
+        pixels = self.height * self.width
+        return self.decoder.held(pixels, self.tile is not None), self.decoder.used(pixels, self.tile)
 
 
 @lru_cache
 def float8_bytes(config: WanConfig, dtype: torch.dtype) -> int:
     """Bytes of a model's weights with the blocks in float8 and all else in `dtype`."""
-    state = quantise(WanModel(config, device="meta", dtype=dtype)).state_dict()
+    state = quantise_model(WanModel(config, device="meta", dtype=dtype)).state_dict()
     return sum(tensor.nbytes for tensor in state.values())
 
 
-def changes(plan: Plan, limit: int) -> Iterator[tuple[str, Plan]]:
+def smaller_plans(plan: MemoryPlan, limit: int) -> Iterator[tuple[str, MemoryPlan]]:
     """(option of `generate`, the plan with it), one change each, those that cost the least quality first."""
     tiled = plan.decoder is WAN_VAE and plan.tile is None and plan.height * plan.width > (8 * TILE) ** 2
     if tiled:
         yield f"--tile {8 * TILE}", replace(plan, tile=TILE)
     if plan.guided:
         yield "--guidance 1", replace(plan, guided=False)
-    if plan.cache_dtype is None:
-        yield "--fp8-cache", replace(plan, cache_dtype=FLOAT8)
+    if plan.plan.cache_dtype is None:
+        yield "--fp8-cache", plan.with_fp8_cache()
     if not plan.fp8 and plan.weights_fp8 < plan.weights:
         yield "--fp8", replace(plan, fp8=True)
     if plan.decoder is WAN_VAE:
         yield "--taehv instead of --vae", replace(plan, decoder=TAEHV, tile=None)
-    if (shorter := _shorter(plan, limit)) is not None:
-        yield f"--window {shorter.window}", shorter
+    shorter = range(plan.window - plan.plan.sampling.chunk, plan.shortest_window - 1, -plan.plan.sampling.chunk)
+    if shorter:
+        window = plan.longest_window(limit, plan.plan.sampling.chunk)
+        window = shorter[-1] if window is None else min(window, shorter[0])
+        yield f"--window {window}", plan.with_window(window)
 
 
-def _shorter(plan: Plan, limit: int) -> Plan | None:
-    """The plan with the longest window that stays below `limit`, or the shortest possible; None if it is that."""
-    sampling = plan.sampling
-    least = sampling.sink + max(sampling.chunk, sampling.first_chunk or 0)
-    windows = range(plan.window - sampling.chunk, least - 1, -sampling.chunk)
-    low, high = 0, len(windows)
-    while low < high:  # memory falls with the window
-        middle = (low + high) // 2
-        fits = _windowed(plan, windows[middle]).total <= limit
-        low, high = (low, middle) if fits else (middle + 1, high)
-    return _windowed(plan, windows[min(low, len(windows) - 1)]) if windows else None
-
-
-def _windowed(plan: Plan, window: int) -> Plan:
-    return replace(plan, sampling=replace(plan.sampling, window=window))
-
-
-def advice(plan: Plan, limit: int) -> str:
+def advise(plan: MemoryPlan, limit: int) -> str:
     """A sentence: the options with which the video takes at most `limit` bytes, each with what it would take then.
 
     Where no single one is enough they are put together, one after the other.
     """
-    alone = [(option, changed) for option, changed in changes(plan, limit) if changed.total <= limit]
+    alone = [(option, changed) for option, changed in smaller_plans(plan, limit) if changed.total <= limit]
     if alone:
-        return f"Use {', '.join(f'{option} ({gib(changed.total)})' for option, changed in alone)}, or a smaller size."
+        options = ", ".join(f"{option} ({format_bytes(changed.total)})" for option, changed in alone)
+        return f"Use {options}, or a smaller size."
     options: list[str] = []
-    while plan.total > limit and (change := next(changes(plan, limit), None)):
+    while plan.total > limit and (change := next(smaller_plans(plan, limit), None)):
         option, plan = change
         options.append(option)
     if plan.tile is None:
         options = [option for option in options if not option.startswith("--tile")]  # TAEHV came after it
-    together = f"{' + '.join(options)} ({gib(plan.total)})"
+    together = f"{' + '.join(options)} ({format_bytes(plan.total)})"
     if plan.total <= limit:
         return f"Use {together}, or a smaller size."
     return f"Use a smaller size: even {together} is too much." if options else "Use a smaller size."
 
 
-def gib(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Bytes for people."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"

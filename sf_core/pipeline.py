@@ -1,222 +1,477 @@
-"""The three networks a video takes, as `generate` asks for them: the built-in ones, or a user's files.
+"""A prompt goes in, frames come out, chunk by chunk: with the built-in model, or with a user's files.
 
-    source = BuiltIn()  |  Files(model, text_encoder, vae)
-    source.plan(request)                        what it will take, before anything large is loaded
-    source.encode(request, frames)              frames of a start or a source -> latents
-    source.decoder(request)                     latents -> frames, streaming
-    source.text_encoder(request)                prompt -> embeddings; dropped before the model comes: it is larger
-    source.negative(text, prompt)               embeddings of what to lead away from; the prompt may be empty
-    source.wan(request)                         the model, in float8 where that was asked for
+    from sf_core.pipeline import TinyPipeline
+    from sf_core.video import save_video
+
+    pipeline = TinyPipeline()                                  # or FilePipeline(model, text_encoder, vae)
+    save_video("circle.mp4", pipeline("a red circle moves right", frames=81, seed=0), fps=16)
+
+    prompts -> embeddings -> rollout -> latent chunk -> streaming decoder -> frames
+
+Videos are made in whole chunks and cut to the frames asked for, so the first frames are the same for any length. Each
+network is loaded when it is its turn, and the text encoder, the largest, is gone before the model comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import memory, tiny
 from .autoencoders import taehv, wan_vae
+from .autoencoders.stream import DecoderStream, EncoderStream, latent_frames, pixel_frames
 from .checkpoints.load import Checkpoint, Description, dequantised, describe, load_checkpoint, load_model
 from .checkpoints.tensorfiles import map_tensors, read_header
-from .device import memory_of
-from .memory import Decoder, Plan
+from .device import Timer, available_memory, default_device, default_dtype, release_memory
+from .memory import DecoderMemory, MemoryPlan
 from .sampling.config import PRESETS, Sampling
+from .sampling.context import Reencode
+from .sampling.noise import SeededNoise
+from .sampling.plan import Chunk, Plan, round_up_to_chunks
+from .sampling.prompt_text import Prompt, parse, schedule
+from .sampling.prompts import REREADING, PromptSchedule
+from .sampling.rollout import OnStep, rollout
 from .text_encoder import bytes_loaded, load_text_encoder
+from .wan.attention import Attention, sdpa
 from .wan.config import WanConfig
-from .wan.fp8 import FLOAT8, Fp8Linear, quantise, quantise_block
-from .wan.model import WanModel
+from .wan.fp8 import E4M3, Fp8Linear, quantise_block, quantise_model
+from .wan.model import EAGER, BlockOps, Network, WanModel
 
-ROOM = 2**30  # bytes that a text encoder takes beside its weights, roughly
-TOGETHER = 16  # frames of a clip that are encoded at a time: 4 latents, what a tile takes in one turn
+TEXT_ENCODER_WORK = 2**30  # bytes that a text encoder takes beside its weights, roughly
+PIECE = 16  # frames of a clip that are encoded at a time: 4 latents, what a tile takes in one turn
+USUAL_FRAMES = 81  # 21 latent frames, the length of a training clip
+Stream = DecoderStream | wan_vae.DecoderStream
 
 
-class Request(Protocol):
-    """What of a request the networks depend on."""
+@dataclass(frozen=True)
+class Runtime:
+    """Device, dtypes and kernels that a pipeline computes with.
 
-    sampling: Sampling
-    rollout_frames: int
-    height: int
+    dtype        None: bfloat16 on a GPU, float32 on a CPU
+    fp8          weights of the blocks in float8
+    cache_dtype  dtype of the KV cache; None: `dtype`. torch.float8_e4m3fn takes half the memory of bfloat16
+    tile         side of the decoder's tiles in latent pixels; None: the whole picture at once
+    attention    attention kernel; see `attention_kernel`
+    ops          block operations; see `compile_ops`
+    """
+
+    device: torch.device = field(default_factory=default_device)
+    dtype: torch.dtype | None = None
+    fp8: bool = False
+    cache_dtype: torch.dtype | None = None
+    tile: int | None = None
+    attention: Attention = sdpa
+    ops: BlockOps = EAGER
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", torch.device(self.device))
+        object.__setattr__(self, "dtype", self.dtype or default_dtype(self.device))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A video to make: `frames` pixel frames of `width` x `height` pixels, multiples of 16.
+
+    prompt, fps         a prompt, or several with their times, and the rate at which those are counted
+    sampling            how the model is sampled
+    start               frames [T, H, W, 3] in 0..1 that the video begins with; cut to whole latent frames
+    keep_start          whether the start is a part of the frames that come out
+    full_history        the start is a video that was generated: all of it is read, however long
+    source, strength    frames [T, H, W, 3] of a video to make another of, and how much of it gives way, in (0, 1]
+    negative, guidance  a prompt to lead away from, where guidance (CFG) is not 1
+    reencode            first-frame re-encode, for models of short clips
+    """
+
+    prompt: str
+    frames: int
     width: int
-    device: torch.device
-    dtype: torch.dtype
-    fp8: bool
-    cache_dtype: torch.dtype | None
-    tile: int | None
-    rereads: bool
-    guidance: float
+    height: int
+    sampling: Sampling
+    fps: int = 16
+    seed: int = 0
+    start: Tensor | None = None
+    keep_start: bool = True
+    full_history: bool = False
+    source: Tensor | None = None
+    strength: float = 1.0
+    negative: str = ""
+    guidance: float = 1.0
+    reencode: bool = False
+
+    @property
+    def prefix(self) -> int:
+        """Latent frames of the start."""
+        return 0 if self.start is None else latent_frames(len(self.start) - (len(self.start) - 1) % 4)
+
+    @property
+    def skipped(self) -> int:
+        """Pixel frames of the start that do not come out."""
+        return pixel_frames(self.prefix) if self.prefix and not self.keep_start else 0
+
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        return parse(self.prompt, self.fps)
+
+    @property
+    def rereads(self) -> bool:
+        """Whether a prompt, or re-encoding, makes the model read its window again."""
+        return self.reencode or any(prompt.start.transition in REREADING for prompt in self.prompts[1:])
+
+    def plan(self, cache_dtype: torch.dtype | None = None) -> Plan:
+        """Size and chunks of the rollout, in whole chunks."""
+        frames = round_up_to_chunks(latent_frames(self.frames), self.sampling, self.prefix)
+        strength = 1.0 if self.source is None else self.strength
+        size = (self.height // 8, self.width // 8)
+        return Plan(self.sampling, frames, *size, 1, self.prefix, self.full_history, strength, cache_dtype)
 
 
-class BuiltIn:
+@dataclass(frozen=True)
+class Generation:
+    """A rollout with all that it needs at hand: what command line, nodes and benchmarks run.
+
+    prefix, source  latents [B, C, F, H, W] in model space; see `rollout`
+    """
+
+    network: Network
+    plan: Plan
+    prompts: PromptSchedule
+    seed: int = 0
+    prefix: Tensor | None = None
+    source: Tensor | None = None
+    reencode: Reencode | None = None
+
+    def chunks(self, on_step: OnStep | None = None) -> Iterator[tuple[Chunk, Tensor]]:
+        """(chunk, latents [B, C, frames, H, W] in model space), as they are made."""
+        return rollout(
+            self.network, self.plan, self.prompts, SeededNoise(self.seed),
+            prefix=self.prefix, source=self.source, reencode=self.reencode, on_step=on_step,
+        )  # fmt: skip
+
+    def latents(self, on_step: OnStep | None = None) -> Tensor:
+        """All latents [B, C, F, H, W] in model space."""
+        return torch.cat([x0 for _, x0 in self.chunks(on_step)], 2)
+
+    def frames(
+        self, decoder: Stream, length: int, on_step: OnStep | None = None, timer: Timer | None = None
+    ) -> Iterator[Tensor]:
+        """The first `length` frames, in pieces [B, T, H, W, 3] in 0..1 on the CPU, one per chunk."""
+        timer, wanted = timer or Timer(self.prompts.device), latent_frames(length)
+        for chunk, x0 in timer.each("rollout", self.chunks(on_step)):
+            with timer.measure("decode"):
+                piece = decoder.decode(x0[:, :, : wanted - chunk.start])[:, :length].cpu()
+            length -= piece.shape[1]
+            yield piece
+
+
+class Pipeline(ABC):
+    """The networks that a video takes, and how they are put to work.
+
+    name           what is used, for people
+    note           what else there is to say of it
+    sampling       how the model is sampled unless a request says otherwise
+    width, height  pixels of a video unless a request says otherwise
+    """
+
+    name: str
+    note: str = ""
+    sampling: Sampling
+    width: int
+    height: int
+
+    def __init__(self, runtime: Runtime | None = None) -> None:
+        self.runtime = runtime or Runtime()
+
+    def __call__(self, prompt: str | Request, **settings) -> Iterator[Tensor]:
+        """Frames [T, H, W, 3] in 0..1 of a prompt, chunk by chunk, as they are made.
+
+        `settings` are fields of `Request`: frames, seed, width, start, guidance, ... Raises ValueError for those that
+        do not go together, before anything large is loaded.
+        """
+        request = prompt if isinstance(prompt, Request) else self.request(prompt, **settings)
+        request.plan()
+        return self._frames(request)
+
+    def request(self, prompt: str, **settings) -> Request:
+        """A request with the model's own size and sampling, where `settings` do not say otherwise.
+
+        It is as long as its source, or 80 frames longer than its start, or has 81 frames.
+        """
+        start, source = settings.get("start"), settings.get("source")
+        begun = 1 if start is None else len(start) - (len(start) - 1) % 4
+        frames = begun + USUAL_FRAMES - 1 if source is None else len(source)
+        usual = {"frames": frames, "width": self.width, "height": self.height, "sampling": self.sampling}
+        return Request(prompt, **{**usual, **settings})
+
+    def memory_plan(self, request: Request) -> MemoryPlan:
+        """What a request takes of the device's memory, before anything large is loaded."""
+        return MemoryPlan(
+            config=self.config,
+            plan=request.plan(self.runtime.cache_dtype),
+            dtype=self.runtime.dtype,
+            weights=self.weight_bytes,
+            decoder=self.decoder_memory,
+            fp8=self.runtime.fp8,
+            tile=self.runtime.tile,
+            rereads=request.rereads,
+            guided=request.guidance != 1,
+        )
+
+    def prepare(
+        self, request: Request, timer: Timer | None = None, on_ignored: Callable[[str, list[str]], None] | None = None
+    ) -> tuple[Generation, Stream]:
+        """The rollout of a request and the decoder of its latents; networks are loaded one after the other.
+
+        on_ignored  called with (reason, words) where some words of a prompt do not count
+        """
+        runtime, timer = self.runtime, timer or Timer(self.runtime.device)
+        plan = request.plan(runtime.cache_dtype)
+        begin = request.start if request.start is None else request.start[: pixel_frames(request.prefix)]
+        prefix, source = (self._encode_clip(clip, timer) for clip in (begin, _fit_length(request.source, plan.frames)))
+        with timer.measure("load"):
+            autoencoder, text = self.load_autoencoder(), self.load_text_encoder()
+            decoder = self.decoder_stream(autoencoder)
+        for prompt in request.prompts:
+            for words, reason in self.ignored_words(text, prompt.text):
+                if words and on_ignored:
+                    on_ignored(reason, words)
+        with timer.measure("prompt"):
+            prompts = self._encode_prompts(text, request, plan)
+        del text
+        release_memory(runtime.device)
+        reencode = (lambda latents: self.encode_still(autoencoder, latents)) if request.reencode else None
+        with timer.measure("load"):
+            network = Network(self.load_model(), runtime.dtype, runtime.attention, runtime.ops)
+        return Generation(network, plan, prompts, request.seed, prefix, source, reencode), decoder
+
+    def _frames(self, request: Request) -> Iterator[Tensor]:
+        generation, decoder = self.prepare(request)
+        return drop_frames((piece[0] for piece in generation.frames(decoder, request.frames)), request.skipped)
+
+    def _encode_clip(self, clip: Tensor | None, timer: Timer) -> Tensor | None:
+        """Latents [1, C, F, H, W] of frames [T, H, W, 3]; the encoder is freed again."""
+        if clip is None:
+            return None
+        with timer.measure("encode"):
+            latents = self.encode(self.load_autoencoder(), clip[None])
+        release_memory(self.runtime.device)
+        return latents
+
+    def _encode_prompts(self, text: nn.Module, request: Request, plan: Plan) -> PromptSchedule:
+        def place(embeds: Tensor) -> Tensor:
+            return embeds.to(self.runtime.device, self.runtime.dtype)
+
+        prompts = [(prompt.start, place(text.encode([prompt.text]))) for prompt in request.prompts]
+        negative = place(self.encode_negative(text, request.negative)) if request.guidance != 1 else None
+        return schedule(prompts, plan.chunks, negative, request.guidance)
+
+    # --- What one pipeline has and another has not -------------------------------------------------------------------
+
+    config: WanConfig
+    weight_bytes: int
+    decoder_memory: DecoderMemory
+
+    @abstractmethod
+    def load_model(self) -> WanModel:
+        """The model on its device, in float8 where that was asked for."""
+
+    @abstractmethod
+    def load_text_encoder(self) -> nn.Module:
+        """Prompt -> embeddings; dropped before the model comes."""
+
+    @abstractmethod
+    def load_autoencoder(self) -> nn.Module:
+        """Latents <-> frames."""
+
+    @abstractmethod
+    def decoder_stream(self, autoencoder: nn.Module) -> Stream:
+        """Latents in model space -> frames, streaming. Raises ValueError for tiles that it does not have."""
+
+    @abstractmethod
+    def encode(self, autoencoder: nn.Module, frames: Tensor) -> Tensor:
+        """Frames [1, 1 + 4k, H, W, 3] in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU."""
+
+    @abstractmethod
+    def encode_still(self, autoencoder: nn.Module, latents: Tensor) -> Tensor:
+        """The last picture of latents [1, C, F, H, W] as the latent [1, C, 1, H, W] of a still."""
+
+    @abstractmethod
+    def encode_negative(self, text: nn.Module, prompt: str) -> Tensor:
+        """Embeddings [1, tokens, text_dim] of a prompt to lead away from; it may be empty."""
+
+    @abstractmethod
+    def ignored_words(self, text: nn.Module, prompt: str) -> Iterator[tuple[list[str], str]]:
+        """(words, why they will not count). May raise ValueError if none of the prompt does."""
+
+
+class TinyPipeline(Pipeline):
     """The built-in model."""
 
     name = "built-in"
-    note = ""
     sampling = PRESETS["tiny"]
     width = height = 64
+    decoder_memory = memory.BUILT_IN
 
     @cached_property
     def model(self) -> WanModel:
         return tiny.load_model(torch.device("cpu"), torch.float32)
 
-    def plan(self, request: Request) -> Plan:
-        config, parameters = self.model.config, sum(weight.numel() for weight in self.model.parameters())
-        return plan(request, config, parameters * request.dtype.itemsize, memory.BUILT_IN)
+    @property
+    def config(self) -> WanConfig:
+        return self.model.config
 
-    def decoder(self, request: Request) -> taehv.DecoderStream:
-        _refuse_tiles(request.tile, "the built-in decoder")
-        return taehv.DecoderStream(tiny.load_autoencoder().to(request.device, request.dtype))
+    @property
+    def weight_bytes(self) -> int:
+        return sum(weight.numel() for weight in self.model.parameters()) * self.runtime.dtype.itemsize
 
-    def encode(self, request: Request, frames: Tensor) -> Tensor:
-        """Frames [1, 1 + 4k, H, W, 3] in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU."""
-        return tiny.load_autoencoder().encode(frames)
+    def load_model(self) -> WanModel:
+        wan, runtime = self.model, self.runtime
+        if runtime.fp8:
+            del self.model  # quantised in place: the next video begins with plain weights again
+            return quantise_onto(wan, runtime.device, runtime.dtype)
+        return wan.to(runtime.device, runtime.dtype)
 
-    def text_encoder(self, request: Request) -> nn.Module:
-        return tiny.load_text_encoder().to(request.device)
+    def load_text_encoder(self) -> nn.Module:
+        return tiny.load_text_encoder().to(self.runtime.device)
 
-    def negative(self, text: nn.Module, prompt: str) -> Tensor:
+    def load_autoencoder(self) -> nn.Module:
+        return tiny.load_autoencoder()
+
+    def decoder_stream(self, autoencoder: nn.Module) -> DecoderStream:
+        _refuse_tiles(self.runtime.tile, "the built-in decoder")
+        return DecoderStream(autoencoder.to(self.runtime.device, self.runtime.dtype))
+
+    def encode(self, autoencoder: nn.Module, frames: Tensor) -> Tensor:
+        return autoencoder.encode(frames)
+
+    def encode_still(self, autoencoder: nn.Module, latents: Tensor) -> Tensor:
+        return autoencoder.still(latents)
+
+    def encode_negative(self, text: nn.Module, prompt: str) -> Tensor:
         return text.encode([prompt]) if prompt.strip() else text.null(1)
 
-    def wan(self, request: Request) -> WanModel:
-        wan, device, dtype = self.model, request.device, request.dtype
-        return in_float8(wan, device, dtype) if request.fp8 else wan.to(device, dtype)
-
-    def left_out(self, text: nn.Module, prompt: str) -> Iterator[tuple[list[str], str]]:
-        """(words, why they will not count). Raises ValueError if none of the prompt does."""
+    def ignored_words(self, text: nn.Module, prompt: str) -> Iterator[tuple[list[str], str]]:
         text.tokens(prompt)
         yield text.unknown(prompt), "the built-in model does not know these words and leaves them out"
         yield text.truncated(prompt), "the built-in model has no room for these words and leaves them out"
 
 
 @dataclass(frozen=True)
-class Files:
-    """A user's files. `vae` is a Wan VAE or, with `tiny_decoder`, a TAEHV; `lora` is merged into the model."""
+class ModelFiles:
+    """A user's files: a causal Wan model, its text encoder and its autoencoder.
+
+    vae            a Wan VAE or, with `is_taehv`, a TAEHV
+    tokenizer      where the text encoder's file lacks it
+    family         how the model is sampled; None: guessed
+    lora           merged into the model, `lora_strength` times
+    """
 
     model: Path
-    text: Path
+    text_encoder: Path
     vae: Path
-    tiny_decoder: bool = False
+    is_taehv: bool = False
     tokenizer: Path | None = None
     family: str | None = None
     lora: Path | None = None
     lora_strength: float = 1.0
 
+
+class FilePipeline(Pipeline):
+    """A user's files. Only the model's header is read at first; raises as `checkpoints.load.describe` does."""
+
     width, height = 832, 480
 
-    @cached_property
-    def about(self) -> Description:
-        """What the model is, from its header. Raises as `checkpoint.describe`."""
-        return describe(self.model, self.family, self.lora, self.lora_strength)
+    def __init__(self, files: ModelFiles, runtime: Runtime | None = None) -> None:
+        super().__init__(runtime)
+        self.files = files
+        self.description = describe(files.model, files.family, files.lora, files.lora_strength)
+        self.name, self.note, self.sampling = str(files.model), self.description.note, self.description.sampling
+        self.config = self.description.config
+        self.decoder_memory = memory.TAEHV if files.is_taehv else memory.WAN_VAE
 
     @property
-    def name(self) -> str:
-        return str(self.model)
+    def weight_bytes(self) -> int:
+        return loaded_weight_bytes(self.description, self.runtime.dtype)
 
     @property
-    def note(self) -> str:
-        return self.about.note
-
-    @property
-    def sampling(self) -> Sampling:
-        return self.about.sampling
-
-    def plan(self, request: Request) -> Plan:
-        decoder = memory.TAEHV if self.tiny_decoder else memory.WAN_VAE
-        return plan(request, self.about.config, weights_in(self.about, request.dtype), decoder)
-
-    def autoencoder(self, request: Request) -> wan_vae.WanVAE | taehv.TAEHV:
-        kind = taehv.TAEHV if self.tiny_decoder else wan_vae.WanVAE
-        return _autoencoder(kind, self.vae, self.about.config.channels).to(request.device, request.dtype)
-
-    @property
-    def light(self) -> bool:
+    def is_light(self) -> bool:
         """Whether the TAEHV is lighttaew2_1; nothing but the name tells."""
-        return "lighttae" in self.vae.name.lower()
+        return "lighttae" in self.files.vae.name.lower()
 
-    def encode(self, request: Request, frames: Tensor) -> Tensor:
-        """Frames [1, 1 + 4k, H, W, 3] in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU.
+    def load_model(self) -> WanModel:
+        files, device, dtype = self.files, self.runtime.device, self.runtime.dtype
+        if self.description.dtype is E4M3:
+            wan = load_fp8_model(load_checkpoint(files.model, files.family), device, dtype)  # takes no LoRA
+            return quantise_model(wan) if self.runtime.fp8 else wan  # what the file has in another dtype
+        lora = {"lora": files.lora, "strength": files.lora_strength}
+        if self.runtime.fp8:
+            return quantise_onto(load_model(files.model, family=files.family, **lora)[0], device, dtype)
+        return load_model(files.model, device, dtype, files.family, **lora)[0]
 
-        No more than `TOGETHER` frames are on the device at a time.
-        """
-        autoencoder = self.autoencoder(request)
-        if self.tiny_decoder:
-            stream = taehv.EncoderStream(autoencoder)
+    def load_text_encoder(self) -> nn.Module:
+        """UMT5, on the device if it fits there, else on the CPU."""
+        room, files = available_memory(self.runtime.device), self.files
+        fits = room is None or bytes_loaded(files.text_encoder) + TEXT_ENCODER_WORK < room
+        return load_text_encoder(files.text_encoder, files.tokenizer, self.runtime.device if fits else "cpu")
+
+    def load_autoencoder(self) -> wan_vae.WanVAE | taehv.TAEHV:
+        kind = taehv.TAEHV if self.files.is_taehv else wan_vae.WanVAE
+        autoencoder = _load_autoencoder(kind, self.files.vae, self.config.channels)
+        return autoencoder.to(self.runtime.device, self.runtime.dtype)
+
+    def decoder_stream(self, autoencoder: nn.Module) -> Stream:
+        if self.files.is_taehv:
+            _refuse_tiles(self.runtime.tile, "TAEHV")
+            return LightDecoderStream(autoencoder) if self.is_light else DecoderStream(autoencoder)
+        return wan_vae.DecoderStream(autoencoder, _check_tile(self.runtime.tile, autoencoder.margin))
+
+    def encode(self, autoencoder: nn.Module, frames: Tensor) -> Tensor:
+        """No more than `PIECE` frames are on the device at a time."""
+        if self.files.is_taehv:
+            stream = EncoderStream(autoencoder)
             stream.encode(frames[:, :1].expand(-1, 3, -1, -1, -1))  # its first latent is of 4 frames too: a still
         else:
-            stream = wan_vae.EncoderStream(autoencoder, _tile(request.tile, autoencoder.margin))
-        latents = torch.cat([stream.encode(piece).cpu() for piece in frames.split(TOGETHER, 1)], 2)
-        return wan_vae.to_model_space(latents) if self.tiny_decoder and self.light else latents
+            stream = wan_vae.EncoderStream(autoencoder, _check_tile(self.runtime.tile, autoencoder.margin))
+        latents = torch.cat([stream.encode(piece).cpu() for piece in frames.split(PIECE, 1)], 2)
+        return wan_vae.to_model_space(latents) if self.files.is_taehv and self.is_light else latents
 
-    def decoder(self, request: Request) -> wan_vae.DecoderStream | taehv.DecoderStream:
-        decoder = self.autoencoder(request)
-        if self.tiny_decoder:
-            _refuse_tiles(request.tile, "TAEHV")
-            return LightDecoderStream(decoder) if self.light else taehv.DecoderStream(decoder)
-        return wan_vae.DecoderStream(decoder, _tile(request.tile, decoder.margin))
+    def encode_still(self, autoencoder: nn.Module, latents: Tensor) -> Tensor:
+        last = self.decoder_stream(autoencoder).decode(latents[:, :, -4:])[:, -1:]
+        return self.encode(autoencoder, last).to(latents)
 
-    def text_encoder(self, request: Request) -> nn.Module:
-        """UMT5, on the device if it fits there, else on the CPU."""
-        room = memory_of(request.device)
-        fits = room is None or bytes_loaded(self.text) + ROOM < room
-        return load_text_encoder(self.text, self.tokenizer, request.device if fits else "cpu")
-
-    def negative(self, text: nn.Module, prompt: str) -> Tensor:
+    def encode_negative(self, text: nn.Module, prompt: str) -> Tensor:
         return text.encode([prompt])
 
-    def wan(self, request: Request) -> WanModel:
-        device, dtype = request.device, request.dtype
-        if self.about.dtype is FLOAT8:
-            wan = float8_model(load_checkpoint(self.model, self.family), device, dtype)  # takes no LoRA
-            return quantise(wan) if request.fp8 else wan  # what the file has in another dtype
-        lora = {"lora": self.lora, "strength": self.lora_strength}
-        if request.fp8:
-            return in_float8(load_model(self.model, family=self.family, **lora)[0], device, dtype)
-        return load_model(self.model, device, dtype, self.family, **lora)[0]
-
-    def left_out(self, text: nn.Module, prompt: str) -> Iterator[tuple[list[str], str]]:
-        """(words, why they will not count)."""
+    def ignored_words(self, text: nn.Module, prompt: str) -> Iterator[tuple[list[str], str]]:
         yield text.truncated(prompt), "the text encoder has no room for these words and leaves them out"
 
 
-class LightDecoderStream(taehv.DecoderStream):
+class LightDecoderStream(DecoderStream):
     """lighttaew2_1: TAEHV's layers, trained on latents as the Wan VAE makes them instead of the model's."""
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(wan_vae.from_model_space(latents))
 
 
-Source = BuiltIn | Files
+def drop_frames(pieces: Iterator[Tensor], count: int) -> Iterator[Tensor]:
+    """Pieces [T, H, W, 3] without the first `count` frames."""
+    for piece in pieces:
+        if len(piece) > count:
+            yield piece[count:]
+        count = max(0, count - len(piece))
 
 
-def plan(request: Request, config: WanConfig, weights: int, decoder: Decoder) -> Plan:
-    return Plan(
-        config=config,
-        sampling=request.sampling,
-        weights=weights,
-        frames=request.rollout_frames,
-        height=request.height,
-        width=request.width,
-        dtype=request.dtype,
-        decoder=decoder,
-        fp8=request.fp8,
-        cache_dtype=request.cache_dtype,
-        tile=request.tile,
-        rereads=request.rereads,
-        guided=request.guidance != 1,
-    )
-
-
-def weights_in(about: Description, dtype: torch.dtype) -> int:
+def loaded_weight_bytes(description: Description, dtype: torch.dtype) -> int:
     """Bytes of a file's weights once loaded to compute in `dtype`: float8 stays float8."""
-    return about.weight_bytes if about.dtype is FLOAT8 else about.parameters * dtype.itemsize
+    return description.weight_bytes if description.dtype is E4M3 else description.parameters * dtype.itemsize
 
 
-def in_float8(wan: WanModel, device: torch.device, dtype: torch.dtype) -> WanModel:
+def quantise_onto(wan: WanModel, device: torch.device, dtype: torch.dtype) -> WanModel:
     """The model on its device, its blocks in float8. One block goes at a time, so there is never a plain copy there."""
     for block in wan.blocks:
         quantise_block(block.to(device, dtype))
@@ -226,10 +481,10 @@ def in_float8(wan: WanModel, device: torch.device, dtype: torch.dtype) -> WanMod
     return wan
 
 
-def float8_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> WanModel:
+def load_fp8_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> WanModel:
     """The model of a float8 checkpoint: float8 weights of its blocks as they are, all else in `dtype`."""
     wan, state = WanModel(checkpoint.config, device="meta"), checkpoint.state_dict
-    layers = [name.removesuffix(".weight") for name, tensor in state.items() if _stays(name, tensor)]
+    layers = [name.removesuffix(".weight") for name, tensor in state.items() if _is_fp8_linear(name, tensor)]
     kept = {}
     for layer in layers:
         weight, scale = state[f"{layer}.weight"], state.get(f"{layer}.weight_scale", torch.ones(()))
@@ -243,12 +498,12 @@ def float8_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
     return wan.requires_grad_(False).eval()
 
 
-def _stays(name: str, tensor: Tensor) -> bool:
+def _is_fp8_linear(name: str, tensor: Tensor) -> bool:
     """Whether a weight is one that `Fp8Linear` holds."""
-    return name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2 and tensor.dtype is FLOAT8
+    return name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2 and tensor.dtype is E4M3
 
 
-def _autoencoder(kind: type[nn.Module], path: Path, channels: int) -> nn.Module:
+def _load_autoencoder(kind: type[nn.Module], path: Path, channels: int) -> nn.Module:
     """The autoencoder in a file, for latents of `channels`. Raises ValueError if there is none."""
     file = read_header(path)
     try:
@@ -263,7 +518,16 @@ def _autoencoder(kind: type[nn.Module], path: Path, channels: int) -> nn.Module:
     return decoder
 
 
-def _tile(tile: int | None, margin: int) -> int | None:
+def _fit_length(clip: Tensor | None, frames: int) -> Tensor | None:
+    """A clip [T, H, W, 3] for `frames` latent frames: its last frame repeated, or cut."""
+    if clip is None:
+        return None
+    length = pixel_frames(frames)
+    missing = clip[-1:].expand(max(0, length - len(clip)), -1, -1, -1)
+    return torch.cat((clip, missing))[:length]
+
+
+def _check_tile(tile: int | None, margin: int) -> int | None:
     if tile is not None and tile <= 2 * margin:
         raise ValueError(f"Got --tile {8 * tile}; tiles overlap by {16 * margin} pixels. Use {32 * margin} or more.")
     return tile

@@ -28,10 +28,10 @@ from ...sf_core.checkpoints.identify import is_scale, metadata_entry
 from ...sf_core.checkpoints.load import Checkpoint, dequantised, load_checkpoint, plain_dtype
 from ...sf_core.checkpoints.tensorfiles import map_tensors, read_header
 from ...sf_core.wan.config import WanConfig
-from ...sf_core.wan.fp8 import FLOAT8, LARGEST
-from .model import Family, loaded_again, set_family, wan_config, wan_of
+from ...sf_core.wan.fp8 import E4M3, LARGEST
+from .model import Family, load_again, set_family, wan_config, wan_of
 
-PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FLOAT8}
+PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": E4M3}
 IN_FULL = "full_precision_matrix_mult"  # as ComfyUI calls it
 SCALED = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}  # ComfyUI's names
 
@@ -40,7 +40,7 @@ SCALED = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """What a MODEL is made from: a file, how it is sampled (None: guessed), its precision, a LoRA merged into it."""
 
     path: Path
@@ -54,19 +54,19 @@ class Source:
         return load_checkpoint(self.path, self.family, self.lora, self.strength)
 
 
-def load_model(source: Source, disable_dynamic: bool = False) -> ModelPatcher:
-    """ComfyUI calls this where it needs a second copy of the weights. Raises as `Source.checkpoint` does."""
+def load_model(source: CheckpointSource, disable_dynamic: bool = False) -> ModelPatcher:
+    """ComfyUI calls this where it needs a second copy of the weights. Raises as `CheckpointSource.checkpoint` does."""
     return from_checkpoint(source.checkpoint(), source, disable_dynamic)
 
 
-def from_checkpoint(checkpoint: Checkpoint, source: Source, disable_dynamic: bool = False) -> ModelPatcher:
+def from_checkpoint(checkpoint: Checkpoint, source: CheckpointSource, disable_dynamic: bool = False) -> ModelPatcher:
     """The model in a checkpoint of that source."""
     dtype = PRECISIONS[source.precision]
     metadata, options = wan_metadata(checkpoint.config), {}
-    if dtype is FLOAT8 or (dtype is None and checkpoint.dtype in SCALED):
+    if dtype is E4M3 or (dtype is None and checkpoint.dtype in SCALED):
         plain = plain_dtype(checkpoint.dtype)
-        state, layers = in_float8(checkpoint.state_dict, plain, dtype is FLOAT8, multiplies_in_full(source.path))
-        metadata |= quantisation(layers)
+        state, layers = to_comfy_fp8(checkpoint.state_dict, plain, dtype is E4M3, multiplies_in_full(source.path))
+        metadata |= quantisation_metadata(layers)
     elif dtype is None:
         state = dict(checkpoint.state_dict)
     else:
@@ -80,7 +80,7 @@ def from_checkpoint(checkpoint: Checkpoint, source: Source, disable_dynamic: boo
     return patcher
 
 
-def float8_of(patcher: ModelPatcher) -> ModelPatcher:
+def quantise_model(patcher: ModelPatcher) -> ModelPatcher:
     """A MODEL with the matrices of its blocks in float8, and its patches; one that is float8 already as it is.
 
     Reads the weights anew by the MODEL's own loader, since those at work may have LoRAs in them. Raises ValueError for
@@ -95,23 +95,23 @@ def float8_of(patcher: ModelPatcher) -> ModelPatcher:
             "Load Self Forcing Model or Load Diffusion Model, or leave this node out."
         )
     loader = patcher.cached_patcher_init
-    if patcher.model not in _float8:
-        _float8[patcher.model] = load_float8(loader, disable_dynamic=not patcher.is_dynamic())
-    clone = patcher.clone(model_override=_float8[patcher.model].get_clone_model_override())
-    clone.cached_patcher_init = (load_float8, (loader,))
+    if patcher.model not in _quantised:
+        _quantised[patcher.model] = load_quantised(loader, disable_dynamic=not patcher.is_dynamic())
+    clone = patcher.clone(model_override=_quantised[patcher.model].get_clone_model_override())
+    clone.cached_patcher_init = (load_quantised, (loader,))
     clone.size = 0  # it was counted for the other weights; ComfyUI counts again
     return clone
 
 
-_float8: WeakKeyDictionary[BaseModel, ModelPatcher] = WeakKeyDictionary()  # made once, whatever LoRAs come and go
+_quantised: WeakKeyDictionary[BaseModel, ModelPatcher] = WeakKeyDictionary()  # made once, whatever LoRAs come and go
 
 
-def load_float8(loader: tuple, disable_dynamic: bool = False) -> ModelPatcher:
+def load_quantised(loader: tuple, disable_dynamic: bool = False) -> ModelPatcher:
     """What a MODEL's own loader gives, with the matrices of the blocks in float8."""
-    network = loaded_again(loader).model.diffusion_model
+    network = load_again(loader).model.diffusion_model
     state = network.state_dict()
-    state, layers = in_float8(state, state["blocks.0.self_attn.q.weight"].dtype, True)
-    metadata = wan_metadata(wan_config(network)) | quantisation(layers)
+    state, layers = to_comfy_fp8(state, state["blocks.0.self_attn.q.weight"].dtype, True)
+    metadata = wan_metadata(wan_config(network)) | quantisation_metadata(layers)
     return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=disable_dynamic)
 
 
@@ -126,7 +126,7 @@ def multiplies_in_full(path: Path) -> bool:
     )
 
 
-def quantisation(layers: dict[str, dict]) -> dict[str, str]:
+def quantisation_metadata(layers: dict[str, dict]) -> dict[str, str]:
     """The metadata that names quantised layers."""
     return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
 
@@ -144,7 +144,7 @@ def wan_metadata(config: WanConfig) -> dict[str, str]:
     return {"config": json.dumps({"transformer": fields})}
 
 
-def in_float8(
+def to_comfy_fp8(
     state: dict[str, Tensor], dtype: torch.dtype, quantise: bool, in_full: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """A state dict in ComfyUI's form of float8, and for each quantised layer its format.
@@ -166,17 +166,17 @@ def in_float8(
             if (inputs := state.get(f"{layer}.input_scale")) is not None:
                 done[f"{layer}.input_scale"] = inputs
         elif matrix and (tensor.dtype in SCALED or (quantise and name.startswith("blocks."))):
-            done |= scaled(name, dequantised({name: tensor, f"{name}_scale": scale}, torch.float32)[name])
-            layers[layer] = {"format": SCALED[FLOAT8], IN_FULL: True}
+            done |= quantise_matrix(name, dequantised({name: tensor, f"{name}_scale": scale}, torch.float32)[name])
+            layers[layer] = {"format": SCALED[E4M3], IN_FULL: True}
         else:
             done[name] = tensor.to(dtype) if tensor.dtype in SCALED else tensor
     return done, layers
 
 
-def scaled(name: str, matrix: Tensor) -> dict[str, Tensor]:
+def quantise_matrix(name: str, matrix: Tensor) -> dict[str, Tensor]:
     """A matrix [out, in] as float8 with one scale: weight = float8 * scale."""
     scale = matrix.abs().amax().float().clamp(min=1e-12) / LARGEST
-    return {name: (matrix / scale).to(FLOAT8), f"{name}_scale": scale}
+    return {name: (matrix / scale).to(E4M3), f"{name}_scale": scale}
 
 
 # --- VAE -------------------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...sf_core.sampling.prompt_text import Entrance
-from ...sf_core.sampling.rollout import Reencode
+from ...sf_core.sampling.context import Reencode
+from ...sf_core.sampling.prompt_text import StartTime
 from ...sf_core.wan.model import WanLayers
 
-ENTRANCE = "self_forcing_entrance"  # key of a CONDITIONING entry: the storyboard.Entrance of a prompt after the first
+START = "self_forcing_entrance"  # key of a CONDITIONING entry: the StartTime of a prompt after the first
 
 
-def latents_of(latent: dict, wan: WanLayers, what: str = "latent") -> Tensor:
+def read_latents(latent: dict, wan: WanLayers, what: str = "latent") -> Tensor:
     """The samples [B, C, F, H, W] of a LATENT that fits the model. Raises ValueError where it does not."""
     samples, channels = latent["samples"], wan.config.channels
     if samples.ndim != 5 or samples.shape[1] != channels:
@@ -29,35 +29,35 @@ def latents_of(latent: dict, wan: WanLayers, what: str = "latent") -> Tensor:
     return samples
 
 
-def entering(conditioning: list, entrance: Entrance) -> list:
+def start_later(conditioning: list, start: StartTime) -> list:
     """The first entry of a prompt's CONDITIONING as one that comes in later.
 
-    The entrance stands in the entry's dict. For stock samplers the entry starts when sampling is over, so that they
+    The start time stands in the entry's dict. For stock samplers the entry starts when sampling is over, so that they
     follow the first prompt alone.
     """
     embeds, values = conditioning[0]
-    return [embeds, {**values, ENTRANCE: entrance, "start_percent": 1.0}]
+    return [embeds, {**values, START: start, "start_percent": 1.0}]
 
 
-def in_order(conditioning: list) -> list:
+def take_scheduled(conditioning: list) -> list:
     """The first entry and those right after it that come in later; the rest is what others have combined with it."""
     first, *others = conditioning
-    return [first, *takewhile(lambda entry: ENTRANCE in entry[1], others)]
+    return [first, *takewhile(lambda entry: START in entry[1], others)]
 
 
-def prompts_of(conditioning: list, batch: int) -> list[tuple[Entrance, Tensor]]:
+def read_prompts(conditioning: list, batch: int) -> list[tuple[StartTime, Tensor]]:
     """The first entry and those right after it that come in later, with embeddings [B, tokens, width] for `batch`.
 
     Whatever else stock nodes have combined with it is left out. Raises ValueError if there is no entry.
     """
     if not conditioning:
         raise ValueError("Got empty conditioning; the sampler needs a prompt. Connect Self Forcing Prompt.")
-    first, *later = in_order(conditioning)
-    prompts = [(Entrance(), first[0]), *((values[ENTRANCE], embeds) for embeds, values in later)]
-    return [(entrance, comfy.utils.repeat_to_batch_size(embeds, batch)) for entrance, embeds in prompts]
+    first, *later = take_scheduled(conditioning)
+    prompts = [(StartTime(), first[0]), *((values[START], embeds) for embeds, values in later)]
+    return [(start, comfy.utils.repeat_to_batch_size(embeds, batch)) for start, embeds in prompts]
 
 
-def negative_of(conditioning: list | None, batch: int) -> Tensor:
+def read_negative(conditioning: list | None, batch: int) -> Tensor:
     """Embeddings [B, tokens, width] of a negative prompt. Raises ValueError if there is none."""
     if not conditioning:
         raise ValueError(
@@ -67,7 +67,7 @@ def negative_of(conditioning: list | None, batch: int) -> Tensor:
     return comfy.utils.repeat_to_batch_size(conditioning[0][0], batch)
 
 
-def still_of(patcher: ModelPatcher, vae: comfy.sd.VAE, free: int) -> Reencode:
+def still_encoder(patcher: ModelPatcher, vae: comfy.sd.VAE, free: int) -> Reencode:
     """First-frame re-encode by a VAE of ComfyUI, after which the model has its place and `free` bytes again."""
 
     def still(latents: Tensor) -> Tensor:

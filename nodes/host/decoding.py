@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ...sf_core import memory
 from ...sf_core.autoencoders import taehv, wan_vae
+from ...sf_core.autoencoders.stream import DecoderStream, pixel_frames
 from . import tiny
-from .generation import Kept
+from .generation import TailBuffer
 from .memory import check_frames
 from .progress import as_preview, check_cancelled, frame_picture
 
@@ -38,11 +39,11 @@ def check_tile(tile: int) -> None:
         )
 
 
-Stream = taehv.DecoderStream | wan_vae.DecoderStream
+Stream = DecoderStream | wan_vae.DecoderStream
 
 
 @dataclass(frozen=True)
-class Decoder:
+class StreamingDecoder:
     """A VAE of ComfyUI and how the core streams it.
 
     stream          makes the stream, with the weights on their device; takes the side of tiles in latent pixels
@@ -54,7 +55,7 @@ class Decoder:
     vae: comfy.sd.VAE
     stream: Callable[[int | None], Stream]
     to_model_space: Callable[[Tensor], Tensor]
-    memory: memory.Decoder
+    memory: memory.DecoderMemory
     remedy: str = "Make a smaller video."
 
     def decode(self, samples: Tensor, tile: int | None) -> Tensor:
@@ -62,17 +63,17 @@ class Decoder:
 
         One video after the other, with progress, previews and Cancel.
         """
-        pixels, length = samples.shape[3] * samples.shape[4] * 64, len(samples) * (4 * samples.shape[2] - 3)
+        pixels, length = samples.shape[3] * samples.shape[4] * 64, len(samples) * pixel_frames(samples.shape[2])
         check_frames(length, pixels, "Use Self Forcing Stream with a file, and set its keep to 81.")
         self.load(self.held(pixels, tile) + self.used(pixels, tile))
         stream, bar = self.stream(tile), comfy.utils.ProgressBar(len(samples) * samples.shape[2])
-        kept = Kept(length, length, dim=0)
+        kept = TailBuffer(length, length, dim=0)
         for video in samples.split(1):
             stream.reset()
             for piece in video.split(4 if tile else 3, dim=2):
                 check_cancelled()
                 frames = self.piece(stream, piece)
-                kept.add(frames)
+                kept.append(frames)
                 picture = as_preview(frame_picture(frames[-1]))
                 bar.update_absolute(bar.current + piece.shape[2], preview=picture)
         return kept.tensor.unflatten(0, (len(samples), -1))
@@ -94,28 +95,28 @@ class Decoder:
         """Bytes that it takes while it decodes."""
         return self.memory.used(pixels, tile) * self.vae.vae_dtype.itemsize
 
-    def load(self, room: int) -> None:
-        """Brings the VAE to its device, with `room` bytes free beside it."""
+    def load(self, reserve_bytes: int) -> None:
+        """Brings the VAE to its device, with `reserve_bytes` free beside it."""
         whole = isinstance(self.vae.first_stage_model, tiny.HostAutoencoder)  # plain torch layers are not brought later
-        management.load_models_gpu([self.vae.patcher], memory_required=room, force_full_load=whole)
+        management.load_models_gpu([self.vae.patcher], memory_required=reserve_bytes, force_full_load=whole)
 
 
-def streaming_decoder(host_vae: comfy.sd.VAE) -> Decoder | None:
+def streaming_decoder(host_vae: comfy.sd.VAE) -> StreamingDecoder | None:
     """How a VAE is streamed; None for those that are not."""
     model = host_vae.first_stage_model
     if isinstance(model, tiny.HostAutoencoder):
-        return Decoder(
-            host_vae, lambda _: taehv.DecoderStream(model.autoencoder), model.to_model_space, memory.BUILT_IN
+        return StreamingDecoder(
+            host_vae, lambda _: DecoderStream(model.autoencoder), model.to_model_space, memory.BUILT_IN
         )
     if isinstance(model, HostTAEHV) and model.latent_channels in (16, 48):
-        return Decoder(
+        return StreamingDecoder(
             host_vae,
-            lambda _: taehv.DecoderStream(taehv.TAEHV.from_state_dict(_weights(host_vae))),
+            lambda _: DecoderStream(taehv.TAEHV.from_state_dict(_weights(host_vae))),
             model.process_in,
             memory.TAEHV,
         )
     if isinstance(model, HostWanVAE) and (host_vae.output_channels, host_vae.conv_out_channels) == (3, 3):
-        return Decoder(
+        return StreamingDecoder(
             host_vae,
             lambda tile: wan_vae.DecoderStream(wan_vae.WanVAE.from_state_dict(_weights(host_vae)), tile),
             wan_vae.to_model_space,

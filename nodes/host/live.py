@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -19,12 +19,13 @@ from comfy_api.latest import io, ui
 from latent_preview import MAX_PREVIEW_RESOLUTION
 from torch import Tensor
 
-from ...sf_core.sampling.rollout import Progress
+from ...sf_core.autoencoders.stream import latent_frames, pixel_frames
 from ...sf_core.video import save_video
-from .decoding import Decoder, check_channels, streaming_decoder
-from .generation import Job, Kept
+from ..inputs import StreamInputs
+from .decoding import StreamingDecoder, check_channels, streaming_decoder
+from .generation import HostGeneration, TailBuffer
 from .memory import check_frames
-from .progress import check_cancelled, frame_picture, send
+from .progress import StepProgress, frame_picture, send
 
 EVENT = "self_forcing.frames"  # what web/stream.js listens to
 
@@ -32,7 +33,7 @@ EVENT = "self_forcing.frames"  # what web/stream.js listens to
 QUALITY = 92  # of the JPEGs it shows; as many pixels of colour as of brightness, since small frames are enlarged
 
 
-def decoder_of(vae: comfy.sd.VAE, samples: Tensor) -> Decoder:
+def require_decoder(vae: comfy.sd.VAE, samples: Tensor) -> StreamingDecoder:
     """How the VAE is streamed. Raises ValueError where it cannot be, or for several videos at once."""
     check_channels(samples, vae)
     if len(samples) > 1:
@@ -49,94 +50,89 @@ def decoder_of(vae: comfy.sd.VAE, samples: Tensor) -> Decoder:
     return decoder
 
 
-def destination(prefix: str, job: Job) -> Path:
+def next_file(prefix: str, generation: HostGeneration) -> Path:
     """The next free .mp4 of that name in ComfyUI's output folder."""
-    _, _, _, height, width = job.shape
+    plan = generation.plan
     folder, name, counter, _, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory(), 8 * width, 8 * height
+        prefix, folder_paths.get_output_directory(), 8 * plan.width, 8 * plan.height
     )
     return Path(folder) / f"{name}_{counter:05}_.mp4"
 
 
-def _result(path: Path) -> ui.SavedResult:
+def saved_result(path: Path) -> ui.SavedResult:
     folder = path.parent.relative_to(folder_paths.get_output_directory())
     return ui.SavedResult(path.name, "" if folder == Path() else folder.as_posix(), io.FolderType.output)
 
 
 @dataclass(frozen=True)
-class Stream:
-    """A job whose chunks are decoded as they come, and shown on `node` at `fps`.
+class LiveVideo:
+    """A generation whose chunks are decoded as they come, and shown on `node`; `given` says how."""
 
-    tile         of the decoder, in latent pixels; None: the whole picture
-    keep         frames at the end that are kept; 0: all
-    keep_prefix  whether those of the prefix are shown, written and kept
-    """
-
-    job: Job
-    decoder: Decoder
-    tile: int | None
-    fps: float
+    generation: HostGeneration
+    decoder: StreamingDecoder
+    given: StreamInputs
     node: type[io.ComfyNode]
-    keep: int
-    keep_prefix: bool
+
+    @property
+    def tile(self) -> int | None:
+        """Side of the decoder's tiles in latent pixels; None: the whole picture."""
+        return self.given.tile // 8 or None
 
     @property
     def length(self) -> int:
         """Frames of the whole video."""
-        return 4 * self.job.shape[2] - 3
+        return pixel_frames(self.generation.length)
 
     @property
-    def beside(self) -> int:
+    def reserve_bytes(self) -> int:
         """Bytes that the decoder takes beside the model, with which it takes turns."""
-        _, _, _, height, width = self.job.shape
-        pixels = 64 * height * width
-        more = self.decoder.used(pixels, self.tile) - self.job.needed.activations
+        pixels = self.generation.pixels
+        more = self.decoder.used(pixels, self.tile) - self.generation.memory.use.activations
         return self.decoder.held(pixels, self.tile) + max(0, more)
 
     @property
     def skipped(self) -> int:
         """Latent frames of a prefix that is left out."""
-        return 0 if self.keep_prefix else self.job.given
+        return 0 if self.given.keep_prefix else self.generation.plan.prefix
 
     @property
     def first(self) -> int:
         """The first frame that is shown."""
-        return 4 * self.skipped - 3 if self.skipped else 0
+        return pixel_frames(self.skipped) if self.skipped else 0
 
     @cached_property
-    def images(self) -> Kept:
+    def images(self) -> TailBuffer:
         """The frames [T, H, W, 3] that are kept."""
         there = self.length - self.first
-        return Kept(self.length, min(self.keep or there, there), dim=0)
+        return TailBuffer(self.length, min(self.given.keep or there, there), dim=0)
 
     @cached_property
-    def latents(self) -> Kept:
+    def latents(self) -> TailBuffer:
         """The raw latents [1, C, F, H, W] of these frames."""
-        frames = self.job.shape[2]
+        frames, keep = self.generation.length, self.given.keep
         there = frames - self.skipped
-        return Kept(frames, min(1 + -(-(self.keep - 1) // 4), there) if self.keep else there, dim=2)
+        return TailBuffer(frames, min(latent_frames(keep), there) if keep else there, dim=2)
 
     def run(self, file: Path | None) -> None:
         """Makes the video. With a file, what was made stays there whatever happens."""
-        pixels = 64 * self.job.shape[3] * self.job.shape[4]
-        check_frames(self.images.total - self.images.first, pixels, "Give file a name, and set keep to 81.")
-        self.decoder.load(self.beside)
-        with self.job.loaded(self.beside, self.decoder.vae.patcher):
+        kept = self.images.total - self.images.first
+        check_frames(kept, self.generation.pixels, "Give file a name, and set keep to 81.")
+        self.decoder.load(self.reserve_bytes)
+        with self.generation.loaded(self.reserve_bytes, self.decoder.vae.patcher):
             if file is None:
                 deque(self.frames(), maxlen=0)
             else:
-                written = {**_metadata(self.node), "seed": str(self.job.seed)}
-                save_video(file, self.frames(), self.fps, keep=True, metadata=written)
+                written = {**_metadata(self.node), "seed": str(self.generation.seed)}
+                save_video(file, self.frames(), self.given.fps, keep=True, metadata=written)
 
     def frames(self) -> Iterator[Tensor]:
         """The frames [T, H, W, 3] in 0..1 that are shown, chunk by chunk."""
-        done, frames, stream = 0, self.job.shape[2], self.decoder.stream(self.tile)
-        for chunk in self.job.chunks(_steps(), beside=self.beside):
-            latents = chunk.latents[:, :, : frames - chunk.span.start]
-            raw = self.job.model.model.process_latent_out(latents)
+        done, generation, stream = 0, self.generation, self.decoder.stream(self.tile)
+        for chunk, x0 in generation.chunks(StepProgress(), reserve_bytes=self.reserve_bytes):
+            raw = generation.model.model.process_latent_out(x0[:, :, : generation.length - chunk.start])
             piece = self.decoder.piece(stream, raw)
-            self.latents.add(raw.to(piece.device))
-            self.images.add(piece)
+            self.latents.append(raw.to(piece.device))
+            self.images.append(piece)
             new = piece[max(0, self.first - done) :]
             done += len(piece)
             if len(new):
@@ -148,7 +144,7 @@ class Stream:
         send(
             self.node, EVENT,
             lambda: {
-                "first": self.first, "at": at, "length": self.length, "fps": self.fps,
+                "first": self.first, "at": at, "length": self.length, "fps": self.given.fps,
                 "frames": [_jpeg(frame) for frame in frames],
             },
         )  # fmt: skip
@@ -168,16 +164,3 @@ def _metadata(node: type[io.ComfyNode]) -> dict[str, str]:
         return {}
     written = {**(node.hidden.extra_pnginfo or {}), "prompt": node.hidden.prompt}
     return {name: json.dumps(value) for name, value in written.items() if value is not None}
-
-
-def _steps() -> Callable[[Progress], None]:
-    """Steps on the node's progress bar; Cancel is heard here."""
-    bar, done = comfy.utils.ProgressBar(1), 0
-
-    def step(progress: Progress) -> None:
-        nonlocal done
-        check_cancelled()
-        done += 1
-        bar.update_absolute(done, progress.total)
-
-    return step

@@ -121,7 +121,7 @@ def attention_of(patcher: ModelPatcher, compiled: bool = False, options: dict | 
     return PatchedAttention(patcher.model_options["transformer_options"] if options is None else options, kernel)
 
 
-def loaded_again(loader: tuple) -> ModelPatcher:
+def load_again(loader: tuple) -> ModelPatcher:
     """A MODEL with weights of its own, as its `cached_patcher_init` (function, arguments, index of several) says."""
     load, arguments, *index = loader
     loaded = load(*arguments, disable_dynamic=True)
@@ -144,7 +144,7 @@ def for_compiling(patcher: ModelPatcher) -> ModelPatcher:
             "memory is on. Use Load Self Forcing Model, or set compile to off."
         )
     if patcher.model not in _static:
-        _static[patcher.model] = loaded_again(patcher.cached_patcher_init)
+        _static[patcher.model] = load_again(patcher.cached_patcher_init)
     return patcher.clone(disable_dynamic=True, model_override=_static[patcher.model].get_clone_model_override())
 
 

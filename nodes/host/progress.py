@@ -69,26 +69,40 @@ def check_cancelled() -> None:
     management.throw_exception_if_processing_interrupted()
 
 
-class SamplingProgress:
-    """A step of a rollout on the node's progress bar, with a picture of the newest frames; Cancel is heard here.
+class StepProgress:
+    """Denoising steps on the node's progress bar, the one `on_step` of all nodes; Cancel is heard here."""
+
+    def __init__(self) -> None:
+        self.bar, self.done = comfy.utils.ProgressBar(1), 0
+
+    def __call__(self, progress: Progress) -> None:
+        check_cancelled()
+        self.done += 1
+        self.show(progress)
+
+    def show(self, progress: Progress) -> None:
+        self.bar.update_absolute(self.done, progress.total)
+
+
+class PreviewProgress(StepProgress):
+    """The same with a picture of the newest frames.
 
     `compiling` notes that the first step takes longer, and then how long it took.
     """
 
     def __init__(self, patcher: ModelPatcher, notes: Notes, compiling: bool) -> None:
-        self.bar, self.done, self.shown = comfy.utils.ProgressBar(1), 0, -math.inf
+        super().__init__()
+        self.shown = -math.inf
         self.preview = family_of(patcher).preview
         self.previewer = previewer_of(patcher)
         self.notes, self.began = notes, time.monotonic() if compiling else None
         if compiling:
             notes.add("Compiling. The first step takes longer.")
 
-    def __call__(self, progress: Progress) -> None:
-        check_cancelled()
+    def show(self, progress: Progress) -> None:
         if self.began is not None:
             self.notes.add(f"First step with compiling: {time.monotonic() - self.began:.0f} s")
             self.began = None
-        self.done += 1
         self.bar.update_absolute(self.done, progress.total, self.picture(progress.x0))
 
     def picture(self, x0: Tensor) -> Preview | None:

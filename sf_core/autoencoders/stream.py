@@ -7,6 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+TIME = 4  # pixel frames of every latent frame but the first, which holds one
+
+
+def latent_frames(pixels: int) -> int:
+    """Latent frames that hold so many pixel frames: 1 + ceil((pixels - 1) / 4)."""
+    return 1 + -(-(pixels - 1) // TIME)
+
+
+def pixel_frames(latents: int) -> int:
+    """Pixel frames that so many latent frames decode to: 1 + 4 (latents - 1)."""
+    return 1 + TIME * (latents - 1)
+
 
 class Stateful(nn.Module):
     """A layer that remembers: forward(x [B, T, C, H, W], state) -> (y, state); state is None before the first frame."""

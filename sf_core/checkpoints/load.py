@@ -27,73 +27,13 @@ from torch import Tensor
 
 from ..sampling.config import Sampling
 from ..sampling.families import DEFAULT, FAMILIES, Guess, family_named, guess_family
-from ..wan.cache import RollingCache
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
 from .identify import FLOAT8, GET_ONE, Found, find_wan, is_scale, metadata_entry
 from .lora import Merged, read_lora
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
-__all__ = [
-    "Checkpoint", "CheckpointError", "Description", "Memory",
-    "dequantised", "describe", "load_checkpoint", "load_model", "memory_needed", "plain_dtype",
-]  # fmt: skip
-
-LONGEST_TRAINED = 21  # latent frames of a training clip, 81 frames of video
 STAGE = re.compile(r"ode[-_]init|causal[-_]ode|causal[-_]cd|ar[-_]diffusion", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that a rollout takes on the device, without the decoder. Made by `memory_needed`."""
-
-    weights: int
-    cache: int
-    text: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.cache + self.text + self.activations
-
-
-def memory_needed(
-    config: WanConfig,
-    sampling: Sampling,
-    weights: int,
-    height: int,
-    width: int,
-    frames: int = LONGEST_TRAINED,
-    dtype: torch.dtype = torch.bfloat16,
-    cache_dtype: torch.dtype | None = None,
-    rereads: bool = False,
-) -> Memory:
-    """Memory for one video of `height` x `width` pixels and `frames` latent frames, with `weights` bytes of weights.
-
-    Computed in `dtype`; the cache may be in a `cache_dtype` of its own, such as float8. With b bytes a number and
-    S = height/16 * width/16 tokens a latent frame:
-
-    cache        2 layers min(window, frames) S dim b; in float8 b is 1, and each token and head has a float32 scale;
-                 sinks whose positions move along keep their first keys too: layers sink S dim b
-    text         2 layers text_len dim b: keys and values of the prompt
-    activations  chunk S (2 ffn_dim + 20 dim) b, and 3 min(window, frames) S dim b where a float8 cache is turned back;
-                 with `rereads` the whole window takes the chunk's place, as a prompt switch by recache reads it
-
-    The cache is exact. Activations are an estimate: the feed-forward with both its halves alive and what a block holds
-    besides, fitted to measured peaks (10 % above them for 1 to 3 layers in float32 and bfloat16).
-    """
-    height, width = height // 8, width // 8
-    size = {"batch": 1, "height": height, "width": width, "device": "meta", "dtype": cache_dtype or dtype}
-    cache = RollingCache.for_rollout(config, sampling, frames, **size)
-    tokens = (cache.slots if rereads else sampling.chunk) * cache.tokens
-    kept = config.layers * cache.sink * cache.tokens * config.dim * dtype.itemsize if cache.pinned else 0
-    turned_back = 3 * cache.slots * cache.tokens * config.dim if size["dtype"] in FLOAT8 else 0
-    return Memory(
-        weights=weights,
-        cache=cache.nbytes + kept,
-        text=2 * config.layers * config.text_len * config.dim * dtype.itemsize,
-        activations=(tokens * (2 * config.ffn_dim + 20 * config.dim) + turned_back) * dtype.itemsize,
-    )
 
 
 @dataclass(frozen=True)
@@ -119,24 +59,6 @@ class Description:
     tensors: int
     parameters: int
     weight_bytes: int
-
-    def memory(
-        self,
-        height: int = 480,
-        width: int = 832,
-        sampling: Sampling | None = None,
-        frames: int = LONGEST_TRAINED,
-        dtype: torch.dtype | None = None,
-        cache_dtype: torch.dtype | None = None,
-    ) -> Memory:
-        """Memory of a rollout, see `memory_needed`; `sampling` is the family's and `dtype` the file's if None.
-
-        Float8 weights are counted as they are, and computed with in bfloat16.
-        """
-        weights = self.parameters * dtype.itemsize if dtype else self.weight_bytes
-        dtype = dtype or plain_dtype(self.dtype)
-        sampling = sampling or self.sampling
-        return memory_needed(self.config, sampling, weights, height, width, frames, dtype, cache_dtype)
 
 
 @dataclass(frozen=True)

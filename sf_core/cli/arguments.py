@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
-from ..sampling.schedule import evenly
+import torch
+
+from ..device import default_device
 
 MAX_SIZE = 2048  # pixels
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+def int_in(low: int, high: int) -> Callable[[str], int]:
     """A whole number in low..high."""
 
     def parse(text: str) -> int:
@@ -21,26 +24,41 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def number_in(low: float, high: float) -> Callable[[str], float]:
+    """A number in low..high; nan and inf are none."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"got {text}; use a number from {low:g} to {high:g}")
+        return number
+
+    return parse
+
+
 def size(text: str) -> int:
     """A width or height in pixels."""
-    pixels = whole(1, 10**9)(text)
+    pixels = int_in(1, 10**9)(text)
     if pixels % 16 or pixels > MAX_SIZE:
         nearest = min(max(16, round(pixels / 16) * 16), MAX_SIZE)
         raise argparse.ArgumentTypeError(f"got {text}; use a multiple of 16 up to {MAX_SIZE}, e.g. {nearest}")
     return pixels
 
 
-def steps(text: str) -> tuple[float, ...]:
+def steps(text: str) -> tuple[float, ...] | int:
     """A number of evenly spread timesteps, or the timesteps themselves."""
     if "," in text:
         try:
             return tuple(float(step) for step in text.split(",") if step.strip())
         except ValueError:
             raise argparse.ArgumentTypeError(f"got {text}; use numbers like 1000,750,500,250") from None
-    return evenly(whole(1, 1000)(text))
+    return int_in(1, 1000)(text)
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """A number above 0, at most 1."""
     try:
         number = float(text)
@@ -53,4 +71,20 @@ def share(text: str) -> float:
 
 def window(text: str) -> int | None:
     """Latent frames, or all of them."""
-    return None if text == "all" else whole(1, 10**9)(text)
+    return None if text == "all" else int_in(1, 10**9)(text)
+
+
+def device(text: str) -> torch.device:
+    """A device by its name; auto is the GPU where there is one."""
+    if text == "auto":
+        return default_device()
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = " or ".join(kind for kind in there if there[kind])
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"got {text}, which is no device; use {usable}") from None
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if not there.get(found.type) or (found.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"got {text}, which this machine or this torch lacks; use {usable}")
+    return found

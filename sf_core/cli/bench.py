@@ -32,17 +32,22 @@ import torch
 from torch import Tensor, nn
 
 from ..autoencoders.stream import DecoderStream as TaehvStream
+from ..autoencoders.stream import pixel_frames
 from ..autoencoders.taehv import TAEHV
 from ..autoencoders.wan_vae import DecoderStream as VaeStream
 from ..autoencoders.wan_vae import WanVAE
-from ..device import device_named, peak_memory_mib, synchronise, usual_dtype
-from ..sampling.config import Sampling
+from ..device import default_dtype, peak_memory_mib, synchronise
+from ..pipeline import Generation
+from ..sampling.config import Sampling, override
 from ..sampling.noise import Noise, SeededNoise
-from ..sampling.rollout import Progress, plan_spans, rollout
-from ..wan.compile import MODES, compile_stages
+from ..sampling.plan import Plan
+from ..sampling.prompts import PromptSchedule
+from ..sampling.rollout import OnStep, Progress, rollout
+from ..wan.compile import MODES, compile_ops
 from ..wan.config import WAN_1_3B, WanConfig
-from ..wan.fp8 import FLOAT8, quantise
-from ..wan.model import WanModel
+from ..wan.fp8 import E4M3, quantise_model
+from ..wan.model import Network, WanModel
+from .arguments import device
 from .generate import DTYPES
 
 PROMPT_TOKENS = 64
@@ -50,24 +55,20 @@ PROMPT_TOKENS = 64
 
 @dataclass(frozen=True)
 class Job:
-    """What is timed: `frames` latent frames of `width` x `height` pixels, one video."""
+    """What is timed: a video of random weights."""
 
     config: WanConfig
-    sampling: Sampling
-    frames: int
-    width: int
-    height: int
+    plan: Plan
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
-    cache_dtype: torch.dtype | None = None
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        return self.height // 8, self.width // 8
 
     @property
     def pixel_frames(self) -> int:
-        return 4 * self.frames - 3
+        return pixel_frames(self.plan.frames)
+
+    def with_frames(self, frames: int) -> Job:
+        """The same with so many latent frames."""
+        return replace(self, plan=replace(self.plan, frames=frames))
 
     def weights(self) -> dict[str, Tensor]:
         """Random weights; the head's are not zero, so that latents depend on everything."""
@@ -85,24 +86,25 @@ class Job:
 
     def flops(self) -> int:
         """Operations of the transformer over the whole rollout, two for each multiplication and addition."""
-        c, sampling, total = self.config, self.sampling, 0
-        per_frame = c.tokens_per_frame(*self.latent_size)
-        for span in plan_spans(self.frames, sampling):
-            end = span.start + span.frames
-            seen = min(end, sampling.window or end) * per_frame
-            tokens = span.frames * per_frame
+        c, total = self.config, 0
+        per_frame = c.tokens_per_frame(self.plan.height, self.plan.width)
+        for chunk in self.plan.chunks:
+            attended = min(chunk.end, self.plan.sampling.window or chunk.end) * per_frame
+            tokens = chunk.frames * per_frame
             linear = c.layers * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + 2 * c.dim * 4 * c.channels
-            attention = c.layers * 2 * c.dim * (seen + c.text_len)
-            forwards = len(sampling.steps_of(span.index == 0)) + (not span.is_last)
+            attention = c.layers * 2 * c.dim * (attended + c.text_len)
+            forwards = len(self.plan.steps(chunk)) + (not chunk.is_last)
             total += forwards * 2 * tokens * (linear + attention)
         return total
 
 
+def plan_of(frames: int, width: int, height: int, sampling: Sampling = Sampling()) -> Plan:
+    """One video of `width` x `height` pixels and so many latent frames."""
+    return Plan(sampling, frames, height // 8, width // 8)
+
+
 CPU_CONFIG = WanConfig(dim=512, ffn_dim=2048, heads=4, layers=8, text_dim=512, text_len=64)
-JOBS = {
-    "wan-1.3b": Job(WAN_1_3B, Sampling(), 21, 832, 480),
-    "cpu": Job(CPU_CONFIG, Sampling(), 21, 416, 240),
-}
+JOBS = {"wan-1.3b": Job(WAN_1_3B, plan_of(21, 832, 480)), "cpu": Job(CPU_CONFIG, plan_of(21, 416, 240))}
 
 
 class Implementation(Protocol):
@@ -117,20 +119,21 @@ class Ours:
     """The engine, with float8 weights and compiled blocks where asked for."""
 
     def __init__(self, fp8: bool = False, compiled: str = "off") -> None:
-        self.fp8, self.stages = fp8, compile_stages(compiled)
+        self.fp8, self.ops = fp8, compile_ops(compiled)
 
     def prepare(self, job: Job, state_dict: dict[str, Tensor]) -> None:
         with torch.device("meta"):
             wan = WanModel(job.config)
         wan.load_state_dict({name: tensor.to(job.device) for name, tensor in state_dict.items()}, assign=True)
-        self.wan = quantise(wan) if self.fp8 else wan
+        wan = quantise_model(wan) if self.fp8 else wan
+        self.network = Network(wan, job.dtype, ops=self.ops)
 
-    def rollout(self, job: Job, embeds: Tensor, noise: Noise, on_step=None) -> Iterator[Tensor]:
-        chunks = rollout(
-            self.wan, job.sampling, embeds, noise, job.frames, *job.latent_size,
-            dtype=job.dtype, cache_dtype=job.cache_dtype, stages=self.stages, on_step=on_step,
-        )  # fmt: skip
-        return (chunk.latents for chunk in chunks)
+    def generation(self, job: Job, embeds: Tensor) -> Generation:
+        return Generation(self.network, job.plan, PromptSchedule.of(embeds))
+
+    def rollout(self, job: Job, embeds: Tensor, noise: Noise, on_step: OnStep | None = None) -> Iterator[Tensor]:
+        for _, x0 in rollout(self.network, job.plan, PromptSchedule.of(embeds), noise, on_step=on_step):
+            yield x0
 
 
 # --- Clocks ----------------------------------------------------------------------------------------------------------
@@ -168,7 +171,7 @@ def step_seconds(job: Job, ours: Ours) -> float:
     marks: list[tuple[int, float]] = []
 
     def mark(progress: Progress) -> None:
-        marks.append((progress.span.index, now(job.device)))
+        marks.append((progress.chunk.index, now(job.device)))
 
     for _ in ours.rollout(job, job.prompt(), SeededNoise(0), mark):
         pass
@@ -182,14 +185,14 @@ def decode_times(job: Job, name: str, repeats: int) -> dict:
         torch.manual_seed(2)
         vae, stream_of = (WanVAE(), VaeStream) if name == "vae" else (TAEHV(), TaehvStream)
     stream = stream_of(vae.to(job.device, job.dtype))
-    latents = torch.randn(1, 16, job.frames, *job.latent_size, device=job.device)
-    spans, best = plan_spans(job.frames, job.sampling), float("inf")
+    plan, best = job.plan, float("inf")
+    latents = torch.randn(1, 16, plan.frames, plan.height, plan.width, device=job.device)
     for _ in range(repeats + 1):  # the first warms up
         stream.reset()
         began = now(job.device)
         with torch.inference_mode():
-            for span in spans:
-                stream.decode(latents[:, :, span.start : span.start + span.frames])
+            for chunk in plan.chunks:
+                stream.decode(latents[:, :, chunk.start : chunk.end])
         best = min(best, now(job.device) - began)
     return {"decode_fps": job.pixel_frames / best, "stream": stream}
 
@@ -199,8 +202,7 @@ def end_to_end(job: Job, ours: Ours, stream) -> dict:
     stream.reset()
     began, first = now(job.device), None
     with torch.inference_mode():
-        for latents in ours.rollout(job, job.prompt(), SeededNoise(0)):
-            stream.decode(latents)
+        for _ in ours.generation(job, job.prompt()).frames(stream, job.pixel_frames):
             first = first or now(job.device) - began
     return {"first_frames_s": first, "fps": job.pixel_frames / (now(job.device) - began)}
 
@@ -214,7 +216,7 @@ def measure(job: Job, ours: Ours, other: Implementation | None, decoders: list[s
     implementations = {"ours": ours} | ({"other": other} if other else {})
     for implementation in implementations.values():
         implementation.prepare(job, weights)
-        timed(replace(job, frames=job.sampling.chunk), implementation)  # warms up, compiles
+        timed(job.with_frames(job.plan.sampling.chunk), implementation)  # warms up, compiles
     runs: dict[str, list] = {name: [] for name in implementations}
     peaks = [matmul_peak(job.device, job.dtype)]
     for _ in range(repeats):
@@ -277,7 +279,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="pixels")
     add("--window", type=int, help="latent frames attended to (all)")
     add("--sink", type=int, default=0, help="first latent frames that stay in the window (0)")
-    add("--device", type=device_named, default="auto", help="cpu, cuda, mps (cuda if there is one)")
+    add("--device", type=device, default="auto", help="cpu, cuda, mps (cuda if there is one)")
     add("--dtype", choices=DTYPES, default=None, help="numbers to compute in (float32 on cpu, else bfloat16)")
     add("--fp8", action="store_true", help="float8 weights")
     add("--fp8-cache", action="store_true", help="float8 cache")
@@ -292,16 +294,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     torch.set_num_threads(args.threads)
     job = JOBS[args.job]
-    job = replace(
-        job,
-        sampling=replace(job.sampling, window=args.window, sink=args.sink),
-        frames=args.frames,
-        width=args.width or job.width,
-        height=args.height or job.height,
-        device=args.device,
-        dtype=DTYPES.get(args.dtype, usual_dtype(args.device)),
-        cache_dtype=FLOAT8 if args.fp8_cache else None,
-    )
+    size = {"height": (args.height or 8 * job.plan.height) // 8, "width": (args.width or 8 * job.plan.width) // 8}
+    sampling = override(job.plan.sampling, window=args.window, sink=args.sink)
+    cache_dtype = E4M3 if args.fp8_cache else None
+    plan = replace(job.plan, sampling=sampling, frames=args.frames, cache_dtype=cache_dtype, **size)
+    job = Job(job.config, plan, args.device, DTYPES.get(args.dtype, default_dtype(args.device)))
     decoders = {"none": [], "both": ["vae", "taehv"]}.get(args.decoder, [args.decoder])
     other = adapter(args.against) if args.against else None
     report = measure(job, Ours(args.fp8, args.compile), other, decoders, args.repeats)

@@ -18,21 +18,24 @@ import torch
 from torch import Tensor
 
 from .. import tiny
-from ..autoencoders.stream import DecoderStream
+from ..autoencoders.stream import DecoderStream, latent_frames
 from ..checkpoints.load import describe
+from ..pipeline import Generation
 from ..sampling.config import PRESETS, Sampling
+from ..sampling.context import Reencode
 from ..sampling.noise import SeededNoise
-from ..sampling.rollout import Reencode, rollout
+from ..sampling.plan import Plan
+from ..sampling.prompts import PromptSchedule
 from ..sampling.schedule import add_noise
 from ..tiny import detect
 from ..tiny.autoencoder import SPACE, TinyAutoencoder, psnr
 from ..tiny.data import SIZE, Clips, caption, draw, render
 from ..tiny.text import TinyTextEncoder
 from ..video import contact_sheet
-from ..wan.attention import Sequence
-from ..wan.fp8 import FLOAT8, quantise
-from ..wan.model import WanModel, encode_text, velocity
-from .arguments import whole, window
+from ..wan.attention import FullAttention
+from ..wan.fp8 import E4M3, quantise_model
+from ..wan.model import Network, WanModel, encode_prompt, velocity
+from .arguments import int_in, number_in, window
 
 WINDOW = 36  # pixel frames
 BATCH = 16
@@ -59,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fp8", action="store_true", help="float8 weights in the blocks")
     add("--fp8-cache", action="store_true", help="float8 cache")
     add("--window", type=window, default=given, help="latent frames attended to, or all (9)")
-    add("--sink", type=whole(0, 1000), default=given, help="first latent frames that never leave the window (0)")
+    add("--sink", type=int_in(0, 1000), default=given, help="first latent frames that never leave the window (0)")
     add("--pinned", action=argparse.BooleanOptionalAction, default=given, help="sinks move along with the window")
-    add("--context-noise", type=float, default=given, help="timestep told when a chunk enters the cache (0)")
+    add("--context-noise", type=number_in(0, 999), default=given, help="timestep of finished chunks (0)")
     add("--reencode", action="store_true", help="turn the first frame of a full window into a still")
     add("--sheet", type=Path, metavar="PNG", help="write a contact sheet: a row for each of the first videos")
     add("--json", action="store_true", help="print JSON instead of tables")
@@ -75,14 +78,14 @@ def run(args: argparse.Namespace) -> str:
     torch.set_num_threads(1)
     results = []
     changes = {name: vars(args)[name] for name in ("window", "sink", "pinned", "context_noise") if name in args}
-    cache_dtype = FLOAT8 if args.fp8_cache else None
+    cache_dtype = E4M3 if args.fp8_cache else None
     for path in map(transformer, args.model):
         clips, prompts = ask(args.prompts, args.seed, args.split)
         wan = tiny.load_model(path=path)
         text = tiny.load_text_encoder(args.text_encoder or beside(path, "text_encoder"))
         vae = tiny.load_autoencoder(args.autoencoder or beside(path, "autoencoder"))
         sampling = replace(describe(path).sampling if path else PRESETS["tiny"], **changes)
-        near = quantise(copy.deepcopy(wan)) if args.fp8 else wan
+        near = quantise_model(copy.deepcopy(wan)) if args.fp8 else wan
         off = velocity_error(wan, near, text.encode(prompts[:BATCH]), vae.encode(render(clips[:BATCH], 9)))
         reencode = vae.still if args.reencode else None
         videos = generate(near, text, vae, prompts, args.windows, args.seed, sampling, cache_dtype, reencode)
@@ -141,26 +144,23 @@ def generate(
 ) -> Iterator[Tensor]:
     """Videos of the prompts, [<= BATCH, windows * WINDOW, 64, 64, 3] at a time, each batch with its own noise."""
     latent = SIZE // SPACE
-    frames = -(-(windows * WINDOW + 3) // 4)  # latent frames, decoding to 4 frames each but the first
+    frames = latent_frames(windows * WINDOW)
     for first in range(0, len(prompts), BATCH):
         embeds = text.encode(prompts[first : first + BATCH])
-        stream = DecoderStream(vae)
-        noise = SeededNoise(seed + first)
-        options = {"cache_dtype": cache_dtype, "reencode": reencode}
-        chunks = rollout(wan, sampling, embeds, noise, frames, latent, latent, **options)
-        video = torch.cat([stream.decode(chunk.latents) for chunk in chunks], 1)
-        yield video[:, : windows * WINDOW]
+        plan = Plan(sampling, frames, latent, latent, len(embeds), cache_dtype=cache_dtype)
+        generation = Generation(Network(wan), plan, PromptSchedule.of(embeds), seed + first, reencode=reencode)
+        yield torch.cat(list(generation.frames(DecoderStream(vae), windows * WINDOW)), 1)
 
 
 @torch.no_grad()
 def velocity_error(wan: WanModel, near: WanModel, embeds: Tensor, clean: Tensor) -> float:
     """Relative error of `near`'s velocity, against `wan`'s, for a first chunk [B, C, F, H, W] at each step's noise."""
     noise = SeededNoise(0)(0, clean.shape[2], 0, (len(clean), *clean.shape[1:2], *clean.shape[3:]))
-    see = Sequence(wan.config, range(clean.shape[2]), *clean.shape[3:])
+    see = FullAttention(wan.config, range(clean.shape[2]), *clean.shape[3:])
     errors = []
     for timestep, sigma in PRESETS["tiny"].steps_of(True):
         x = add_noise(clean, noise, sigma)
-        exact, close = (velocity(model, x, timestep, encode_text(model, embeds), see) for model in (wan, near))
+        exact, close = (velocity(model, x, timestep, encode_prompt(model, embeds), see) for model in (wan, near))
         errors.append(((close - exact).norm() / exact.norm()).item())
     return sum(errors) / len(errors)
 

@@ -14,11 +14,12 @@ from dataclasses import replace
 import torch
 
 from .. import __version__, memory, tiny
-from ..checkpoints.load import LONGEST_TRAINED, Description, describe, plain_dtype
-from ..memory import Plan, gib
-from ..pipeline import weights_in
+from ..checkpoints.load import Description, describe, plain_dtype
+from ..memory import LONGEST_TRAINED, MemoryPlan, format_bytes
+from ..pipeline import loaded_weight_bytes
 from ..sampling.config import PRESETS, Sampling
 from ..sampling.families import FAMILIES
+from ..sampling.plan import Plan
 from .arguments import size, window
 
 DECODERS = {
@@ -55,7 +56,7 @@ def _file(about: Description) -> list[str]:
     config, dtype = about.config, str(about.dtype).removeprefix("torch.")
     return [
         about.source,
-        f"  size      {gib(about.file_bytes)}; the model {gib(about.weight_bytes)} in {dtype}, "
+        f"  size      {format_bytes(about.file_bytes)}; the model {format_bytes(about.weight_bytes)} in {dtype}, "
         f"{about.parameters / 1e6:,.0f} M parameters, {about.tensors} tensors",
         f"  shape     layers {config.layers}, dim {config.dim}, ffn {config.ffn_dim}, heads {config.heads}, "
         f"latent channels {config.channels}, text {config.text_len} x {config.text_dim}",
@@ -66,32 +67,33 @@ def _file(about: Description) -> list[str]:
 
 def _memory(about: Description, sampling: Sampling, width: int, height: int) -> list[str]:
     dtype = torch.float16 if plain_dtype(about.dtype) is torch.float16 else torch.bfloat16
-    weights, frames = weights_in(about, dtype), LONGEST_TRAINED
-    whole = Plan(about.config, sampling, weights, frames, height, width, dtype, memory.WAN_VAE)
-    small = replace(whole, fp8=True, cache_dtype=torch.float8_e4m3fn)
+    video = Plan(sampling, LONGEST_TRAINED, height // 8, width // 8)
+    plain = MemoryPlan(about.config, video, dtype, loaded_weight_bytes(about, dtype))
+    small = replace(plain, fp8=True).with_fp8_cache()
     rows = [
-        ("weights", whole.model.weights, small.model.weights),
-        ("cache", whole.model.cache, small.model.cache),
-        ("prompt", whole.model.text, small.model.text),
-        ("a forward", whole.model.activations, small.model.activations),
-        *((name, sum(_decoding(whole, name)), sum(_decoding(small, name))) for name in DECODERS),
-        *((f"total, {name}", _with(whole, name).total, _with(small, name).total) for name in DECODERS),
+        ("weights", plain.use.weights, small.use.weights),
+        ("cache", plain.use.cache, small.use.cache),
+        ("prompt", plain.use.prompt, small.use.prompt),
+        ("a forward", plain.use.activations, small.use.activations),
+        *((name, _decoding(plain, name), _decoding(small, name)) for name in DECODERS),
+        *((f"total, {name}", _with(plain, name).total, _with(small, name).total) for name in DECODERS),
     ]
-    size = f"{width} x {height}, window {whole.window}, {LONGEST_TRAINED} latent frames"
+    size = f"{width} x {height}, window {plain.window}, {LONGEST_TRAINED} latent frames"
     precision = str(dtype).removeprefix("torch.")
     return [
         f"{f'Memory at {size}':58}{precision:>12}{'--fp8 --fp8-cache':>20}",
-        *(f"  {name:56}{gib(plain):>12}{gib(float8):>20}" for name, plain, float8 in rows),
+        *(f"  {name:56}{format_bytes(full):>12}{format_bytes(fp8):>20}" for name, full, fp8 in rows),
     ]
 
 
-def _with(plan: Plan, name: str) -> Plan:
+def _with(plan: MemoryPlan, name: str) -> MemoryPlan:
     decoder, tile = DECODERS[name]
     return replace(plan, decoder=decoder, tile=tile)
 
 
-def _decoding(plan: Plan, name: str) -> tuple[int, int]:
-    return _with(plan, name).decoding
+def _decoding(plan: MemoryPlan, name: str) -> int:
+    use = _with(plan, name).use
+    return use.decoder + use.decoding
 
 
 # --- What is here ----------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ Both check themselves when they are made, so nothing further in asks again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .schedule import Step, few_steps
+from .schedule import Step, even_steps, few_steps
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,18 @@ class Sampling:
         if strength < 1:
             steps = (1000 * strength, *(step for step in steps if step < 1000 * strength))
         return few_steps(steps, self.shift, self.warp)
+
+
+def override(sampling: Sampling, **changes) -> Sampling:
+    """A sampling with some of its fields changed.
+
+    `steps` and `first_steps` may be a number instead of timesteps: so many, evenly spaced before the shift. Raises
+    ValueError as `Sampling` does.
+    """
+    for name in ("steps", "first_steps"):
+        if isinstance(count := changes.get(name), int):
+            changes |= {name: even_steps(count)} | ({"warp": True} if name == "steps" else {})
+    return replace(sampling, **changes)
 
 
 PRESETS = {

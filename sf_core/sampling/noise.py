@@ -8,7 +8,6 @@ never touched.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -40,17 +39,3 @@ class SeededNoise:
     def _generator(self, frame: int, step: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}/{frame}/{step}".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-
-
-class RecordedNoise:
-    """Noise that was drawn elsewhere: `initial` [B, C, F, H, W] of all generated frames and `again`, in call order."""
-
-    def __init__(self, initial: Tensor, again: Iterable[Tensor]) -> None:
-        self.initial, self.used = initial, 0
-        self.again: Iterator[Tensor] = iter(again)
-
-    def __call__(self, start: int, frames: int, step: int, shape: tuple[int, int, int, int]) -> Tensor:
-        if step > 0:
-            return next(self.again)
-        self.used += frames
-        return self.initial[:, :, self.used - frames : self.used]

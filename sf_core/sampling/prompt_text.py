@@ -9,8 +9,8 @@ Before the colon stand the time (0, seconds, or after how many chunks: @60) and,
 transition: renew, cut, or blend and how long it takes. prompts.py says what they do. All else is words. A text without
 such a line is one prompt, whatever colons it has.
 
-    parse(text, fps)        -> prompts, each with its entrance
-    cues(prompts, spans)    -> what `rollout` takes, once it is known where chunks begin
+    parse(text, fps)        -> prompts, each with its start time
+    schedule(prompts, chunks, negative, guidance)    -> what `rollout` takes, once it is known where chunks begin
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .prompts import TRANSITIONS, Cue
-from .rollout import Span
+from .plan import Chunk
+from .prompts import TRANSITIONS, PromptSchedule, TimedPrompt
 
 DEFAULT = "recache"
 MOST = 1_000_000  # seconds or chunks
@@ -32,17 +32,17 @@ TIMES = "Write seconds as 4s or 1.5s, a number of chunks as @60, and the beginni
 
 
 @dataclass(frozen=True)
-class Entrance:
-    """When a prompt comes in, and how.
+class StartTime:
+    """Start time of a prompt, and how it takes over from the one before.
 
-    start       latent frame, or with `chunks` the number of chunks that come before
-    transition  one of script.TRANSITIONS
+    at          latent frame, or with `in_chunks` the number of chunks that come before
+    transition  one of prompts.TRANSITIONS
     blend       latent frames that "blend" takes
     said        the time as it was written
     """
 
-    start: int = 0
-    chunks: bool = False
+    at: int = 0
+    in_chunks: bool = False
     transition: str = DEFAULT
     blend: int = 0
     said: str = "0"
@@ -50,10 +50,10 @@ class Entrance:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Words, and when they come in."""
+    """Words of a prompt, and when they take over."""
 
     text: str
-    entrance: Entrance = Entrance()
+    start: StartTime = StartTime()
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def parse(text: str, fps: float = 16.0) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-def entrance(text: str, fps: float = 16.0) -> Entrance:
+def parse_start(text: str, fps: float = 16.0) -> StartTime:
     """What stands before the colon of a line that is not the first, such as `4s`, `@20 cut` or `8s blend 1.5s`.
 
     Raises ValueError, with the column, for anything else.
@@ -96,7 +96,7 @@ def entrance(text: str, fps: float = 16.0) -> Entrance:
     if not start:
         raise words[0].error("the prompt that starts at 0 is the first one. Give this one a later time.")
     transition, blend = _transition(words[1:], fps) if words[1:] else (DEFAULT, 0)
-    return Entrance(start, chunks, transition, blend, words[0].text)
+    return StartTime(start, chunks, transition, blend, words[0].text)
 
 
 def _words(text: str, line: int) -> list[Word]:
@@ -117,8 +117,8 @@ def _prompt(line: str, number: int, fps: float, before: list[Prompt]) -> Prompt:
     transition, blend = _transition(words[1:], fps) if words[1:] else (DEFAULT, 0)
     if not text.strip():
         raise Word(":", number, len(head) + 1).error("words come after the colon. Write what is seen from then on.")
-    prompt = Prompt(text.strip(), Entrance(start, chunks, transition, blend, words[0].text))
-    _check_order(words, prompt.entrance, before)
+    prompt = Prompt(text.strip(), StartTime(start, chunks, transition, blend, words[0].text))
+    _check_order(words, prompt.start, before)
     return prompt
 
 
@@ -162,57 +162,61 @@ def _transition(words: list[Word], fps: float) -> tuple[str, int]:
     return "blend", max(1, round(float(match[1]) * fps / 4))
 
 
-def _check_order(words: list[Word], entrance: Entrance, before: list[Prompt]) -> None:
-    if not before and entrance.start:
+def _check_order(words: list[Word], start_time: StartTime, before: list[Prompt]) -> None:
+    if not before and start_time.at:
         raise words[0].error("the first prompt starts at 0. Begin with a line 0: that says what is seen first.")
     if not before and words[1:]:
         raise words[1].error("the first prompt follows no other. Write 0: without a transition.")
-    last = before[-1].entrance if before else None
-    if last and (last.chunks == entrance.chunks or not entrance.start) and entrance.start <= last.start:
+    last = before[-1].start if before else None
+    if last and (last.in_chunks == start_time.in_chunks or not start_time.at) and start_time.at <= last.at:
         raise words[0].error(
             f"the prompt before it starts at {last.said}, and each at least a latent frame (4 frames) after the last. "
             "Put the lines in order, or give one of them another time."
         )
 
 
-def cues(prompts: Iterable[tuple[Entrance, Tensor]], spans: Sequence[Span]) -> list[Cue]:
-    """Entrances and embeddings [B, tokens, text_dim] as cues, each starting with a chunk of the rollout.
+def schedule(
+    prompts: Iterable[tuple[StartTime, Tensor]],
+    chunks: Sequence[Chunk],
+    negative: Tensor | None = None,
+    guidance: float = 1.0,
+) -> PromptSchedule:
+    """Prompt schedule of start times and embeddings [B, tokens, text_dim], each starting with a chunk of the rollout.
 
-    Raises ValueError as `starts` does.
+    Raises ValueError as `place` and `PromptSchedule` do.
     """
     prompts = list(prompts)
-    placed = starts([entrance for entrance, _ in prompts], spans)
-    return [
-        Cue(start, embeds, entrance.transition, entrance.blend) for start, (entrance, embeds) in zip(placed, prompts)
-    ]
+    frames = place([start for start, _ in prompts], chunks)
+    timed = [TimedPrompt(at, embeds, start.transition, start.blend) for at, (start, embeds) in zip(frames, prompts)]
+    return PromptSchedule(tuple(timed), negative, guidance)
 
 
-def starts(entrances: Sequence[Entrance], spans: Sequence[Span]) -> list[int]:
+def place(starts: Sequence[StartTime], chunks: Sequence[Chunk]) -> list[int]:
     """The latent frames at which prompts take effect: where the first chunk begins then or later; 0 for the first.
 
     Raises ValueError where no chunk is left for a prompt, or none for the one before it.
     """
     found, last = [0], "0"
-    for entrance in entrances[1:]:
-        begin = _chunk_of(entrance, spans)
-        if begin <= found[-1]:
+    for start in starts[1:]:
+        frame = _first_frame(start, chunks)
+        if frame <= found[-1]:
             raise ValueError(
-                f"Got prompts at {last} and {entrance.said}, which start with the same chunk or in the wrong order; "
+                f"Got prompts at {last} and {start.said}, which start with the same chunk or in the wrong order; "
                 "each needs a chunk of its own. Put more time between them, or make smaller chunks."
             )
-        found.append(begin)
-        last = entrance.said
+        found.append(frame)
+        last = start.said
     return found
 
 
-def _chunk_of(entrance: Entrance, spans: Sequence[Span]) -> int:
+def _first_frame(start: StartTime, chunks: Sequence[Chunk]) -> int:
     """Latent frame at which the first chunk begins that follows a prompt."""
-    later = spans[entrance.start :] if entrance.chunks else [span for span in spans if span.start >= entrance.start]
+    later = chunks[start.at :] if start.in_chunks else [chunk for chunk in chunks if chunk.start >= start.at]
     if not later:
-        last = spans[-1]
-        moment = f"after {entrance.start} chunks" if entrance.chunks else f"latent frame {entrance.start}"
+        last = chunks[-1]
+        moment = f"after {start.at} chunks" if start.in_chunks else f"latent frame {start.at}"
         raise ValueError(
-            f"Got a prompt at {entrance.said} ({moment}), and the video has {len(spans)} chunks, the last of which "
+            f"Got a prompt at {start.said} ({moment}), and the video has {len(chunks)} chunks, the last of which "
             f"begins at latent frame {last.start}. Start the prompt earlier, or make a longer video."
         )
     return later[0].start

@@ -10,8 +10,7 @@ Source of recache and renew: LongLive, arXiv 2509.22622 (KV recache).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,12 +20,12 @@ REREADING = ("recache", "renew")  # those that read the window again
 
 
 @dataclass(frozen=True)
-class Cue:
+class TimedPrompt:
     """A prompt and when it starts.
 
     start       latent frame; it takes effect with the first chunk that starts there or later
     embeds      prompt embeddings [B, tokens, text_dim]
-    transition  one of TRANSITIONS; of no consequence for the first cue
+    transition  one of TRANSITIONS; of no consequence for the first prompt
     blend       latent frames that "blend" takes
     """
 
@@ -46,47 +45,87 @@ class Cue:
 
 
 @dataclass(frozen=True)
-class Script:
-    """The cues of a rollout, in order. Raises ValueError unless the first starts at 0 and each later than the last."""
+class PromptSchedule:
+    """The prompts of a rollout, in order, and what they are guided away from.
 
-    cues: tuple[Cue, ...]
+    prompts   the first starts at 0, each later than the last, all for the same number of videos
+    negative  embeddings [B, tokens, text_dim] to steer away from, where guidance is not 1
+    guidance  classifier-free guidance (CFG); 1: none, which distilled models are made for. Any other value doubles the
+              work and the KV cache
+
+    Raises ValueError for prompts out of order or for different batches, and for guidance without a negative prompt.
+    """
+
+    prompts: tuple[TimedPrompt, ...]
+    negative: Tensor | None = None
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        starts = [cue.start for cue in self.cues]
+        starts = [prompt.start for prompt in self.prompts]
         if not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:])):
             raise ValueError(
                 f"Got prompts that start at latent frames {starts}; the first starts at 0, each later than the last."
             )
-        sizes = {len(cue.embeds) for cue in self.cues}
+        sizes = {len(prompt.embeds) for prompt in self.prompts}
         if len(sizes) > 1:
             raise ValueError(f"Got prompts for batches of {sorted(sizes)}; all must be for the same number of videos.")
+        if self.is_guided and (self.negative is None or len(self.negative) != self.batch):
+            got = "no negative prompt" if self.negative is None else f"negative prompts for {len(self.negative)} videos"
+            raise ValueError(
+                f"Got guidance {self.guidance:g} with {got}; guidance needs one for each of {self.batch}. Give a "
+                "negative prompt (an empty one will do), or set guidance to 1, which step-distilled models are made "
+                "for."
+            )
 
     @classmethod
-    def of(cls, prompt: Tensor | Sequence[Cue]) -> Script:
-        """A script from one prompt's embeddings, or from cues."""
-        return cls((Cue(0, prompt),) if isinstance(prompt, Tensor) else tuple(prompt))
+    def of(cls, embeds: Tensor, negative: Tensor | None = None, guidance: float = 1.0) -> PromptSchedule:
+        """One prompt for the whole video, from its embeddings [B, tokens, text_dim]."""
+        return cls((TimedPrompt(0, embeds),), negative, guidance)
+
+    def to(self, device: torch.device) -> PromptSchedule:
+        """The same with its embeddings on a device."""
+        prompts = tuple(replace(prompt, embeds=prompt.embeds.to(device)) for prompt in self.prompts)
+        return PromptSchedule(prompts, None if self.negative is None else self.negative.to(device), self.guidance)
+
+    @property
+    def batch(self) -> int:
+        return len(self.prompts[0].embeds)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the embeddings, which the rollout runs on."""
+        return self.prompts[0].embeds.device
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance != 1
+
+    @property
+    def branches(self) -> int:
+        """Forwards side by side: one, or two with guidance."""
+        return 2 if self.is_guided else 1
 
     @property
     def rereads(self) -> bool:
         """Whether finished frames are needed again at a switch."""
-        return any(cue.transition in REREADING for cue in self.cues[1:])
+        return any(prompt.transition in REREADING for prompt in self.prompts[1:])
 
     def number_at(self, frame: int) -> int:
-        """Index of the cue that a chunk starting at `frame` follows."""
-        return sum(cue.start <= frame for cue in self.cues) - 1
+        """Index of the prompt that a chunk starting at `frame` follows."""
+        return sum(prompt.start <= frame for prompt in self.prompts) - 1
 
     def embeds_at(self, frame: int) -> tuple[tuple[int, float], Tensor]:
-        """What a chunk starting at `frame` follows: (cue, how far it has blended in), and the embeddings."""
+        """What a chunk starting at `frame` follows: (prompt's index, share of it blended in), and embeddings."""
         number = self.number_at(frame)
-        cue = self.cues[number]
-        gone = min(1.0, (frame - cue.start + 1) / cue.blend) if number and cue.transition == "blend" else 1.0
-        if gone == 1.0:
-            return (number, gone), cue.embeds
-        before, after = padded_alike(self.cues[number - 1].embeds, cue.embeds)
-        return (number, gone), torch.lerp(before, after, gone)
+        prompt = self.prompts[number]
+        share = min(1.0, (frame - prompt.start + 1) / prompt.blend) if number and prompt.transition == "blend" else 1.0
+        if share == 1.0:
+            return (number, share), prompt.embeds
+        before, after = pad_to_longer(self.prompts[number - 1].embeds, prompt.embeds)
+        return (number, share), torch.lerp(before, after, share)
 
 
-def padded_alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def pad_to_longer(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both [B, tokens, text_dim] with zeros up to the longer one's tokens; zeros are how prompts are padded anyway."""
     tokens = max(a.shape[1], b.shape[1])
     return tuple(torch.nn.functional.pad(x, (0, 0, 0, tokens - x.shape[1])) for x in (a, b))

@@ -8,7 +8,6 @@ numbers, so no device is ever asked for an index. Source: guandeh17/Self-Forcing
 
 from __future__ import annotations
 
-import math
 import struct
 from functools import lru_cache
 from typing import NamedTuple
@@ -30,8 +29,8 @@ def shift_sigma(u: float, shift: float) -> float:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def evenly(steps: int) -> tuple[float, ...]:
-    """So many timesteps, evenly spaced from 1000 down, before the shift."""
+def even_steps(steps: int) -> tuple[float, ...]:
+    """Timesteps evenly spaced from 1000 down, before the shift."""
     return tuple(1000 * (steps - i) / steps for i in range(steps))
 
 
@@ -70,17 +69,3 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
 def x0_from_velocity(x: Tensor, velocity: Tensor, sigma: float | Tensor) -> Tensor:
     """The clean latents that a velocity (noise - x0) points to from x_t."""
     return x - sigma * velocity
-
-
-def velocity_from_x0(x: Tensor, x0: Tensor, sigma: float | Tensor) -> Tensor:
-    """The velocity that leads from x_t to `x0`; sigma above 0."""
-    return (x - x0) / sigma
-
-
-@lru_cache
-def loss_weights(shift: float) -> tuple[float, ...]:
-    """Weight of each table entry in a flow-matching loss: a bell around timestep 500, 0 at its lowest, mean 1."""
-    bell = [math.exp(-2 * (sigma - 0.5) ** 2) for sigma in sigma_table(shift)]
-    lowest = min(bell)
-    total = sum(bell) - TABLE_SIZE * lowest
-    return tuple((value - lowest) * TABLE_SIZE / total for value in bell)

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..sampling.config import Sampling
 from .methods.losses import Levels
-from .methods.self_rollout import SelfRollout
+from .methods.self_rollout import RolloutConfig
 
 METHODS = {
     "dmd": "Self Forcing with distribution matching",
@@ -242,7 +242,7 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     sampling: Sampling = Sampling()
-    rollout: SelfRollout = SelfRollout()
+    rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     flow: FlowConfig = FlowConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -26,8 +26,6 @@ saves with a fused attention kernel; on a CPU there are the scores of plain atte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,8 +35,10 @@ import torch
 from ..autoencoders.wan_vae import WanVAE
 from ..checkpoints.load import describe as describe_file
 from ..checkpoints.tensorfiles import read_header
-from ..device import memory_of, ran_out
+from ..device import available_memory
+from ..memory import MemoryPlan
 from ..sampling.families import DEFAULT
+from ..sampling.plan import Plan
 from ..text_encoder import bytes_loaded
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
@@ -121,22 +121,16 @@ def check_memory(config: TrainConfig, processes: int, device: torch.device) -> N
     """Raises MemoryError for a run that does not fit."""
     if config.method == "autoencoder":
         return
-    there, run = memory_of(device), needed(config, processes, device)
+    there, run = available_memory(device), needed(config, processes, device)
     together = processes if device.type == "cpu" else 1  # processes on one CPU share its memory
     if there is not None and run.total * together > there:
         raise MemoryError(f"Got {there / GIB:.1f} GiB of memory; this run takes {run}. {REMEDIES}")
 
 
-@contextmanager
-def told_memory(config: TrainConfig, processes: int, device: torch.device) -> Iterator[None]:
+def out_of_memory(config: TrainConfig, processes: int, device: torch.device) -> MemoryError:
     """Out of memory, as an error with remedies."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not ran_out(error):
-            raise
-        planned = "" if config.method == "autoencoder" else f", where {needed(config, processes, device)} were expected"
-        raise MemoryError(f"Got out of memory on {device}{planned}. {REMEDIES}") from None
+    planned = "" if config.method == "autoencoder" else f", where {needed(config, processes, device)} were expected"
+    return MemoryError(f"Got out of memory on {device}{planned}. {REMEDIES}")
 
 
 def shape_of(source: str, model: ModelConfig) -> WanConfig:
@@ -212,13 +206,11 @@ def samples(config: TrainConfig, processes: int) -> int:
 
 
 def cache_bytes(config: TrainConfig, student: WanConfig, processes: int) -> int:
-    rollout = config.rollout
-    frames = rollout.frames + rollout.extra_chunks * config.sampling.chunk
-    window = rollout.window or config.sampling.window
-    kept = frames if config.recompute or window is None else min(window, frames)
-    bytes_each = DTYPES[config.precision].itemsize
-    size = latent_size(config.model)
-    return samples(config, processes) * kept * student.cache_bytes_per_frame(*size, bytes_each)
+    """KV cache of a self-rollout, extra chunks included."""
+    rollout, sampling = config.rollout, config.rollout.sampling(config.sampling)
+    frames = rollout.frames + rollout.extra_chunks * sampling.chunk
+    plan = Plan(sampling, frames, *latent_size(config.model), samples(config, processes))
+    return MemoryPlan(student, plan, DTYPES[config.precision], keeps_all=config.recompute).use.cache
 
 
 def graph_bytes(config: TrainConfig, networks: Networks, processes: int, device: torch.device) -> int:

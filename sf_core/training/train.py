@@ -8,11 +8,12 @@ from dataclasses import asdict
 
 import torch
 
+from ..device import release_memory, within_memory
 from .config import SELF_FORCING, TrainConfig
 from .data import open_data
 from .distributed import Group
 from .encoders import open_world, tiny_autoencoder
-from .memory import check_memory, told_memory
+from .memory import check_memory, out_of_memory
 from .methods.autoencoder import FitAutoencoder
 from .methods.base import Task
 from .methods.diffusion import Flow
@@ -35,8 +36,11 @@ def train(config: TrainConfig, group: Group, device: torch.device) -> None:
     # FSDP's, of outputs that are changed in place. None is: sharded gradients are those of one process.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     check_memory(config, group.size, device)
-    with told_memory(config, group.size, device):
-        Trainer(config, make_task(config, group, device), group).run()
+    within_memory(
+        lambda: Trainer(config, make_task(config, group, device), group).run(),
+        lambda: out_of_memory(config, group.size, device),
+        lambda: release_memory(device),
+    )
     if group.first:
         export(config)
     group.wait()

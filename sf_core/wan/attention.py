@@ -1,17 +1,18 @@
-"""Attention kernels by name: torch's own, flash-attention's, SageAttention's.
+"""Attention: what self-attention is to the model, and the kernels that compute it.
 
-    attention = attention_named("flash", device, dtype)
-    seen = attention(q, k, v)                               # [B, N, L, D] each
+A kernel is `attention(q, k, v, mask)`, [B, N, L, D] in and out: torch's own, or flash-attention's or SageAttention's by
+name:
 
-The packages are imported when they are asked for. Both want a CUDA GPU and half precision, and neither takes a mask,
+    attention = attention_kernel("flash", device, dtype)
+
+Their packages are imported when they are asked for. Both want a CUDA GPU and half precision, and neither takes a mask,
 which a rollout never has.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from collections.abc import Sequence as Frames
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -24,7 +25,7 @@ from .rope import Rope
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-class Attend(Protocol):
+class SelfAttention(Protocol):
     """Self-attention of one forward: queries and keys come with positions, [B, N, L, D] each."""
 
     rope: Rope
@@ -53,7 +54,7 @@ def attention_by_rows(q: Tensor, k: Tensor, v: Tensor, rows: int = 256) -> Tenso
     return out
 
 
-class Sequence:
+class FullAttention:
     """Self-attention within one sequence of frames, without a cache.
 
     frames   position of each frame; may repeat (teacher forcing puts clean and noisy frames side by side)
@@ -64,7 +65,7 @@ class Sequence:
     def __init__(
         self,
         config: WanConfig,
-        frames: Frames[int],
+        frames: Sequence[int],
         height: int,
         width: int,
         device: torch.device | str = "cpu",
@@ -79,27 +80,13 @@ class Sequence:
         return self.attention(q, k, v, self.mask)
 
 
-def block_causal_mask(chunks: Frames[int], tokens_per_frame: int, window: int | None = None) -> Tensor:
-    """Boolean [L, L] of a video cut into `chunks` (frames each): a chunk sees itself and earlier ones.
-
-    With `window` only the newest `window` frames up to the chunk's own end are seen.
-    """
-    ends = torch.tensor([end for end, n in zip(_cumulative(chunks), chunks) for _ in range(n)])  # [F] end of own chunk
-    frame = torch.arange(len(ends))
-    seen = frame[None, :] < ends[:, None]
-    if window is not None:
-        seen &= frame[None, :] >= ends[:, None] - window
-    return seen.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
-
-
-def _cumulative(numbers: Frames[int]) -> list[int]:
-    return [sum(numbers[: i + 1]) for i in range(len(numbers))]
+# --- Kernels by name ------------------------------------------------------------------------------------------------
 
 FLASH = {"flash_attn_interface": "flash-attention 3", "flash_attn": "flash-attention 2"}  # the newer one first
 HALF = (torch.float16, torch.bfloat16)
 
 
-def attention_named(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+def attention_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
     """The kernel of that name, one of KERNELS, to run on `device` in `dtype`.
 
     Raises ImportError where its package is not installed, ValueError for a device or dtype it cannot run on.

@@ -26,73 +26,64 @@ Sources: the rolling cache of arXiv 2506.08009; attention sinks, arXiv 2309.1745
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..sampling.config import Sampling
 from .attention import Attention, sdpa
 from .config import WanConfig
-from .fp8 import FLOAT8, quantised
+from .fp8 import E4M3, quantise_rows
 from .rope import Rope
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Size of a KV cache: `batch` videos of `height` x `width` latent pixels.
+
+    slots   latent frames it can hold: the window, or the length of the video where there is no window
+    sink    first frames that stay
+    pinned  whether sinks move along with the window
+    window  frames attended to, where the slots keep more of them than that; None: all slots
+    """
+
+    batch: int
+    height: int
+    width: int
+    slots: int
+    sink: int = 0
+    pinned: bool = False
+    window: int | None = None
 
 
 class RollingCache:
     """Keys and values of a rollout, [B, N, slots * S, D] per layer.
 
-    slots   frames it can hold: the window, or the length of the video where there is no window
-    sink    first frames that stay
-    pinned  whether sinks move along with the window
     dtype   of what is kept; torch.float8_e4m3fn keeps scales beside it
     first   number, and so position, of the first frame that will be written
-    window  frames attended to, where the slots keep more of them than that
     """
 
     def __init__(
         self,
         config: WanConfig,
-        batch: int,
-        height: int,
-        width: int,
-        slots: int,
-        sink: int = 0,
-        pinned: bool = False,
-        first: int = 0,
+        shape: CacheShape,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        window: int | None = None,
+        first: int = 0,
     ) -> None:
-        self.window = window or slots
-        self.config, self.height, self.width, self.device = config, height, width, device
-        self.slots, self.sink = slots, sink
-        self.tokens = config.tokens_per_frame(height, width)
-        shape = (batch, config.heads, slots * self.tokens, config.head_dim)
-        ring = ScaledRing if dtype is FLOAT8 else Ring
-        self.keys, self.values = ([ring(shape, dtype, device) for _ in range(config.layers)] for _ in range(2))
-        self.pinned = pinned and sink > 0
+        self.config, self.height, self.width, self.device = config, shape.height, shape.width, device
+        self.slots, self.sink, self.window = shape.slots, shape.sink, shape.window or shape.slots
+        self.tokens = config.tokens_per_frame(shape.height, shape.width)
+        size = (shape.batch, config.heads, shape.slots * self.tokens, config.head_dim)
+        buffer = Fp8SlotBuffer if dtype is E4M3 else SlotBuffer
+        self.keys, self.values = ([buffer(size, dtype, device) for _ in range(config.layers)] for _ in range(2))
+        self.pinned = shape.pinned and shape.sink > 0
         self.restart(first)
-
-    @classmethod
-    def for_rollout(
-        cls, config: WanConfig, sampling: Sampling, frames: int, keep: bool = False, **size
-    ) -> RollingCache:
-        """The cache that `frames` latent frames need under `sampling`; never larger than the video.
-
-        With `keep` nothing is overwritten, so that a chunk's forward can be run again after later chunks. Raises
-        ValueError for that with pinned sinks, whose keys move.
-        """
-        window = frames if sampling.window is None else min(sampling.window, frames)
-        if keep and sampling.pinned and sampling.sink:
-            raise ValueError(
-                "Got pinned sinks with gradient checkpointing; their keys move on before the backward pass reads them "
-                "again. Turn off one of the two."
-            )
-        slots, sink = frames if keep else window, min(sampling.sink, window)
-        return cls(config, slots=slots, sink=sink, pinned=sampling.pinned, window=window, **size)
 
     @property
     def nbytes(self) -> int:
-        return sum(ring.nbytes for ring in (*self.keys, *self.values))
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
 
     def restart(self, first: int) -> None:
         """Forgets everything; frame `first` comes next."""
@@ -104,14 +95,14 @@ class RollingCache:
         """Forgets everything but the sinks; `frame` comes next."""
         self.ring_first = max(self.ring_first, frame)
 
-    def chunk(self, start: int, frames: int, attention: Attention = sdpa) -> ChunkAttention:
+    def chunk(self, start: int, frames: int, attention: Attention = sdpa) -> CachedAttention:
         """How the chunk of frames start .. start + frames - 1 sees itself and the window before it.
 
         Chunks come in order; the newest frames may come again, in one chunk or several.
         """
         if self.pinned:
             self._move_sinks(max(self.ring_first, start + frames - self.ring))
-        return ChunkAttention(self, start, frames, attention)
+        return CachedAttention(self, start, frames, attention)
 
     @property
     def ring(self) -> int:
@@ -165,7 +156,7 @@ class RollingCache:
         self._moved = later
 
 
-class Ring:
+class SlotBuffer:
     """Tokens [B, N, L, D] of one layer, as they are."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
@@ -183,7 +174,7 @@ class Ring:
         return self.tokens[:, :, :end]
 
 
-class ScaledRing(Ring):
+class Fp8SlotBuffer(SlotBuffer):
     """Tokens in float8 with a scale [B, N, L, 1] each, so that the largest number of each token and head is exact."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
@@ -198,46 +189,51 @@ class ScaledRing(Ring):
     def write(self, at: int, tokens: Tensor) -> None:
         self.dtype = tokens.dtype
         here = slice(at, at + tokens.shape[2])
-        self.tokens[:, :, here], self.scales[:, :, here] = quantised(tokens)
+        self.tokens[:, :, here], self.scales[:, :, here] = quantise_rows(tokens)
 
     def read(self, end: int) -> Tensor:
         return self.tokens[:, :, :end].to(self.dtype) * self.scales[:, :, :end].to(self.dtype)
 
 
-class ChunkAttention:
+class CachedAttention:
     """Self-attention of one chunk over the cache; call it as `attend(layer, q, k, v)`, [B, N, L, D].
 
-    Without gradients it writes the chunk's keys and values into the cache and attends to all that is filled. With
-    gradients it leaves the cache alone and attends to [cached frames, chunk], so that nothing flows into earlier
-    chunks; so it does where the window is a part of what is kept.
+    It writes the chunk's keys and values into the cache and attends to all that is filled. `read_only` leaves the cache
+    alone and attends to [cached frames, chunk], so that a gradient never flows into earlier chunks; so it does where
+    the window is a part of what is kept.
     """
 
     def __init__(self, cache: RollingCache, start: int, frames: int, attention: Attention) -> None:
-        self.cache, self.attention = cache, attention
+        self.cache, self.attention, self.write = cache, attention, True
         self.frames = range(start, start + frames)
         self.rope = cache.rope(start, frames)
         self.runs = tuple(cache.runs(start, frames))
         self.length = cache.filled(start + frames) * cache.tokens
         self.before = cache.before(start, frames)
-        self.whole = cache.window == cache.slots
+        self.attends_to_all = cache.window == cache.slots
+
+    def read_only(self) -> CachedAttention:
+        """The same attention without writing."""
+        reader = copy(self)
+        reader.write = False
+        return reader
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if torch.is_grad_enabled():
-            return self.attention(q, self._beside(keys, k), self._beside(values, v), None)
-        self._write(keys, k)
-        self._write(values, v)
-        if not self.whole:
-            return self.attention(q, self._beside(keys, k), self._beside(values, v), None)
-        return self.attention(q, keys.read(self.length), values.read(self.length), None)
+        if self.write:
+            self._write(keys, k)
+            self._write(values, v)
+            if self.attends_to_all:
+                return self.attention(q, keys.read(self.length), values.read(self.length), None)
+        return self.attention(q, self._append(keys, k), self._append(values, v), None)
 
-    def _write(self, ring: Ring, chunk: Tensor) -> None:
+    def _write(self, buffer: SlotBuffer, chunk: Tensor) -> None:
         tokens = self.cache.tokens
         for slot, offset, count in self.runs:
-            ring.write(slot * tokens, chunk[:, :, offset * tokens : (offset + count) * tokens])
+            buffer.write(slot * tokens, chunk[:, :, offset * tokens : (offset + count) * tokens])
 
-    def _beside(self, ring: Ring, chunk: Tensor) -> Tensor:
+    def _append(self, buffer: SlotBuffer, chunk: Tensor) -> Tensor:
         """[frames of the window before the chunk, chunk] along the tokens, as a new tensor."""
-        tokens, filled = self.cache.tokens, ring.read(self.length)
+        tokens, filled = self.cache.tokens, buffer.read(self.length)
         kept = [filled[:, :, low * tokens : high * tokens] for low, high in self.before]
         return torch.cat((*kept, chunk), dim=2)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .model import EAGER, Stages
+from .model import EAGER, BlockOps
 
 MODES = ("off", "default", "max-autotune")
 
@@ -26,8 +26,8 @@ SIZES = 64  # of chunks that are kept compiled; with Dynamo's own 8 the ninth si
 log = logging.getLogger(__name__)
 
 
-def compile_stages(mode: str = "default", backend: str | Callable = "inductor") -> Stages:
-    """The stages of a block for a rollout, compiled when first used; `mode` is one of MODES.
+def compile_ops(mode: str = "default", backend: str | Callable = "inductor") -> BlockOps:
+    """Block operations for a rollout, compiled when first used; `mode` is one of MODES.
 
     max-autotune tries more kernels: slower to start (minutes at full size), faster afterwards. Raises ValueError for
     another mode.
@@ -36,12 +36,12 @@ def compile_stages(mode: str = "default", backend: str | Callable = "inductor") 
         raise ValueError(f"Got compile mode {mode!r}; there is {', '.join(MODES)}. Use default, or off.")
     if mode == "off":
         return EAGER
-    guard, (before, after) = Guard(), compiled(mode, backend)
-    return Stages(guard.wrap(EAGER.before, before), guard.wrap(EAGER.after, after))
+    fallback, (qkv, finish) = Fallback(), compiled_parts(mode, backend)
+    return BlockOps(fallback.wrap(EAGER.qkv, qkv), fallback.wrap(EAGER.finish, finish))
 
 
 @lru_cache
-def compiled(mode: str, backend: str | Callable) -> tuple[Callable, Callable]:
+def compiled_parts(mode: str, backend: str | Callable) -> tuple[Callable, Callable]:
     """Both parts. Made once, so that what was compiled serves later rollouts, too."""
     # CUDA graphs would copy every chunk's tokens; the kernels are long enough without.
     inductor = "max-autotune-no-cudagraphs" if mode == "max-autotune" else None
@@ -49,13 +49,13 @@ def compiled(mode: str, backend: str | Callable) -> tuple[Callable, Callable]:
     dynamo = torch._dynamo.config
     limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
     setattr(dynamo, limit, max(getattr(dynamo, limit), SIZES))
-    before, after = (
-        torch.compile(stage, backend=backend, dynamic=False, **options) for stage in (EAGER.before, EAGER.after)
+    qkv, finish = (
+        torch.compile(part, backend=backend, dynamic=False, **options) for part in (EAGER.qkv, EAGER.finish)
     )
-    return before, after
+    return qkv, finish
 
 
-class Guard:
+class Fallback:
     """Turns compiled functions back into the plain ones, all at once, when one cannot be compiled here."""
 
     def __init__(self) -> None:

@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FLOAT8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FLOAT8).max  # 448
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max  # 448
 
 
-def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """[..., K] as float8 [..., K] and float32 scales [..., 1] of its rows, with x = float8 * scale nearly."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (x / scale).to(FLOAT8), scale
+    return (x / scale).to(E4M3), scale
 
 
 def multiplies_float8(device: torch.device) -> bool:
@@ -53,7 +53,7 @@ class Fp8Linear(nn.Module):
     @classmethod
     def of(cls, linear: nn.Linear) -> Fp8Linear:
         """The float8 version of a linear layer, on the same device."""
-        weight, scale = quantised(linear.weight.detach())
+        weight, scale = quantise_rows(linear.weight.detach())
         return cls(weight, scale, None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,14 +65,14 @@ class Fp8Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype)) * self.scale_weight.to(x.dtype).squeeze(-1)
 
     def _product_in_float8(self, x: Tensor) -> Tensor:
-        tokens, scale = quantised(x.flatten(0, -2))  # [M, in], [M, 1]
+        tokens, scale = quantise_rows(x.flatten(0, -2))  # [M, in], [M, 1]
         scales = {"scale_a": scale, "scale_b": self.scale_weight.t()}
         # The kernels that scale by row before CUDA 12.9, and on Ada still, write nothing but bfloat16.
         y = torch._scaled_mm(tokens, self.weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-def quantise(wan: nn.Module) -> nn.Module:
+def quantise_model(wan: nn.Module) -> nn.Module:
     """Puts float8 layers in the place of the linear layers of all blocks, one at a time; returns the same model.
 
     Keys and values of the prompt are made once per prompt by the same layers, so cross-attention is included.
@@ -83,7 +83,7 @@ def quantise(wan: nn.Module) -> nn.Module:
 
 
 def quantise_block(block: nn.Module) -> None:
-    """`quantise` for one block."""
+    """`quantise_model` for one block."""
     for parent in block.modules():
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:

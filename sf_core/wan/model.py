@@ -4,11 +4,13 @@ The forward is a handful of functions over a tree of layers that carry Wan's own
 not methods of one class: the same code drives `WanModel` below and any other tree with these names, such as one that
 ComfyUI has loaded, quantised or patched (wrap it in `WanLayers`). Two things are handed in:
 
-    attend(layer, q, k, v)    how tokens see other tokens: `Sequence` here (training, masks), the rolling cache in
-                              cache.py. It also carries the positions (`attend.rope`) and the attention kernel.
-    stages                    the parts of a block before and after self-attention, which torch.compile may replace:
-                              their shapes do not change while a cache fills. It also says how a part is entered, for
+    attend(layer, q, k, v)    self-attention: `FullAttention` over a clip, or `CachedAttention` of cache.py. It also
+                              carries the positions (`attend.rope`) and the attention kernel.
+    ops                       the parts of a block before and after self-attention, which torch.compile may replace:
+                              their shapes do not change while a cache fills. It also says how a part is called, for
                               training: through a module's hooks, or to be run again in the backward pass.
+
+`Network` puts a model together with how it is computed; rollout, training and benchmarks are given one.
 
 The attention kernel is `attention(q, k, v, mask)`, [B, N, L, D] in and out: torch's by default, ComfyUI's in a graph.
 
@@ -19,6 +21,7 @@ Source: Wan 2.1 (arXiv 2503.20314) with one timestep per latent frame, as in Sel
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +31,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..device import upload
-from .attention import Attend, Attention
+from .attention import Attention, SelfAttention, sdpa
 from .config import WanConfig
 from .rope import Rope
 
@@ -69,7 +72,7 @@ class Head(nn.Module):
 
 
 class WanModel(nn.Module):
-    """Wan's layers and nothing else; call `encode_text` and `velocity` on it.
+    """Wan's layers and nothing else; call `encode_prompt` and `velocity` on it.
 
     `linear` is the class of every linear layer (torch's by default); `device` and `dtype` go to all of them.
     """
@@ -97,7 +100,7 @@ class WanModel(nn.Module):
         self.head = Head(config, linear, **factory)
 
     def forward(self, part: Callable, *args):
-        """`encode_text` or `velocity` on this model, where hooks on modules have to see it (sharded training)."""
+        """`encode_prompt` or `velocity` on this model, where hooks on modules have to see it (sharded training)."""
         return part(self, *args)
 
     @torch.no_grad()
@@ -158,18 +161,18 @@ Wan = WanModel | WanLayers
 
 
 @dataclass(frozen=True)
-class Text:
-    """A prompt as the blocks read it: cross-attention keys and values [B, N, text_len, D] per layer.
+class PromptKV:
+    """Cross-attention keys and values of a prompt, [B, N, text_len, D] per layer.
 
-    Made once per prompt by `encode_text`; every step of every chunk reuses it.
+    Made once per prompt by `encode_prompt`; every step of every chunk reuses them.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
 
-def encode_text(wan: Wan, embeds: Tensor, stages: Stages | None = None) -> Text:
-    """Text embedding and all cross-attention keys and values of prompt embeddings [B, <= text_len, text_dim].
+def encode_prompt(wan: Wan, embeds: Tensor, ops: BlockOps | None = None) -> PromptKV:
+    """Cross-attention keys and values, all layers', of prompt embeddings [B, <= text_len, text_dim].
 
     Shorter prompts are padded with zeros to text_len and not masked, as the model was trained. Raises ValueError for
     longer ones and for another width.
@@ -186,75 +189,79 @@ def encode_text(wan: Wan, embeds: Tensor, stages: Stages | None = None) -> Text:
         )
     padded = F.pad(embeds, (0, 0, 0, config.text_len - embeds.shape[1]))
     context = wan.text_embedding(padded)  # [B, text_len, dim]
-    enter = (stages or EAGER).enter
-    keys, values = zip(*(enter(read_prompt, block, context, config) for block in wan.blocks))
-    return Text(keys, values)
+    call = (ops or EAGER).call
+    keys, values = zip(*(call(prompt_kv, block, context, config) for block in wan.blocks))
+    return PromptKV(keys, values)
 
 
-def read_prompt(block: nn.Module, context: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:
+def prompt_kv(block: nn.Module, context: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:
     """A block's keys and values [B, N, text_len, D] of an embedded prompt [B, text_len, dim]."""
     attn = block.cross_attn
-    return _heads(attn.norm_k(attn.k(context)), config.heads), _heads(attn.v(context), config.heads)
+    return split_heads(attn.norm_k(attn.k(context)), config.heads), split_heads(attn.v(context), config.heads)
 
 
-def before_attention(block: nn.Module, x: Tensor, e6: Tensor, rope: Rope, config: WanConfig) -> tuple[Tensor, ...]:
+def qkv(block: nn.Module, x: Tensor, e6: Tensor, rope: Rope, config: WanConfig) -> tuple[Tensor, ...]:
     """Queries and keys with positions, and values, [B, N, L, D], of tokens [B, L, dim]."""
     shift, scale = (block.modulation.to(x) + e6).unbind(2)[:2]
     attn, x = block.self_attn, modulated_norm(x, shift, scale, config.eps)
     # q and k are normalised over the full width, before the split into heads.
-    q = rope(_heads(attn.norm_q(attn.q(x)), config.heads))
-    k = rope(_heads(attn.norm_k(attn.k(x)), config.heads))
-    return q, k, _heads(attn.v(x), config.heads)
+    q = rope(split_heads(attn.norm_q(attn.q(x)), config.heads))
+    k = rope(split_heads(attn.norm_k(attn.k(x)), config.heads))
+    return q, k, split_heads(attn.v(x), config.heads)
 
 
-def after_attention(
+def finish(
     block: nn.Module,
     x: Tensor,
-    seen: Tensor,
+    attended: Tensor,
     e6: Tensor,
     keys: Tensor,
     values: Tensor,
     attention: Attention,
     config: WanConfig,
 ) -> Tensor:
-    """The rest of a block: what self-attention has `seen` [B, N, L, D], then the prompt, then the feed-forward."""
+    """The rest of a block after self-attention [B, N, L, D]: projection, cross-attention, feed-forward."""
     _, _, gate1, shift2, scale2, gate2 = (block.modulation.to(x) + e6).unbind(2)
-    x = add_gated(x, block.self_attn.o(_merge(seen)), gate1)
+    x = add_gated(x, block.self_attn.o(merge_heads(attended)), gate1)
     attn, y = block.cross_attn, block.norm3(x)
-    q = _heads(attn.norm_q(attn.q(y)), config.heads)
-    x = x + attn.o(_merge(attention(q, keys, values, None)))
+    q = split_heads(attn.norm_q(attn.q(y)), config.heads)
+    x = x + attn.o(merge_heads(attention(q, keys, values, None)))
     return add_gated(x, block.ffn(modulated_norm(x, shift2, scale2, config.eps)), gate2)
 
 
-def enter(part: Callable, module: nn.Module, *args):
+def call(part: Callable, module: nn.Module, *args):
     """Runs a part of the forward on its module, as it is."""
     return part(module, *args)
 
 
-class Stages(NamedTuple):
-    """The two parts of a block around self-attention, and how parts are entered.
+class BlockOps(NamedTuple):
+    """The two parts of a block around self-attention, and how parts are called.
 
-    enter   called as enter(part, module, *args) for `encode_text` and `velocity` of a model, `read_prompt` and
-            `through_block` of a block
-    again   whether `enter` runs blocks again in the backward pass; a cache must then keep what they saw
+    qkv         queries, keys and values of a block's tokens
+    finish      all that comes after self-attention
+    call        called as call(part, module, *args) for `encode_prompt` and `velocity` of a model, `prompt_kv` and
+                `run_block` of a block
+    recomputes  whether `call` runs blocks again in the backward pass; a cache must then keep what they attended to
     """
 
-    before: Callable[..., tuple[Tensor, ...]] = before_attention
-    after: Callable[..., Tensor] = after_attention
-    enter: Callable = enter
-    again: bool = False
+    qkv: Callable[..., tuple[Tensor, ...]] = qkv
+    finish: Callable[..., Tensor] = finish
+    call: Callable = call
+    recomputes: bool = False
 
 
-EAGER = Stages()
+EAGER = BlockOps()
 
 
-def velocity(wan: Wan, x: Tensor, t: float | Tensor, text: Text, attend: Attend, stages: Stages = EAGER) -> Tensor:
+def velocity(
+    wan: Wan, x: Tensor, t: float | Tensor, prompt: PromptKV, attend: SelfAttention, ops: BlockOps = EAGER
+) -> Tensor:
     """The model's velocity (noise - x0) for noisy latents.
 
-    x      [B, C, F, H, W] in model space, in the dtype to compute in; H and W even
-    t      timestep 0..1000 = 1000 sigma: one number, or [B or 1, F or 1], one per latent frame
-    text   from `encode_text`, for the same batch
-    attend self-attention: `Sequence`, or a chunk of the rolling cache
+    x       [B, C, F, H, W] in model space, in the dtype to compute in; H and W even
+    t       timestep 0..1000 = 1000 sigma: one number, or [B or 1, F or 1], one per latent frame
+    prompt  from `encode_prompt`, for the same batch
+    attend  self-attention: `FullAttention`, or `CachedAttention` of a chunk
     """
     config = wan.config
     frames, height, width = x.shape[2:]
@@ -263,19 +270,66 @@ def velocity(wan: Wan, x: Tensor, t: float | Tensor, text: Text, attend: Attend,
     # Contiguous, or the transposed layout would go through all blocks and cost each norm a copy.
     x = wan.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()  # [B, L, dim]
     for layer, block in enumerate(wan.blocks):
-        x = stages.enter(through_block, block, x, e6, layer, text, attend, stages, config)
+        x = ops.call(run_block, block, x, e6, layer, prompt, attend, ops, config)
     shift, scale = (wan.head.modulation.to(x) + e.unsqueeze(2)).unbind(2)  # [B or 1, F or 1, dim]
     x = wan.head.head(modulated_norm(x, shift, scale, config.eps))  # [B, L, 4C]
     return rearrange(x, "b (f h w) (p q c) -> b c f (h p) (w q)", f=frames, h=height // 2, w=width // 2, p=2, q=2)
 
 
-def through_block(
-    block: nn.Module, x: Tensor, e6: Tensor, layer: int, text: Text, attend: Attend, stages: Stages, config: WanConfig
+def run_block(
+    block: nn.Module,
+    x: Tensor,
+    e6: Tensor,
+    layer: int,
+    prompt: PromptKV,
+    attend: SelfAttention,
+    ops: BlockOps,
+    config: WanConfig,
 ) -> Tensor:
     """Tokens [B, L, dim] through one block."""
-    q, k, v = stages.before(block, x, e6, attend.rope, config)
-    seen = attend(layer, q, k, v)
-    return stages.after(block, x, seen, e6, text.keys[layer], text.values[layer], attend.attention, config)
+    q, k, v = ops.qkv(block, x, e6, attend.rope, config)
+    attended = attend(layer, q, k, v)
+    return ops.finish(block, x, attended, e6, prompt.keys[layer], prompt.values[layer], attend.attention, config)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model and how it is computed: all that a forward needs beside its inputs.
+
+    wan        the layers
+    dtype      dtype in which latents and prompts enter the layers
+    attention  attention kernel
+    ops        parts of a block, plain or compiled, and how they are called
+    autocast   dtype of torch.autocast around a forward; None: without. Training keeps float32 weights and computes in
+               bfloat16 this way
+    """
+
+    wan: Wan
+    dtype: torch.dtype = torch.float32
+    attention: Attention = sdpa
+    ops: BlockOps = EAGER
+    autocast: torch.dtype | None = None
+
+    @property
+    def config(self) -> WanConfig:
+        return self.wan.config
+
+    def encode_prompt(self, embeds: Tensor) -> PromptKV:
+        """Cross-attention keys and values of embeddings [B, tokens, text_dim]. Raises as `encode_prompt` does."""
+        with self._autocast(embeds.device):
+            return self.ops.call(encode_prompt, self.wan, embeds.to(self.dtype), self.ops)
+
+    def velocity(self, x: Tensor, t: float | Tensor, prompt: PromptKV, attend: SelfAttention) -> Tensor:
+        """Velocity (noise - x0) in float32 of noisy latents x [B, C, F, H, W] at timesteps t; see `velocity`."""
+        with self._autocast(x.device):
+            return self.ops.call(velocity, self.wan, x.to(self.dtype), t, prompt, attend, self.ops).float()
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager:
+        if self.autocast is None:
+            return nullcontext()
+        # Without its cache: forwards without gradient would leave copies of weights there that carry none, and the
+        # exit step of a training rollout would compute with those.
+        return torch.autocast(device.type, self.autocast, cache_enabled=False)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -305,9 +359,9 @@ def time_frequencies(t: float | Tensor, freq_dim: int, like: Tensor) -> Tensor:
     return upload(torch.cat((angles.cos(), angles.sin()), dim=-1).to(like.dtype), like.device)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, L, dim] -> [B, N, L, D]
 
 
-def _merge(x: Tensor) -> Tensor:
+def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)  # [B, N, L, D] -> [B, L, dim]

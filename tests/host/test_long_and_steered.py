@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.host.core import core_latents
+
 FRAMES = 33  # 9 latent frames, three chunks
 
 
@@ -141,14 +143,15 @@ def test_frames_without_room_are_refused_before_anything_is_made(call, tiny, lat
 
 def test_stream_asks_for_the_larger_of_a_forward_and_a_decoding(pack, tiny, latent, monkeypatch):
     from any_folder_name.nodes.host import live as module
-    from any_folder_name.nodes.host.generation import job_of
-    from any_folder_name.sf_core.sampling.config import PRESETS
+    from any_folder_name.nodes.host.generation import prepare_generation
+    from any_folder_name.nodes.inputs import StreamInputs
 
-    job = job_of(tiny.model, PRESETS["tiny"], tiny.prompt, latent, 0)
-    decoder = module.decoder_of(tiny.vae, latent["samples"])
-    made = module.Stream(job, decoder, None, 16.0, None, 0, True)
+    given = StreamInputs(tiny.model, tiny.prompt, latent, 0, vae=tiny.vae)
+    generation = prepare_generation(given)
+    decoder = module.require_decoder(tiny.vae, latent["samples"])
+    made = module.LiveVideo(generation, decoder, given, None)
     held, used = decoder.held(64 * 64, None), decoder.used(64 * 64, None)
-    assert made.beside == held + max(0, used - job.needed.activations) < held + used
+    assert made.reserve_bytes == held + max(0, used - generation.memory.use.activations) < held + used
     assert held == 4 * 64 * 64 * decoder.memory.kept  # the weights are ComfyUI's to count
 
 
@@ -294,14 +297,11 @@ def test_masks_and_other_guiders_are_refused(call, tiny, latent, custom, sample)
 def test_guidance_is_the_cores(call, tiny, sample):
     from any_folder_name.sf_core import tiny as core
     from any_folder_name.sf_core.sampling.config import PRESETS
-    from any_folder_name.sf_core.sampling.noise import SeededNoise
-    from any_folder_name.sf_core.sampling.rollout import rollout
 
     negative = call("Prompt", tiny.clip, "a blue square")
     ours = tiny.model.model.process_latent_in(sample(negative=negative, cfg=3.0))
     prompts = {"negative": negative[0][0], "guidance": 3.0}
-    chunks = rollout(core.load_model(), PRESETS["tiny"], tiny.prompt[0][0], SeededNoise(0), 9, 8, 8, **prompts)
-    expected = torch.cat([chunk.latents for chunk in chunks], 2)
+    expected = core_latents(core.load_model(), PRESETS["tiny"], tiny.prompt[0][0], 9, 8, 8, **prompts)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4)
 
 
@@ -327,7 +327,7 @@ def test_too_little_memory_for_two_branches_is_said_with_what_would_fit(call, ti
 
     needed = []
     check = room.check
-    monkeypatch.setattr(room, "check", lambda rollout, device: needed.append(rollout.bytes) or check(rollout, device))
+    monkeypatch.setattr(room, "check", lambda memory, device: needed.append(memory.total) or check(memory, device))
     negative = call("Prompt", tiny.clip, "a blue square")
     sample()
     reserved = management.extra_reserved_memory()
@@ -435,15 +435,12 @@ def test_reencoding_begins_when_the_window_is_full(call, tiny, settings, sample)
 def test_reencoding_by_the_host_is_the_cores(tiny, settings, call, sample):
     from any_folder_name.sf_core import tiny as core
     from any_folder_name.sf_core.sampling.config import PRESETS
-    from any_folder_name.sf_core.sampling.noise import SeededNoise
-    from any_folder_name.sf_core.sampling.rollout import rollout
 
     longer = call("Latent", 64, 64, 57, 0.0, 16.0, 1)
     ours = tiny.model.model.process_latent_in(sample(latent=longer, model=settings(reencode_vae=tiny.vae)))
     still = core.load_autoencoder().still
-    prompt, noise = tiny.prompt[0][0], SeededNoise(0)
-    chunks = rollout(core.load_model(), PRESETS["tiny"], prompt, noise, 15, 8, 8, reencode=still)
-    expected = torch.cat([chunk.latents for chunk in chunks], 2)
+    prompt = tiny.prompt[0][0]
+    expected = core_latents(core.load_model(), PRESETS["tiny"], prompt, 15, 8, 8, reencode=still)
     torch.testing.assert_close(ours, expected, rtol=0, atol=5e-4)
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.host.core import core_latents
+
 FRAMES = 9  # 3 latent frames, one chunk
 CAUSAL = {"config": json.dumps({"transformer": {"causal_ar": True}})}
 
@@ -115,12 +117,9 @@ def core_model(state=None):
 def rolled_out(wan, prompt) -> torch.Tensor:
     from any_folder_name.sf_core.autoencoders.wan_vae import from_model_space
     from any_folder_name.sf_core.sampling.families import FAMILIES
-    from any_folder_name.sf_core.sampling.noise import SeededNoise
-    from any_folder_name.sf_core.sampling.rollout import rollout
 
     sampling = FAMILIES["self-forcing"].sampling
-    chunks = rollout(wan, sampling, prompt[0][0], SeededNoise(0), 3, 4, 4)
-    return from_model_space(torch.cat([chunk.latents for chunk in chunks], 2))
+    return from_model_space(core_latents(wan, sampling, prompt[0][0], 3, 4, 4))
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -220,7 +219,7 @@ def test_a_lora_that_is_a_part_of_the_model_is_merged(call, sample, folder, prec
     whole = call("LoadModel", save(folder, "longlive.safetensors", merged, CAUSAL), "auto", precision)
     model = call("LoadModel", base, "auto", precision, "lora.pt", 0.5)
     torch.testing.assert_close(sample(model), sample(whole), rtol=0, atol=1e-4)
-    again = host.loaded_again(model.cached_patcher_init)
+    again = host.load_again(model.cached_patcher_init)
     torch.testing.assert_close(sample(again), sample(whole), rtol=0, atol=1e-4)
     assert not torch.allclose(sample(call("LoadModel", base, "auto", precision)), sample(whole), atol=1e-3)
 
@@ -553,15 +552,14 @@ def test_float8_cache_costs_little_quality(sample, model):
     assert relative_error(float8, usual) < 0.02
 
 
-def rollout_of(tiny, frames=40, **changes):
+def memory_plan(tiny, cache_dtype=None):
     """What the built-in model takes for a long video without a window."""
-    from any_folder_name.nodes.host import memory as room
-    from any_folder_name.nodes.host import model as host
+    from any_folder_name.nodes.host.model import wan_of
+    from any_folder_name.sf_core.memory import MemoryPlan
     from any_folder_name.sf_core.sampling.config import Sampling
+    from any_folder_name.sf_core.sampling.plan import Plan
 
-    config = host.wan_of(tiny.model).config
-    size = {"batch": 1, "frames": frames, "height": 8, "width": 8, "dtype": torch.float32, "cache_dtype": None}
-    return room.Rollout(config=config, sampling=Sampling(), **{**size, **changes})
+    return MemoryPlan(wan_of(tiny.model).config, Plan(Sampling(), 40, 8, 8, cache_dtype=cache_dtype), torch.float32)
 
 
 @pytest.mark.parametrize(("share", "fp8_alone"), [(0.8, True), (0.3, False)])
@@ -571,8 +569,8 @@ def test_too_much_memory_is_refused_with_what_would_fit(call, tiny, sample, monk
     import comfy.model_management as management
     from any_folder_name.nodes.host import memory as room
 
-    needed = rollout_of(tiny)
-    limit = int(share * needed.bytes) + management.extra_reserved_memory()
+    needed = memory_plan(tiny)
+    limit = int(share * needed.total) + management.extra_reserved_memory()
     monkeypatch.setattr(management, "get_total_memory", lambda *_: limit)
     device = torch.device("cpu")
     with pytest.raises(ValueError, match=r"Set a smaller window \(\d+ at most\), or cache to fp8") as caught:
@@ -583,7 +581,7 @@ def test_too_much_memory_is_refused_with_what_would_fit(call, tiny, sample, monk
     with pytest.raises(ValueError):
         room.check(needed.with_window(longest + 1), device)
     if fp8_alone:
-        room.check(rollout_of(tiny, cache_dtype=torch.float8_e4m3fn), device)
+        room.check(memory_plan(tiny, cache_dtype=torch.float8_e4m3fn), device)
     latent = call("Latent", 64, 64, 157, 0.0, 16.0, 1)
     with pytest.raises(ValueError, match="Got 42 latent frames of 64 x 64 pixels"):
         sample(tiny.model, positive=tiny.prompt, latent=latent, preset="cli")
@@ -592,9 +590,9 @@ def test_too_much_memory_is_refused_with_what_would_fit(call, tiny, sample, monk
 def test_out_of_memory_frees_the_cache_and_leaves_the_host_usable(sample, model, monkeypatch):
     import gc
 
-    from any_folder_name.sf_core.sampling import rollout
+    from any_folder_name.sf_core.wan import model as wan
 
-    velocity, calls = rollout.velocity, []
+    velocity, calls = wan.velocity, []
 
     def fills_up(*arguments):
         calls.append(1)
@@ -603,7 +601,7 @@ def test_out_of_memory_frees_the_cache_and_leaves_the_host_usable(sample, model,
         return velocity(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rollout, "velocity", fills_up)
+        patch.setattr(wan, "velocity", fills_up)
         with pytest.raises(
             torch.OutOfMemoryError, match="3 latent frames of 32 x 32 pixels.*Set cache to fp8"
         ) as caught:
@@ -616,11 +614,11 @@ def test_out_of_memory_frees_the_cache_and_leaves_the_host_usable(sample, model,
 
 def test_compiled_parts_serve_all_blocks_chunks_and_runs(sample, model, monkeypatch):
     from any_folder_name.nodes.host import generation as job
-    from any_folder_name.sf_core.wan.compile import compile_stages
+    from any_folder_name.sf_core.wan.compile import compile_ops
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
-    monkeypatch.setattr(job, "compile_stages", lambda mode: compile_stages(mode, backend=counter))
+    monkeypatch.setattr(job, "compile_ops", lambda mode: compile_ops(mode, backend=counter))
     nine = {"latent": {"samples": torch.zeros(1, 16, 9, 4, 4)}}
     compiled = sample(model, **nine, compile="default")
     first = counter.frame_count

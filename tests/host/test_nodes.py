@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 
+from tests.host.core import core_latents
+
 FRAMES = 21  # 6 latent frames, two chunks
 
 
@@ -88,11 +90,8 @@ def test_stock_encode_makes_a_prefix(call, tiny, sample):
 def test_sampler_makes_what_the_core_makes(tiny, sample):
     from any_folder_name.sf_core import tiny as core
     from any_folder_name.sf_core.sampling.config import PRESETS
-    from any_folder_name.sf_core.sampling.noise import SeededNoise
-    from any_folder_name.sf_core.sampling.rollout import rollout
 
-    chunks = rollout(core.load_model(), PRESETS["tiny"], tiny.prompt[0][0], SeededNoise(0), 6, 8, 8)
-    expected = torch.cat([chunk.latents for chunk in chunks], dim=2)
+    expected = core_latents(core.load_model(), PRESETS["tiny"], tiny.prompt[0][0], 6, 8, 8)
     assert torch.allclose(tiny.model.model.process_latent_in(sample()), expected, atol=2e-4)
 
 
@@ -193,14 +192,10 @@ def test_second_prompt_takes_over_from_its_time_on(sample, story, transition):
 def test_sampler_makes_of_a_schedule_what_the_core_makes(tiny, sample, story):
     from any_folder_name.sf_core import tiny as core
     from any_folder_name.sf_core.sampling.config import PRESETS
-    from any_folder_name.sf_core.sampling.noise import SeededNoise
-    from any_folder_name.sf_core.sampling.rollout import rollout
-    from any_folder_name.sf_core.script import Cue
 
     (first, _), (second, _) = story(" cut")
-    prompts = [Cue(0, first), Cue(3, second, "cut")]
-    chunks = rollout(core.load_model(), PRESETS["tiny"], prompts, SeededNoise(0), 6, 8, 8)
-    expected = torch.cat([chunk.latents for chunk in chunks], dim=2)
+    prompts = [(0, first), (3, second, "cut")]
+    expected = core_latents(core.load_model(), PRESETS["tiny"], prompts, 6, 8, 8)
     assert torch.allclose(tiny.model.model.process_latent_in(sample(positive=story(" cut"))), expected, atol=2e-4)
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.host.core import core_latents
+
 FRAMES = 6  # latent frames
 
 
@@ -33,8 +35,6 @@ def test_lora_of_a_training_run_is_its_merged_model(run, call, tiny, monkeypatch
     import nodes
     from any_folder_name.sf_core import tiny as core
     from any_folder_name.sf_core.sampling.config import PRESETS
-    from any_folder_name.sf_core.sampling.noise import SeededNoise
-    from any_folder_name.sf_core.sampling.rollout import rollout
 
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(run)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
@@ -42,12 +42,11 @@ def test_lora_of_a_training_run_is_its_merged_model(run, call, tiny, monkeypatch
 
     def sampled(patcher):
         latent = call("Latent", 64, 64, 4 * FRAMES - 3, 0.0, 16.0, 1)
-        samples = call("Sampler", patcher, tiny.prompt, latent, 0, "auto", 0, 0, 0, -1)["samples"]
+        samples = call("Sampler", model=patcher, positive=tiny.prompt, latent=latent, seed=0)["samples"]
         return tiny.model.model.process_latent_in(samples)
 
     merged = core.load_model(path=run / "model.safetensors")
-    chunks = rollout(merged, PRESETS["tiny"], tiny.prompt[0][0], SeededNoise(0), FRAMES, 8, 8)
-    expected = torch.cat([chunk.latents for chunk in chunks], 2)
+    expected = core_latents(merged, PRESETS["tiny"], tiny.prompt[0][0], FRAMES, 8, 8)
     plain, adapted = sampled(tiny.model), sampled(model)
     assert (adapted - expected).norm() < 0.05 * expected.norm()  # the merged model is bfloat16
     assert (adapted - plain).norm() > 5 * (adapted - expected).norm()

@@ -8,13 +8,15 @@ first, then whatever else is worth telling.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ...sampling.plan import Plan
+from ...sampling.prompts import PromptSchedule
 from ...sampling.rollout import rollout
-from ...wan.model import WanModel
+from ...wan.model import Network, WanModel
 from ..config import TrainConfig
 from ..distributed import Group, shard, state_of
 from ..encoders import (
@@ -30,7 +32,7 @@ from ..encoders import (
     student_dtype,
 )
 from ..lora import adapter_file, add_adapters, merged
-from ..network import Network, attention_on, stages_for
+from ..network import training_network, training_ops
 from ..optim import Average, Optimizer
 from ..step_random import Draws
 
@@ -106,8 +108,8 @@ class WanTask(Task):
 
     def network(self, wan: WanModel) -> Network:
         """A network on its device, spread over the processes where the run is sharded."""
-        stages = stages_for(self.config.shard, self.config.recompute)
-        return Network(self.placed(wan, wan.blocks), self.precision, stages)
+        placed, config = self.placed(wan, wan.blocks), self.config
+        return training_network(placed, self.precision, self.device, config.shard, config.recompute)
 
     def placed(self, module: nn.Module, blocks=(), precision: torch.dtype | None = None) -> nn.Module:
         """A module on its device; a sharded one is computed in `precision`, that of the run unless given."""
@@ -147,16 +149,14 @@ class WanTask(Task):
 
         Rolled out one at a time: a training run has no memory to spare for a batch of them.
         """
-        with self.averages["student"].in_place(), self.student.arithmetic(self.device):
+        with self.averages["student"].in_place():
             clips = [self._sampled(number, prompt, frames) for number, prompt in enumerate(prompts)]
         return (self.world.decode(clip)[0].cpu() for clip in clips)
 
     def _sampled(self, number: int, prompt: str, frames: int) -> Tensor:
         """Latents [1, C, F, H, W] of sample `number`. Nothing runs backwards, so no block is to run again."""
         noise = Draws(self.config.seed, 0, (number,)).noise("sample")
-        chunks = rollout(
-            self.student.wan, self.config.sampling, self.world.embeds([prompt]), noise, frames, *self.size,
-            cache_dtype=self.student.precision, attention=attention_on(self.device),
-            stages=stages_for(self.config.shard, recompute=False),
-        )  # fmt: skip
-        return torch.cat([chunk.latents for chunk in chunks], 2)
+        network = replace(self.student, ops=training_ops(self.config.shard, recompute=False))
+        plan = Plan(self.config.sampling, frames, *self.size, cache_dtype=self.precision)
+        prompts = PromptSchedule.of(self.world.embeds([prompt]))
+        return torch.cat([x0 for _, x0 in rollout(network, plan, prompts, noise)], 2)

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from ...sampling.config import Sampling
-from ...sampling.rollout import plan_spans
+from ...sampling.plan import cut_into_chunks
 from ...sampling.schedule import add_noise, shift_sigma
-from ...wan.attention import Sequence, sdpa
+from ...wan.attention import FullAttention, sdpa
 from ...wan.config import WanConfig
+from ...wan.model import Network
 from ..config import TrainConfig
 from ..data import Batch, Source
 from ..distributed import Group
 from ..encoders import World
-from ..network import Network, attention_on
+from ..network import predict_velocity, training_attention
 from ..step_random import Draws
 from .base import Update, WanTask
 
@@ -51,19 +52,19 @@ def chunk_rule(chunk: Tensor, noisy: Tensor) -> Sees:
 
 def chunks_of(frames: int, sampling: Sampling) -> Tensor:
     """The chunk of every latent frame, [F]."""
-    return torch.tensor([span.index for span in plan_spans(frames, sampling) for _ in range(span.frames)])
+    return torch.tensor([chunk.index for chunk in cut_into_chunks(frames, sampling) for _ in range(chunk.frames)])
 
 
 def forced_attention(
     config: WanConfig, chunks: Tensor, size: tuple[int, int], beside: bool, device: torch.device
-) -> Sequence:
+) -> FullAttention:
     """Attention over a clip in chunks; `beside`: over [clean frames, noisy frames], both at positions 0, 1, ..."""
     frames, copies = len(chunks), 2 if beside else 1
     tokens = config.tokens_per_frame(*size)
     chunk = chunks.repeat(copies).repeat_interleave(tokens).to(device)
     noisy = torch.arange(copies, device=device).repeat_interleave(frames * tokens) > 0
     mask, attention = masked(chunk, noisy, device)
-    return Sequence(config, [*range(frames)] * copies, *size, device, mask=mask, attention=attention)
+    return FullAttention(config, [*range(frames)] * copies, *size, device, mask=mask, attention=attention)
 
 
 def masked(chunk: Tensor, noisy: Tensor, device: torch.device):
@@ -71,7 +72,7 @@ def masked(chunk: Tensor, noisy: Tensor, device: torch.device):
     if device.type == "cuda":
         return block_mask(chunk, noisy), flex
     tokens = torch.arange(len(chunk), device=device)
-    return chunk_rule(chunk, noisy)(tokens[:, None], tokens[None, :]), attention_on(device)
+    return chunk_rule(chunk, noisy)(tokens[:, None], tokens[None, :]), training_attention(device)
 
 
 def block_mask(chunk: Tensor, noisy: Tensor, size: int = 128) -> BlockMask:
@@ -129,11 +130,11 @@ def noised(clips: Tensor, sigma: Tensor, draws: Draws, purpose: str) -> tuple[Te
 
 
 def beside_clean(
-    network: Network, context: Tensor, t: Tensor, noisy: Tensor, sigma: Tensor, embeds: Tensor, attend: Sequence
+    network: Network, context: Tensor, t: Tensor, noisy: Tensor, sigma: Tensor, embeds: Tensor, attend: FullAttention
 ) -> Tensor:
     """Velocity of noisy frames [B, C, F, H, W] at levels [B, F] that see `context` frames at timesteps t [B, F]."""
     both, times = torch.cat((context, noisy), 2), torch.cat((t, 1000 * sigma), 1)
-    return network.velocity(both, times, embeds, attend)[:, :, noisy.shape[2] :]
+    return predict_velocity(network, both, times, embeds, attend)[:, :, noisy.shape[2] :]
 
 
 class Flow(WanTask):
@@ -145,12 +146,12 @@ class Flow(WanTask):
         self.updates = [Update(self.optimizer, self.loss)]
         self.attend = cache(partial(self._attend, beside=config.method == "teacher-forcing"))
 
-    def _attend(self, frames: int, beside: bool) -> Sequence:
+    def _attend(self, frames: int, beside: bool) -> FullAttention:
         chunks = chunks_of(frames, self.config.sampling)
         if self.config.method == "bidirectional":
             chunks = torch.zeros_like(chunks)
-            attention = attention_on(self.device)
-            return Sequence(self.student.config, range(frames), *self.size, self.device, attention=attention)
+            attention = self.student.attention
+            return FullAttention(self.student.config, range(frames), *self.size, self.device, attention=attention)
         return forced_attention(self.student.config, chunks, self.size, beside, self.device)
 
     def loss(self, draws: Draws, progress: float) -> dict[str, Tensor]:
@@ -175,7 +176,7 @@ class Flow(WanTask):
     def guess(self, clips: Tensor, noisy: Tensor, sigma: Tensor, embeds: Tensor, draws: Draws) -> Tensor:
         attend = self.attend(clips.shape[2])
         if self.config.method != "teacher-forcing":
-            return self.student.velocity(noisy, 1000 * sigma, embeds, attend)
+            return predict_velocity(self.student, noisy, 1000 * sigma, embeds, attend)
         context, level = clips, torch.zeros_like(sigma)
         if self.flow.context_sigma:
             chunks = chunks_of(clips.shape[2], self.config.sampling)

@@ -6,13 +6,15 @@ logit per clip (after Seaweed-APT, arXiv 2501.08316).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...wan.config import WanConfig
-from ...wan.model import through_block
-from ..network import Network
+from ...wan.model import Network, run_block
+from ..network import clip_attention, predict_velocity
 
 
 class Look(nn.Module):
@@ -54,14 +56,14 @@ class Discriminator(nn.Module):
         """The tokens of noisy clips [B, C, F, H, W] after each of the layers, in the critic's own forward, and its
         velocity.
         """
-        kept, enter = [], network.stages.enter
+        kept, call = [], network.ops.call
 
         def watched(part, module, *args):
-            out = enter(part, module, *args)
-            if part is through_block and args[2] in self.layers:
+            out = call(part, module, *args)
+            if part is run_block and args[2] in self.layers:
                 kept.append(out)
             return out
 
-        watching = Network(network.wan, network.precision, network.stages._replace(enter=watched))
-        v = watching.velocity(noisy, t, embeds, network.whole(noisy))
+        watching = replace(network, ops=network.ops._replace(call=watched))
+        v = predict_velocity(watching, noisy, t, embeds, clip_attention(network, noisy))
         return kept, v

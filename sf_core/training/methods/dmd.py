@@ -33,7 +33,7 @@ from .losses import (
     logit_slope,
     score_identity,
 )
-from .self_rollout import roll_out
+from .self_rollout import self_rollout
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class SelfForcing(WanTask):
         context = None if self.config.loss.context == "own" else real
         embeds = self.world.embeds(captions).detach()
         size, noise = (frames, *self.size), draws.noise(purpose)
-        whole = roll_out(self.student, self.sampling, embeds, noise, size, walk, training, context)
+        whole = self_rollout(self.student, self.sampling, embeds, noise, size, walk, training, context)
         clips = whole[:, :, -frames:]
         if walk.extra:
             still = self.world.still(whole[:, :, : 1 - frames or None].detach())

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...sampling.schedule import add_noise, shift_sigma, sigma_at, x0_from_velocity
-from ..network import Network
+from ...wan.model import Network
+from ..network import clip_attention, predict_velocity
 from ..step_random import Draws
 
 LEAST_SCALE = 1e-4  # of DMD's and SiD's normaliser, for clips that the real score leaves as they are
@@ -38,7 +39,7 @@ class Level:
 
     def velocity(self, network: Network, noisy: Tensor, embeds: Tensor) -> Tensor:
         """A network's velocity, such that noisy - sigma velocity is what it thinks the clip was."""
-        return network.velocity(noisy, self.timestep[:, None], embeds, network.whole(noisy))
+        return predict_velocity(network, noisy, self.timestep[:, None], embeds, clip_attention(network, noisy))
 
     def x0(self, network: Network, noisy: Tensor, embeds: Tensor) -> Tensor:
         """What a network thinks the noisy clip was."""

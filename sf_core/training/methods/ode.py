@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ...sampling.schedule import shift_sigma, x0_from_velocity
+from ...wan.model import Network
 from ..config import TrainConfig
 from ..data import Source
 from ..distributed import Group
 from ..encoders import World
-from ..network import Network
 from ..optim import Average
 from ..step_random import Draws
 from .base import Update, WanTask

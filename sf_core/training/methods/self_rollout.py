@@ -1,10 +1,13 @@
-"""Rolling out one's own generations, by the loop that generates (arXiv 2506.08009, algorithm 1).
+"""Self-rollout: a student's own generations, with gradient through one step of each chunk.
 
-Every chunk is denoised as in production, attending to the model's own earlier output through the rolling cache, but
-stops at a random exit step; only the forward of that step carries gradient. Chunks then enter the cache without
-gradient, so nothing flows from a chunk into an earlier one, and memory holds one forward per chunk.
+    for chunk in plan.chunks:
+        context.enter(chunk)
+        x0 = denoise until the chunk's exit step, whose forward alone carries gradient
+        context.append(chunk, x0 without gradient)
 
-For long videos `extra` chunks come first, without gradient; only the last frames are judged.
+It runs over the `Context` and `denoise` of inference. Nothing flows from a chunk into an earlier one, and memory holds
+one forward per chunk. For long videos `extra` chunks come first, without gradient; only the last frames are judged.
+Source: arXiv 2506.08009, algorithm 1.
 """
 
 from __future__ import annotations
@@ -15,17 +18,21 @@ import torch
 from torch import Tensor
 
 from ...sampling.config import Sampling
+from ...sampling.context import Context
 from ...sampling.noise import Noise
-from ...sampling.rollout import Course, Span, plan_spans, rollout
-from ..network import Network, attention_on
+from ...sampling.plan import Chunk, Plan, cut_into_chunks
+from ...sampling.prompts import PromptSchedule
+from ...sampling.rollout import denoise
+from ...sampling.schedule import add_noise
+from ...wan.model import Network
 from ..step_random import Draws
 
 EXITS = ("shared", "per-chunk")
 
 
 @dataclass(frozen=True)
-class SelfRollout:
-    """How clips for a loss are rolled out.
+class RolloutConfig:
+    """Self-rollout of the clips for a loss.
 
     frames         latent frames that are judged, the last of the rollout
     exits          one exit step for all chunks of a rollout ("shared"), or one for each ("per-chunk")
@@ -60,7 +67,7 @@ class SelfRollout:
         """What is sampled in training, for a model that is sampled so."""
         return replace(sampling, window=self.window) if self.window else sampling
 
-    def draw(self, sampling: Sampling, draws: Draws, purpose: str) -> Walk:
+    def draw(self, sampling: Sampling, draws: Draws, purpose: str) -> ExitSchedule:
         """Exit steps and extra chunks of one rollout; the whole batch has them in common.
 
         Where the first chunk has steps of its own, so is its exit.
@@ -68,60 +75,72 @@ class SelfRollout:
         late = torch.rand((), generator=draws.of_batch(f"{purpose} late")) < self.extra_share
         more = self.extra_chunks > 0 and bool(late)
         extra = 1 + draws.shared(f"{purpose} extra", self.extra_chunks)[0] if more else 0
-        chunks = len(plan_spans(self.frames + extra * sampling.chunk, sampling))
+        chunks = len(cut_into_chunks(self.frames + extra * sampling.chunk, sampling))
         steps, first_steps = (len(sampling.steps_of(first)) for first in (False, True))
         exits = draws.shared(f"{purpose} exit", steps, chunks if self.exits == "per-chunk" else 1)
         exits = exits * (chunks // len(exits))
         if first_steps != steps:
             exits[:1] = draws.shared(f"{purpose} first exit", first_steps)
-        return Walk(tuple(exits), extra, self.gradient or self.frames, self.context_sigma)
+        return ExitSchedule(tuple(exits), extra, self.gradient or self.frames, self.context_sigma)
 
 
 @dataclass(frozen=True)
-class Walk:
-    """One rollout: the exit step of each chunk (from 0), chunks before the judged ones, frames with gradient."""
+class ExitSchedule:
+    """Exit step of each chunk of one rollout (from 0), and what else is drawn for it.
+
+    extra          chunks before the judged ones, which take every step
+    gradient       frames that carry gradient, counted from the end
+    context_sigma  noise level 0..1 of the latents that enter the cache
+    """
 
     exits: tuple[int, ...]
     extra: int = 0
     gradient: int = 21
     context_sigma: float = 0.0
 
-    def course(self, begin: int, total: int, training: bool, span: Span, context: Tensor | None = None) -> Course:
-        """How a chunk is gone through, where frames begin .. total - 1 are judged.
+    def steps(self, chunk: Chunk, begin: int) -> int | None:
+        """Steps that a chunk takes where frames from `begin` on are judged; None: all, of a chunk before them.
 
-        Extra chunks need not end where these begin: a first chunk may be longer or shorter than the others.
+        Extra chunks need not end where judged frames begin: a first chunk may be longer or shorter than the others.
         """
-        judged = span.end > begin
-        seen = None if context is None else context[:, :, span.start : span.end]
-        carries = training and judged and span.end > total - self.gradient
-        return Course(self.exits[span.index] + 1 if judged else None, carries, self.context_sigma, seen)
+        return self.exits[chunk.index] + 1 if chunk.end > begin else None
+
+    def has_gradient(self, chunk: Chunk, begin: int, end: int) -> bool:
+        """Whether the exit step of a chunk carries gradient where frames begin .. end - 1 are judged."""
+        return chunk.end > max(begin, end - self.gradient)
 
 
-def roll_out(
+def self_rollout(
     network: Network,
     sampling: Sampling,
     embeds: Tensor,
     noise: Noise,
     size: tuple[int, int, int],
-    walk: Walk,
+    schedule: ExitSchedule,
     training: bool = True,
-    context: Tensor | None = None,
+    forced: Tensor | None = None,
 ) -> Tensor:
     """A whole rollout [B, C, extra frames + frames, H, W] that follows prompts [B, tokens, text_dim].
 
     size      (frames, H, W) of what is judged
     training  without it nothing carries gradient
-    context   clips of that size that enter the cache in the place of what was made
+    forced    clips of that size that enter the cache in the place of what was made (teacher forcing)
     """
     frames, height, width = size
-    begin = walk.extra * sampling.chunk
-    total = begin + frames
-    with network.arithmetic(embeds.device), torch.set_grad_enabled(training):
-        chunks = rollout(
-            network.wan, sampling, embeds, noise, total, height, width,
-            cache_dtype=network.precision,
-            attention=attention_on(embeds.device),
-            stages=network.stages,
-            course=lambda span: walk.course(begin, total, training, span, context),
-        )  # fmt: skip
-        return torch.cat([chunk.latents for chunk in chunks], 2)
+    begin = schedule.extra * sampling.chunk
+    cache_dtype = network.autocast or network.dtype
+    plan = Plan(sampling, begin + frames, height, width, len(embeds), cache_dtype=cache_dtype)
+    made = []
+    with torch.set_grad_enabled(training):
+        context = Context(network, plan, PromptSchedule.of(embeds))
+        for chunk in plan.chunks:
+            context.enter(chunk)
+            steps, draw = plan.steps(chunk), context.noise(noise, chunk)
+            gradient = training and schedule.has_gradient(chunk, begin, plan.frames)
+            x0 = denoise(context, steps[: schedule.steps(chunk, begin)], draw, gradient=gradient)
+            made.append(x0)
+            seen = x0.detach() if forced is None else context.part(forced, chunk)
+            if schedule.context_sigma and not chunk.is_last:
+                seen = add_noise(seen, draw(len(steps)), schedule.context_sigma)  # a number that no step has
+            context.append(chunk, seen)
+        return torch.cat(made, 2)

@@ -1,0 +1,181 @@
+"""What a rollout remembers: KV cache, prompt and newest latents. All that lives across chunks is here, and only here.
+
+    context = Context(network, plan, prompts)
+    context.enter(chunk)              a new prompt takes over; a full window is made room in
+    context.predict(x, step)          x_t -> x0, attending to the window
+    context.append(chunk, x0)         what later chunks attend to
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..device import upload
+from ..wan.cache import CachedAttention, CacheShape, RollingCache
+from ..wan.config import WanConfig
+from ..wan.model import Network, PromptKV
+from .noise import Noise
+from .plan import Chunk, Plan
+from .prompts import REREADING, PromptSchedule, pad_to_longer
+from .schedule import Step, x0_from_velocity
+
+Reencode = Callable[[Tensor], Tensor]
+"""First-frame re-encode: latents [B, C, F, H, W] -> the latent [B, C, 1, H, W] of a still of their last picture.
+
+A model trained on short clips has always seen a still, one frame and not four, at the beginning of its window. With
+this, whenever the window is full, its newest half is read again as a clip of its own that begins with a still, as the
+long-video script of CausVid (tianweiy/CausVid) does.
+"""
+
+
+class Context:
+    """KV cache, prompt and history of one rollout. `device` is that of the prompts; latents are float32 there."""
+
+    def __init__(
+        self, network: Network, plan: Plan, prompts: PromptSchedule, reencode: Reencode | None = None
+    ) -> None:
+        self.network, self.plan, self.prompts, self.reencode = network, plan, prompts, reencode
+        self.device = prompts.device
+        self.cache = allocate_cache(
+            network.config, plan, plan.cache_dtype or network.dtype, self.device, prompts.branches,
+            keeps_all=network.ops.recomputes,
+        )  # fmt: skip
+        self.history = History(self.cache.slots if prompts.rereads or reencode else 0)
+        self.prompt: PromptKV | None = None
+        self.chunk: Chunk | None = None  # the one under way
+        self.attend: CachedAttention | None = None  # its self-attention
+        self._followed: tuple[int, float] | None = None
+
+    def enter(self, chunk: Chunk) -> None:
+        """Begins a chunk: its prompt is encoded where it is a new one, and the cache brought in line with it."""
+        self.chunk = chunk
+        transition = self._follow_prompt(chunk.start)
+        if not chunk.cached:
+            return
+        if transition:
+            self.apply_transition(transition, chunk.start)
+        if self.reencode and chunk.end > self.cache.first + self.cache.slots:
+            self.reencode_window(chunk.start)
+        self.attend = self._attention(chunk.start, chunk.frames)
+
+    def predict(self, x: Tensor, step: Step, write: bool = True) -> Tensor:
+        """Clean latents x0 [B, C, frames, H, W] that the model sees in x at a step, with guidance.
+
+        write  whether the chunk's keys and values go into the cache; not where they carry gradient
+        """
+        v = self._velocity(x, step.timestep, self.attend if write else self.attend.read_only())
+        if self.prompts.is_guided:
+            positive, negative = v.chunk(2)
+            v = torch.lerp(negative, positive, self.prompts.guidance)
+        return x0_from_velocity(x, v, step.sigma)
+
+    def append(self, chunk: Chunk, x0: Tensor) -> None:
+        """Ends a chunk: its clean latents are what later chunks attend to.
+
+        The last chunk's keys and values would never be read, and those of a prefix beyond the window are not.
+        """
+        self.history.append(x0)
+        if not chunk.cached:
+            self.cache.cut(chunk.end)
+        elif not chunk.is_last:
+            is_clean = chunk.given and not self.plan.full_history
+            self._commit(x0, 0.0 if is_clean else self.plan.sampling.context_noise, self.attend)
+
+    def noise(self, noise: Noise, chunk: Chunk) -> Callable[[int], Tensor]:
+        """step -> noise [B, C, frames, H, W] of a chunk, on the device."""
+        shape = (self.plan.batch, self.network.config.channels, self.plan.height, self.plan.width)
+        return lambda step: upload(noise(chunk.start, chunk.frames, step, shape).float(), self.device)
+
+    def part(self, latents: Tensor | None, chunk: Chunk) -> Tensor | None:
+        """The frames of a chunk out of latents [B, C, F, H, W] of the whole video; None of None."""
+        return None if latents is None else upload(latents[:, :, chunk.start : chunk.end].float(), self.device)
+
+    def apply_transition(self, transition: str, frame: int) -> None:
+        """Brings the cache in line with a prompt that starts at `frame`; see prompts.py."""
+        if transition == "cut":
+            self.cache.cut(frame)
+        if transition not in REREADING:
+            return
+        latents, cache = self.history.latents, self.cache
+        if transition == "renew":
+            cache.restart(frame - latents.shape[2])
+        elif frame - latents.shape[2] > cache.first:
+            latents = latents[:, :, -cache.ring :]  # sinks stay: what they hold is older, and no slot is left for more
+        self._reread(latents, frame)
+
+    def reencode_window(self, frame: int) -> None:
+        """Makes a clip of its own of the newest frames before `frame`: about half of the window, in whole chunks."""
+        latents, chunk = self.history.latents, self.plan.sampling.chunk
+        half = chunk * max(1, (self.cache.slots - chunk) // (2 * chunk))
+        kept = min(half, latents.shape[2])
+        still = self.reencode(latents[:, :, : latents.shape[2] - kept + 1])
+        self.cache.restart(frame - kept)
+        self._reread(torch.cat((still, latents[:, :, -kept:][:, :, 1:]), dim=2), frame)
+
+    def _follow_prompt(self, frame: int) -> str | None:
+        """Encodes the prompt of a chunk that starts at `frame`; the transition where another prompt begins."""
+        followed, embeds = self.prompts.embeds_at(frame)
+        before, self._followed = self._followed, followed
+        if followed != before:
+            branches = pad_to_longer(embeds, self.prompts.negative) if self.prompts.is_guided else (embeds,)
+            self.prompt = self.network.encode_prompt(torch.cat(branches) if len(branches) > 1 else embeds)
+        begins = before is not None and followed[0] != before[0]
+        return self.prompts.prompts[followed[0]].transition if begins else None
+
+    def _reread(self, latents: Tensor, frame: int) -> None:
+        """Writes the frames before `frame` into the cache anew, in one forward."""
+        frames = latents.shape[2]
+        self._commit(latents, self.plan.sampling.context_noise, self._attention(frame - frames, frames))
+
+    @torch.no_grad()
+    def _commit(self, x0: Tensor, timestep: float, attend: CachedAttention) -> None:
+        """Overwrites the keys and values of frames with those of their clean latents."""
+        self._velocity(x0, timestep, attend)
+
+    def _velocity(self, x: Tensor, timestep: float, attend: CachedAttention) -> Tensor:
+        branches = torch.cat((x, x)) if self.prompts.is_guided else x
+        return self.network.velocity(branches, timestep, self.prompt, attend)
+
+    def _attention(self, start: int, frames: int) -> CachedAttention:
+        return self.cache.chunk(start, frames, self.network.attention)
+
+
+class History:
+    """The newest finished latents [B, C, <= most, H, W], for whatever has to read them again."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.latents: Tensor | None = None
+
+    def append(self, x0: Tensor) -> None:
+        if self.most:
+            joined = x0 if self.latents is None else torch.cat((self.latents, x0), dim=2)
+            self.latents = joined[:, :, -self.most :]
+
+
+def allocate_cache(
+    config: WanConfig,
+    plan: Plan,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    branches: int = 1,
+    keeps_all: bool = False,
+) -> RollingCache:
+    """The KV cache that a plan needs; never larger than the video.
+
+    branches   2 with guidance
+    keeps_all  nothing is overwritten, so that a chunk's forward can be run again after later chunks. Raises ValueError
+               for that with pinned sinks, whose keys move.
+    """
+    sampling = plan.sampling
+    if keeps_all and sampling.pinned and sampling.sink:
+        raise ValueError(
+            "Got pinned sinks with gradient checkpointing; their keys move on before the backward pass reads them "
+            "again. Turn off one of the two."
+        )
+    slots = plan.frames if keeps_all else plan.window
+    shape = CacheShape(plan.batch * branches, plan.height, plan.width, slots, plan.sink, sampling.pinned, plan.window)
+    return RollingCache(config, shape, dtype, device)
