@@ -65,18 +65,18 @@ def test_a_users_model_is_trained(files, tmp_path, method):
 
 
 def test_what_guidance_steers_away_from_is_encoded_once_and_a_frame_is_made_a_still(files):
-    world = worlds.open_world(ModelConfig(**files), CPU, "blurry")
-    embeds = world.embeds(["a", "", "blurry", "blurry", "a"])
+    encoders = worlds.open_encoders(ModelConfig(**files), CPU, "blurry")
+    embeds = encoders.embeds(["a", "", "blurry", "blurry", "a"])
     assert embeds.shape == (5, 6, 8) and embeds.dtype == torch.float32
-    assert torch.equal(world.embeds(["", "blurry"]), embeds[1:3]) and world.text.asked == ["a", "", "blurry", "a"]
-    clip = world.encode(torch.rand(1, 9, 16, 32, 3))
+    assert torch.equal(encoders.embeds(["", "blurry"]), embeds[1:3]) and encoders.text.asked == ["a", "", "blurry", "a"]
+    clip = encoders.encode(torch.rand(1, 9, 16, 32, 3))
     assert clip.shape == (1, 16, 3, 2, 4)
-    expected = world.encode(world.decode(clip)[:, -1:])
-    assert torch.equal(world.still(clip), expected) and expected.shape == (1, 16, 1, 2, 4)
+    expected = encoders.encode(encoders.decode(clip)[:, -1:])
+    assert torch.equal(encoders.still(clip), expected) and expected.shape == (1, 16, 1, 2, 4)
 
 
 def test_a_world_without_its_files_is_refused(files):
     with pytest.raises(ValueError, match="Got no model.text_encoder and no model.vae"):
-        worlds.open_world(ModelConfig(world="wan"), CPU)
+        worlds.open_encoders(ModelConfig(world="wan"), CPU)
     with pytest.raises(ValueError, match="Got 40 x 16 pixels; use multiples of 16"):
-        worlds.open_world(replace(ModelConfig(**files), width=40), CPU)
+        worlds.open_encoders(replace(ModelConfig(**files), width=40), CPU)
