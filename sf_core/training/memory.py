@@ -287,17 +287,12 @@ class ForwardMemory:
     def saved(self) -> int:
         """Bytes saved for the backward pass."""
         net, is_rollout = self.network, self.chunks > 1
-        inside = net.layers * (
-            self.tokens * net.dim * self.bytes if self.config.recompute else self.block_bytes(self.tokens)
-        )
+        block = self.tokens * net.dim * self.bytes if self.config.recompute else self.block_bytes(self.tokens)
+        inside = net.layers * block
         outside = 5 * self.tokens * net.dim * self.bytes  # embeddings and head
         text = self.samples * net.text_len * (net.text_dim + (6 * net.layers + 4) * net.dim) * self.bytes
-        return (
-            inside
-            + outside
-            + text
-            + self.cast_bytes(recomputed=self.config.recompute) * (self.chunks if is_rollout else 1)
-        )
+        cast = self.cast_bytes(recomputed=self.config.recompute) * (self.chunks if is_rollout else 1)
+        return inside + outside + text + cast
 
     @property
     def workspace(self) -> int:

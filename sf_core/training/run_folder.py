@@ -31,7 +31,10 @@ def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """A run's checkpoint; its tensors are views of the file. Raises FileNotFoundError where there is none, ValueError for a damaged one."""
+    """A run's checkpoint; its tensors are views of the file.
+
+    Raises FileNotFoundError where there is none, ValueError for a damaged one.
+    """
     path = folder / CHECKPOINT
     if not path.is_file():
         raise FileNotFoundError(f"Got no {path}; a run that has saved a checkpoint is needed: {training_hint(folder)}.")

@@ -18,12 +18,12 @@ from sf_core.cli.main import main
 from sf_core.sampling.noise import SeededNoise
 from sf_core.sampling.rollout import rollout
 from sf_core.tiny import load_autoencoder
-from sf_core.training import metrics as metrics
+from sf_core.training import metrics
 from sf_core.training.config import METHODS, SHIPPED, ModelConfig, read_config
 from sf_core.training.data import ProceduralClips, open_data
 from sf_core.training.distributed import Group
 from sf_core.training.encoders import open_encoders
-from sf_core.training.methods import dmd as forcing
+from sf_core.training.methods import dmd
 from sf_core.training.methods.losses import critic_flow
 from sf_core.training.optim import Average, rate_factor
 from sf_core.training.run_folder import LOSSES, MODEL, load_checkpoint, save_checkpoint
@@ -128,8 +128,8 @@ def test_an_update_makes_gradients_of_its_own_weights_alone(runs, method, monkey
 
 def test_teacher_forced_chunks_see_the_clips_of_their_captions(runs, monkeypatch):
     method = make_method(config("dmd", runs / "forced", loss={"context": "teacher-forced"}), Group(), CPU)
-    seen, roll_out = [], forcing.roll_out
-    monkeypatch.setattr(forcing, "roll_out", lambda *args: seen.append((args[2], args[-1])) or roll_out(*args))
+    seen, roll_out = [], dmd.roll_out
+    monkeypatch.setattr(dmd, "roll_out", lambda *args: seen.append((args[2], args[-1])) or roll_out(*args))
     random = StepRandom(0, 0, (0, 1, 2, 3))
     method.generator_step(random, 0.0)
     (embeds, context), batch = seen[0], method.data.batch(random, "generator", 2, plain=True)
@@ -293,9 +293,9 @@ def test_tensorboard_forgets_steps_that_are_taken_again(tmp_path):
 
     settings = config("bidirectional", tmp_path, log={"tensorboard": True, "every": 1})
     for done, last in ((0, 3), (1, 2)):
-        with metrics.Metrics(settings, None, Group(), done) as telling:
+        with metrics.Metrics(settings, None, Group(), done) as log:
             for step in range(done + 1, last + 1):
-                telling.log(step, {"loss": done})
+                log.log(step, {"loss": done})
     told = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in told] == [(1, 0), (2, 1)]
 

@@ -42,9 +42,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: WanConfig, layers: tuple[float, ...]) -> None:
         super().__init__()
         self.layers = sorted({min(config.layers, max(1, round(share * config.layers))) - 1 for share in layers})
-        self.looks = nn.ModuleList(
-            AttentionPool(config.dim, config.heads) for _ in self.layers
-        )  # named so in checkpoints
+        self.looks = nn.ModuleList(AttentionPool(config.dim, config.heads) for _ in self.layers)
         width = config.dim * len(self.layers)
         self.read = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, config.dim), nn.SiLU(), nn.Linear(config.dim, 1)
