@@ -31,7 +31,7 @@ from sf_core.cli import evaluate
 from sf_core.sampling.config import PRESETS, Sampling
 from sf_core.training.config import TrainConfig, read_config
 from sf_core.training.distributed import Group
-from sf_core.training.encoders import tiny_autoencoder
+from sf_core.training.encoders import load_tiny_autoencoder
 from sf_core.training.run_folder import MODEL, fingerprint
 from sf_core.training.train import TEXT, train
 from sf_core.video import contact_sheet
@@ -121,7 +121,7 @@ def measured(folder: Path, sampling: Sampling, args: argparse.Namespace) -> dict
     clips, prompts = evaluate.ask(args.prompts, seed=0)
     wan = tiny.load_model(path=evaluate.transformer(folder))
     text = tiny.load_text_encoder(folder / TEXT)
-    vae = tiny_autoencoder(evaluate.beside(folder / MODEL, "autoencoder") or args.runs / "autoencoder")
+    vae = load_tiny_autoencoder(evaluate.beside(folder / MODEL, "autoencoder") or args.runs / "autoencoder")
     shown: list[Tensor] = []
 
     def watched():

@@ -12,7 +12,7 @@ import os
 
 from ..training.config import read_config
 from ..training.distributed import Group, local_device
-from ..training.memory import needed
+from ..training.memory import plan_memory
 from ..training.train import train
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> str | None:
     if args.plan:
         if args.processes < 1:
             raise ValueError(f"Got --processes {args.processes}; a run takes 1 or more.")
-        return str(needed(config, args.processes))
+        return str(plan_memory(config, args.processes))
     device = local_device(config.device)
     group = Group.join(device)
     try:
@@ -38,11 +38,3 @@ def run(args: argparse.Namespace) -> str | None:
     finally:
         group.leave()
     return f"{config.out}: {config.steps} steps of {config.method}" if group.first else None
-
-
-
-
-
-
-
-

@@ -26,8 +26,8 @@ from ..training.config import TrainConfig, read_config
 from ..training.distributed import Group, local_device
 from ..training.memory import check_memory
 from ..training.run_folder import MODEL, load_checkpoint, save_model
-from ..training.train import TEXT, describe, train
-from ..training.trainer import as_saved, flat
+from ..training.train import TEXT, model_metadata, train
+from ..training.trainer import config_dict, flatten
 from . import evaluate
 
 STAGES = ("autoencoder", "teacher", "causal", "dmd")
@@ -72,8 +72,8 @@ class Recipe:
         return load_checkpoint(self.folder / stage)
 
     def furthest(self) -> str:
-        there = (stage for stage in MODELS if (self.folder / stage / MODEL).exists())
-        return next(there, "teacher")
+        exported = (stage for stage in MODELS if (self.folder / stage / MODEL).exists())
+        return next(exported, "teacher")
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock time of each stage so far."""
@@ -90,12 +90,12 @@ class Recipe:
         options = {stage: self.options(stage) for stage in self.done()}
         if len(set(options.values())) == 1:
             return f"python -m sf_core train tiny{options.popitem()[1]}"
-        return "; ".join(f"python -m sf_core train tiny --stage {stage}{told}" for stage, told in options.items())
+        return "; ".join(f"python -m sf_core train tiny --stage {stage}{own}" for stage, own in options.items())
 
     def options(self, stage: str) -> str:
         """How a stage differs from its shipped configuration, apart from where its files are."""
-        made, seed = flat(json.loads(self.saved(stage)["config"])), self.seed(stage)
-        shipped = flat(as_saved(stage_config(stage, self.folder, seed)))
+        made, seed = flatten(json.loads(self.saved(stage)["config"])), self.seed(stage)
+        shipped = flatten(config_dict(stage_config(stage, self.folder, seed)))
         places = ("out", "model.student", "model.teacher", "model.vae")
         changed = [key for key in made if key in shipped and key not in places and made[key] != shipped[key]]
         return f" --seed {seed}" + "".join(f" --set {shlex.quote(f'{key}={json.dumps(made[key])}')}" for key in changed)
@@ -120,8 +120,8 @@ def fit(config: TrainConfig, processes: int) -> None:
         try:
             torch.multiprocessing.spawn(work, (config, processes, f"file://{folder}/meet"), processes)
         except torch.multiprocessing.ProcessRaisedException as error:
-            told = str(error).strip().splitlines()[-1]  # "SomeError: Got ..."
-            raise ValueError(told.partition(": ")[2] or told) from error
+            message = str(error).strip().splitlines()[-1]  # "SomeError: Got ..."
+            raise ValueError(message.partition(": ")[2] or message) from error
 
 
 def work(rank: int, config: TrainConfig, processes: int, meet: str) -> None:
@@ -137,7 +137,7 @@ def export(recipe: Recipe, folder: Path) -> str:
     stage = recipe.furthest()
     saved = recipe.saved(stage)
     origin = {"command": recipe.command(), "seed": str(recipe.seed(stage)), "stage": stage, "step": str(saved["step"])}
-    about = {**origin, **describe(stage_config(stage, recipe.folder), saved["wan"])}
+    about = {**origin, **model_metadata(stage_config(stage, recipe.folder), saved["wan"])}
     about["sampling"] = json.dumps(asdict(PRESETS["tiny"]))  # which may have found better ways than training had
     words = {**origin, "words": json.dumps(saved["words"])}
 

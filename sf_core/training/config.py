@@ -1,4 +1,4 @@
-"""What a training run is: one frozen dataclass, read from YAML.
+"""Configuration of a training run: one frozen dataclass, read from YAML.
 
     method: dmd
     out: runs/dmd
@@ -43,13 +43,13 @@ SHIPPED = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which networks are trained.
+    """Networks of a run.
 
-    world      "tiny": the built-in model's autoencoder and words; "wan": the user's files below
+    world      encoders: "tiny", the built-in model's; "wan", the user's files below
     student    a safetensors or .pt file, the folder of an earlier run (its averaged weights), "built-in", or "new"
-    teacher    the real score, or whose trajectories are followed; a bidirectional one for dmd and sid
-    critic     what the fake score starts from; None: the teacher
-    frozen     dtype in which networks that are not trained are kept
+    teacher    real score of dmd and sid, bidirectional; or source of trajectories for ode and consistency, causal
+    critic     initial weights of the fake score; None: the teacher, else the student
+    frozen     dtype of weights that are not trained
     width, height   of the video in pixels; 64 x 64 in the tiny world
     text_encoder, tokenizer, vae   files of the wan world
     dim, layers, heads, ffn_dim   shape of a "new" student of the tiny world, where it differs from the shipped one
@@ -73,15 +73,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on: one of three.
+    """Training data: one of prompts, clips and procedural.
 
     prompts     text file, a prompt a line: enough for dmd and sid
     clips       folder of videos, each beside a .txt with its caption: for teachers and gan
     procedural  the tiny world's generator: "trained", "held-out" or "all" combinations
     pool        procedural clips that are drawn and encoded once
-    negative    prompt to steer away from with guidance; empty: no prompt
-    dropped     share of captions that are left out, so that guidance has something to steer from
-    late        share of clips that begin in the middle, as windows later in a video do
+    negative    negative prompt of guidance; empty: no prompt
+    dropped     caption dropout, 0..1, which guidance needs
+    late        share of clips, 0..1, that begin in the middle, as windows later in a video do
     """
 
     prompts: Path | None = None
@@ -97,13 +97,13 @@ class DataConfig:
 class FlowConfig:
     """The diffusion loss of the baselines, and of what starts a student.
 
-    shift          of the noise levels, uniform before it
+    shift          timestep shift of the noise levels, uniform before it
     frames         latent frames of a clip
-    short          share of the steps, the first, that see only the first chunk, of so many more clips
-    context_sigma  highest noise level of clean chunks in teacher forcing, drawn for each
-    guidance       of the teacher whose trajectory a student follows
+    short          share of the steps, the first, on one chunk instead of a clip, with as many more samples
+    context_sigma  highest noise level, 0..1, of context chunks in teacher forcing, drawn for each
+    guidance       guidance scale of the teacher in ode and consistency
     teacher_steps  Euler steps of that trajectory (ode), or levels of the whole way (consistency)
-    consistent     decay of the average that consistency compares with
+    consistent     decay of the moving average that is the target of consistency
     """
 
     shift: float = 5.0
@@ -117,13 +117,14 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class GanConfig:
-    """The discriminator of `gan`.
+    """GAN losses, and the discriminator on the critic's features.
 
     relativistic   logits of generated and real clips are compared with each other
-    generator_weight, critic_weight   of its losses
-    r1, r2, nudge  weights of the approximate gradient penalties on real and generated clips, and the nudge's size
-    score_weight   of the flow-matching loss that keeps the critic a score net
-    layers         blocks whose tokens it reads, as shares of the depth
+    generator_weight, critic_weight   weights of its losses
+    r1, r2         weights of the approximate gradient penalties on real and generated clips
+    nudge          epsilon of those penalties: size of the perturbation their finite difference takes
+    score_weight   weight of the flow-matching loss that keeps the critic a score network
+    layers         blocks whose tokens are pooled, as shares 0..1 of the depth
     """
 
     relativistic: bool = True
@@ -138,9 +139,12 @@ class GanConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """guidance of the real score (null + guidance (prompt - null)); sid_alpha; the context of the judged chunks.
+    """Loss of Self Forcing.
 
-    context  "own": what the student made (Self Forcing); "teacher-forced": clean clips of the data, a baseline
+    guidance   guidance scale of the real score: null + guidance (prompt - null)
+    sid_alpha  alpha of sid
+    context    "own": the student's own output (Self Forcing); "teacher-forced": clean clips of the data, a baseline
+    levels     noise levels at which the score networks compare clips
     """
 
     guidance: float = 4.0
@@ -152,10 +156,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; with `muon_lr`, matrices by Muon instead.
+    """Optimizer: AdamW; with `muon_lr`, Muon for matrices.
 
-    Over the run rates warm up during the first `warmup` of it and fall to zero from `decay_from` on (1: never).
-    Gradients are clipped to the norm `clip`.
+    Learning rates warm up over the first `warmup` (a share of the run, 0..1) and fall linearly to zero from
+    `decay_from` on (1: never). Gradients are clipped to the norm `clip`.
     """
 
     lr: float = 2e-6
@@ -169,7 +173,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The fake score: `updates` per generator update, each on fresh rollouts or on the generator's own.
+    """Critic (fake score): `updates` per generator update, each on fresh rollouts or on the generator's own.
 
     ahead   share of the run, its first steps, in which it learns alone: a new discriminator knows nothing to teach
     """
@@ -182,7 +186,7 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class AverageConfig:
-    """Moving average of the student's weights: what is exported. `start`: the first step that it takes in."""
+    """Exponential moving average of the student's weights, which is exported. `start`: the first step it takes in."""
 
     decay: float = 0.99
     start: int = 0
@@ -190,7 +194,7 @@ class AverageConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters on the student's linear layers instead of all its weights: weight + alpha / rank up down."""
+    """LoRA adapters on the student's linear layers instead of all its weights: weight + (alpha / rank) up down."""
 
     rank: int = 32
     alpha: float = 32.0
@@ -205,9 +209,9 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is told, and when.
+    """Logging, checkpoints and sample videos.
 
-    every          steps between two readings of the losses
+    every          steps between two updates of the progress bar and TensorBoard
     save_every     steps between two checkpoints
     sample_every   steps between two sample videos (0: none) of the prompts `samples`, `sample_frames` latent frames
     tensorboard    losses and videos for TensorBoard, too
@@ -225,14 +229,14 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run.
+    """Configuration of a training run.
 
     steps        updates of the student
-    batch        samples of one update, over all processes and passes
+    batch        batch size of one update, over all processes and passes
     micro_batch  samples of a process at a time; None: its whole share. The rest is accumulated
-    precision    of the arithmetic; weights that are trained stay float32
-    recompute    gradient checkpointing: blocks are run again in the backward pass
-    shard        weights, gradients and optimizer states are spread over the processes (FSDP2)
+    precision    dtype of the arithmetic (autocast); weights that are trained stay float32
+    recompute    gradient checkpointing: blocks are recomputed in the backward pass
+    shard        FSDP2: weights, gradients and optimizer states are sharded over the processes
 
     Raises ValueError for what does not go together.
     """
@@ -342,7 +346,7 @@ class TrainConfig:
 
 
 def read_config(source: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
-    """The run in a YAML file, or in the shipped one of that name, with changes like "optimizer.lr=1e-4".
+    """Configuration from a YAML file, or from the shipped one of that name, with changes like "optimizer.lr=1e-4".
 
     Raises FileNotFoundError, ImportError without PyYAML, and ValueError for what the file cannot mean.
     """
@@ -359,7 +363,7 @@ def read_config(source: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         for change in changes:
-            content = _changed(content, change, yaml)
+            content = _apply_change(content, change, yaml)
     except yaml.YAMLError as error:
         raise ValueError(f"Got {path}, which is not YAML ({' '.join(str(error).split())}). Correct it.") from None
     if not isinstance(content, dict):
@@ -368,7 +372,10 @@ def read_config(source: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
 
 
 def build(kind: type, content: dict[str, Any], under: str = "") -> Any:
-    """A dataclass from the mapping of a YAML file; `under` is where it stands, for errors."""
+    """A configuration dataclass from a mapping; `under` is its dotted path, for errors.
+
+    Raises ValueError for keys and values that do not fit.
+    """
     known, hints = {f.name: f for f in fields(kind)}, typing.get_type_hints(kind)
     for key in content:
         if key not in known:
@@ -419,7 +426,7 @@ def _is_optional(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint)
 
 
-def _changed(content: dict[str, Any], change: str, yaml: types.ModuleType) -> dict[str, Any]:
+def _apply_change(content: dict[str, Any], change: str, yaml: types.ModuleType) -> dict[str, Any]:
     name, equals, value = change.partition("=")
     if not equals:
         raise ValueError(f"Got --set {change}; write it as key=value, e.g. optimizer.lr=1e-4.")

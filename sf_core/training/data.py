@@ -1,6 +1,6 @@
-"""What is learnt from: prompts alone, captioned clips, or the tiny world's procedural ones.
+"""Training data: prompts alone, captioned clips, or the tiny world's procedural ones.
 
-Every source gives captions; sources with clips give batches of latents too. Which ones is drawn per sample
+Every dataset gives captions; those with clips give batches of latents too. Which ones is drawn per sample
 (step_random.py). Clips are encoded once, into the run's folder, each process a share of them. Beside the latents stands
 what they were made from; where that changes they are made again.
 """
@@ -22,18 +22,18 @@ from ..tiny.data import Clips, caption, draw, render
 from ..video import read_video
 from .config import DataConfig, TrainConfig
 from .distributed import Group
-from .encoders import World, check_prompts
-from .run_folder import fingerprint, whole_or_not
-from .step_random import Draws
+from .encoders import Encoders, check_prompts
+from .run_folder import fingerprint, write_atomically
+from .step_random import StepRandom
 
 VIDEOS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi")
-POOL, MADE_FROM = "latents.pt", "latents.json"
-TOGETHER = 64  # procedural clips that are drawn and encoded at a time
+POOL, ORIGIN = "latents.pt", "latents.json"
+ENCODE_BATCH = 64  # procedural clips that are drawn and encoded at a time
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips [B, C, F, H, W] in model space with captions, "" where one is left out.
+    """Batch of clips [B, C, F, H, W] in model space with captions, "" where one is left out.
 
     late   bool [B]: which clips begin in the middle, and so not with a still
     """
@@ -43,15 +43,17 @@ class Batch:
     late: Tensor
 
 
-class Source(Protocol):
-    def captions(self, draws: Draws, purpose: str) -> list[str]: ...
+class Dataset(Protocol):
+    """Captions, and clips where there are some, of the samples of a step."""
 
-    def batch(self, draws: Draws, purpose: str, frames: int, plain: bool = False) -> Batch: ...
+    def captions(self, random: StepRandom, purpose: str) -> list[str]: ...
+
+    def batch(self, random: StepRandom, purpose: str, frames: int, plain: bool = False) -> Batch: ...
 
 
 @dataclass(frozen=True)
 class PromptList:
-    """Lines of a text file."""
+    """Prompts, the lines of a text file."""
 
     lines: tuple[str, ...]
 
@@ -65,10 +67,10 @@ class PromptList:
             raise ValueError(f"Got {path}, which is empty; training needs at least one prompt. Write one a line.")
         return cls(lines)
 
-    def captions(self, draws: Draws, purpose: str) -> list[str]:
-        return [self.lines[row] for row in draws.whole(f"{purpose} prompt", len(self.lines))]
+    def captions(self, random: StepRandom, purpose: str) -> list[str]:
+        return [self.lines[row] for row in random.integers(f"{purpose} prompt", len(self.lines))]
 
-    def batch(self, draws: Draws, purpose: str, frames: int, plain: bool = False) -> Batch:
+    def batch(self, random: StepRandom, purpose: str, frames: int, plain: bool = False) -> Batch:
         raise ValueError("Got prompts alone where clips are needed; give data.clips.")
 
 
@@ -78,24 +80,24 @@ class ClipPool(ABC):
     def __init__(self, latents: Tensor, config: DataConfig) -> None:
         self.latents, self.config = latents, config
 
-    def captions(self, draws: Draws, purpose: str) -> list[str]:
-        return self._captions(self._rows(draws, purpose), draws, purpose)
+    def captions(self, random: StepRandom, purpose: str) -> list[str]:
+        return self._captions(self._rows(random, purpose), random, purpose)
 
-    def batch(self, draws: Draws, purpose: str, frames: int, plain: bool = False) -> Batch:
-        """Clips as the configuration wants them; `plain`: from their beginning, and with all captions."""
-        rows = self._rows(draws, purpose)
-        late = draws.uniform(f"{purpose} late") < (0 if plain else self.config.late)
-        dropped = draws.uniform(f"{purpose} dropped") < (0 if plain else self.config.dropped)
+    def batch(self, random: StepRandom, purpose: str, frames: int, plain: bool = False) -> Batch:
+        """A batch, captions dropped and clips late as configured; `plain`: from the beginning, all captions."""
+        rows = self._rows(random, purpose)
+        late = random.uniform(f"{purpose} late") < (0 if plain else self.config.late)
+        dropped = random.uniform(f"{purpose} dropped") < (0 if plain else self.config.dropped)
         clips = [self.latents[row, :, int(skip) : int(skip) + frames] for row, skip in zip(rows, late)]
-        named = self._captions(rows, draws, purpose)
+        named = self._captions(rows, random, purpose)
         captions = ["" if drop else one for one, drop in zip(named, dropped)]
         return Batch(torch.stack(clips).float(), captions, late)
 
-    def _rows(self, draws: Draws, purpose: str) -> Tensor:
-        return draws.whole(f"{purpose} clip", len(self.latents))
+    def _rows(self, random: StepRandom, purpose: str) -> Tensor:
+        return random.integers(f"{purpose} clip", len(self.latents))
 
     @abstractmethod
-    def _captions(self, rows: Tensor, draws: Draws, purpose: str) -> list[str]:
+    def _captions(self, rows: Tensor, random: StepRandom, purpose: str) -> list[str]:
         """Captions of clips by their numbers [B]."""
 
 
@@ -106,7 +108,7 @@ class FolderClips(ClipPool):
         super().__init__(latents, config)
         self.texts = texts
 
-    def _captions(self, rows: Tensor, draws: Draws, purpose: str) -> list[str]:
+    def _captions(self, rows: Tensor, random: StepRandom, purpose: str) -> list[str]:
         return [self.texts[row] for row in rows]
 
 
@@ -117,36 +119,39 @@ class ProceduralClips(ClipPool):
         super().__init__(latents, config)
         self.clips = clips
 
-    def captions(self, draws: Draws, purpose: str) -> list[str]:
+    def captions(self, random: StepRandom, purpose: str) -> list[str]:
         split = self.config.procedural
-        return [caption(draw(1, one, split), one)[0] for one in draws.of_samples(f"{purpose} prompt")]
+        return [caption(draw(1, one, split), one)[0] for one in random.generators(f"{purpose} prompt")]
 
-    def _captions(self, rows: Tensor, draws: Draws, purpose: str) -> list[str]:
-        phrased = zip(rows, draws.of_samples(f"{purpose} caption"))
+    def _captions(self, rows: Tensor, random: StepRandom, purpose: str) -> list[str]:
+        phrased = zip(rows, random.generators(f"{purpose} caption"))
         return [caption(self.clips[row[None]], generator)[0] for row, generator in phrased]
 
 
-def open_data(config: TrainConfig, world: World, group: Group) -> Source:
-    """Raises FileNotFoundError and ValueError for folders and files that hold nothing to learn from."""
+def open_data(config: TrainConfig, encoders: Encoders, group: Group) -> Dataset:
+    """The dataset of a run, its clips encoded.
+
+    Raises FileNotFoundError and ValueError for folders and files that hold nothing to learn from.
+    """
     data, frames = config.data, max(config.flow.frames, config.rollout.frames) + (config.data.late > 0)
     if data.prompts:
         prompts = PromptList.read(data.prompts)
-        check_prompts(world, prompts.lines)
+        check_prompts(encoders, prompts.lines)
         return prompts
     if data.clips:
-        pairs = captioned(data.clips)
-        texts = [_caption_in(text) for _, text in pairs]
-        check_prompts(world, texts)
-        return FolderClips(_folder_latents([video for video, _ in pairs], frames, config, world, group), data, texts)
+        pairs = list_clips(data.clips)
+        texts = [_read_caption(text) for _, text in pairs]
+        check_prompts(encoders, texts)
+        return FolderClips(_folder_latents([video for video, _ in pairs], frames, config, encoders, group), data, texts)
     if data.procedural not in ("trained", "held-out", "all"):
         raise ValueError(f"Got data.procedural {data.procedural!r}; there is trained, held-out, all.")
     clips = draw(data.pool, torch.Generator().manual_seed(config.seed + 1), data.procedural)
     if not config.needs_clips:
         return ProceduralClips(torch.empty(0), data, clips)
-    return ProceduralClips(_procedural_latents(clips, frames, config, world, group), data, clips)
+    return ProceduralClips(_procedural_latents(clips, frames, config, encoders, group), data, clips)
 
 
-def captioned(folder: Path) -> list[tuple[Path, Path]]:
+def list_clips(folder: Path) -> list[tuple[Path, Path]]:
     """(video, caption) of every clip of a folder, in order of their names. Raises as `open_data` does."""
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -176,14 +181,14 @@ def captioned(folder: Path) -> list[tuple[Path, Path]]:
     return [(videos[stem], texts[stem]) for stem in videos]
 
 
-def _caption_in(path: Path) -> str:
+def _read_caption(path: Path) -> str:
     text = path.read_text(encoding="utf-8").strip()
     if not text:
         raise ValueError(f"Got {path}, which is empty; it is the caption of a clip. Write what the clip shows.")
     return text
 
 
-def _folder_latents(videos: list[Path], frames: int, config: TrainConfig, world: World, group: Group) -> Tensor:
+def _folder_latents(videos: list[Path], frames: int, config: TrainConfig, encoders: Encoders, group: Group) -> Tensor:
     needed, model = 1 + 4 * (frames - 1), config.model
 
     def encode(video: Path) -> Tensor:
@@ -193,52 +198,54 @@ def _folder_latents(videos: list[Path], frames: int, config: TrainConfig, world:
                 f"Got {video} with {len(pixels)} frames; a clip of {frames} latent frames takes {needed}. Give longer "
                 "clips, or set flow.frames and rollout.frames lower."
             )
-        return world.encode(pixels[None])
+        return encoders.encode(pixels[None])
 
-    about = [video.stat() for video in videos]
-    files = [[video.name, one.st_size, one.st_mtime_ns] for video, one in zip(videos, about)]
-    source = {"files": files, "width": model.width, "height": model.height}
-    return _encoded(config, world, group, {**source, "frames": frames}, videos, encode)
-
-
-def _procedural_latents(clips: Clips, frames: int, config: TrainConfig, world: World, group: Group) -> Tensor:
-    parts = [clips[at : at + TOGETHER] for at in range(0, len(clips), TOGETHER)]
-    source = {"procedural": config.data.procedural, "pool": len(clips), "seed": config.seed, "frames": frames}
-    return _encoded(config, world, group, source, parts, lambda part: world.encode(render(part, 1 + 4 * (frames - 1))))
+    stats = [video.stat() for video in videos]
+    files = [[video.name, one.st_size, one.st_mtime_ns] for video, one in zip(videos, stats)]
+    origin = {"files": files, "width": model.width, "height": model.height}
+    return _encode_pool(config, encoders, group, {**origin, "frames": frames}, videos, encode)
 
 
-def _encoded(
-    config: TrainConfig, world: World, group: Group, source: dict, pieces: Sequence, encode: Callable[..., Tensor]
+def _procedural_latents(clips: Clips, frames: int, config: TrainConfig, encoders: Encoders, group: Group) -> Tensor:
+    parts = [clips[at : at + ENCODE_BATCH] for at in range(0, len(clips), ENCODE_BATCH)]
+    origin = {"procedural": config.data.procedural, "pool": len(clips), "seed": config.seed, "frames": frames}
+    return _encode_pool(
+        config, encoders, group, origin, parts, lambda part: encoders.encode(render(part, 1 + 4 * (frames - 1)))
+    )
+
+
+def _encode_pool(
+    config: TrainConfig, encoders: Encoders, group: Group, origin: dict, pieces: Sequence, encode: Callable[..., Tensor]
 ) -> Tensor:
-    """The latents of the run's clips, encoded once for each `source` and autoencoder; all processes share the work.
+    """The latents of the run's clips, encoded once for each `origin` and autoencoder; all processes share the work.
 
     Raises as `encode` does.
     """
-    path, about = config.out / POOL, config.out / MADE_FROM
-    wanted = json.dumps({**source, "autoencoder": fingerprint(world.vae.state_dict())})
-    if not (path.is_file() and about.is_file() and about.read_text() == wanted):
+    path, origin_path = config.out / POOL, config.out / ORIGIN
+    wanted = json.dumps({**origin, "autoencoder": fingerprint(encoders.vae.state_dict())})
+    if not (path.is_file() and origin_path.is_file() and origin_path.read_text() == wanted):
         if path.is_file() and group.first:
             tqdm.write(f"{path} was not made from these clips by this autoencoder; they are encoded again")
         first, end = (len(pieces) * rank // group.size for rank in (group.rank, group.rank + 1))
         mine = [encode(piece).bfloat16().cpu() for piece in pieces[first:end]]
-        whole_or_not(_share(path, group.rank), lambda partial: torch.save(mine, partial))
+        write_atomically(_share_path(path, group.rank), lambda partial: torch.save(mine, partial))
         group.wait()
         if group.first:
-            _join(path, about, wanted, group.size)
+            _join(path, origin_path, wanted, group.size)
         group.wait()
     return torch.load(path, weights_only=True, mmap=True)
 
 
-def _join(path: Path, about: Path, wanted: str, size: int) -> None:
-    """Puts the processes' shares together. What they were made from is told last: a kill leaves no wrong pair."""
-    shares = [_share(path, rank) for rank in range(size)]
+def _join(path: Path, origin_path: Path, wanted: str, size: int) -> None:
+    """Puts the processes' shares together. What they were made from is written last: a kill leaves no wrong pair."""
+    shares = [_share_path(path, rank) for rank in range(size)]
     latents = torch.cat([latents for share in shares for latents in torch.load(share, weights_only=True)])
-    about.unlink(missing_ok=True)
-    whole_or_not(path, lambda partial: torch.save(latents, partial))
-    whole_or_not(about, lambda partial: partial.write_text(wanted))
+    origin_path.unlink(missing_ok=True)
+    write_atomically(path, lambda partial: torch.save(latents, partial))
+    write_atomically(origin_path, lambda partial: partial.write_text(wanted))
     for share in shares:
         share.unlink()
 
 
-def _share(path: Path, rank: int) -> Path:
+def _share_path(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.stem}-{rank}{path.suffix}")

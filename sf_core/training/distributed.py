@@ -1,6 +1,6 @@
-"""One process or many: torchrun, sharded weights, and tensors that go from one to the other.
+"""Distributed training: torchrun's processes, sharded weights (FSDP2), and full tensors from them.
 
-Without `shard` every process has whole weights and gradients are averaged; with it FSDP2 spreads weights, gradients
+Without `shard` every process has whole weights and gradients are averaged; with it FSDP2 shards weights, gradients
 and optimizer states, and gathers one block at a time. Checkpoints always hold whole tensors, so that they load in any
 number of processes, sharded or not.
 """
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run, as one of them sees it."""
+    """Process group of a run, as one of its processes sees it."""
 
     rank: int = 0
     size: int = 1
@@ -44,7 +44,7 @@ class Group:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Barrier: waits for every process."""
         if self.size > 1:
             dist.barrier()
 
@@ -57,7 +57,7 @@ class Group:
         return total / self.size
 
     def average_gradients(self, params: Iterable[Tensor]) -> None:
-        """The mean gradient, in every process; sharded gradients are that already."""
+        """All-reduces gradients to their mean, in place; sharded gradients are that already."""
         grads = [p.grad for p in params if p.grad is not None and not isinstance(p.grad, DTensor)]
         if self.size == 1 or not grads:
             return
@@ -68,7 +68,7 @@ class Group:
             grad.copy_(part.view_as(grad))
 
     def share(self, batch: int, micro: int | None) -> list[tuple[int, ...]]:
-        """The numbers of this process's samples, one tuple for each pass.
+        """This process's share of a batch: the numbers of its samples, one tuple for each pass.
 
         Raises ValueError where the batch does not divide evenly.
         """
@@ -100,7 +100,7 @@ def local_device(name: str) -> torch.device:
 
 
 def shard(module: nn.Module, blocks: Iterable[nn.Module], precision: torch.dtype, device: torch.device) -> nn.Module:
-    """Spreads a module's weights over the processes, block by block; gradients are summed in float32.
+    """Shards a module's weights over the processes (FSDP2), block by block; gradients are summed in float32.
 
     Weights go to the device a block at a time, so that it never holds a whole network.
     """
@@ -120,36 +120,36 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], precision: torch.dtype
     return fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def put_back(module: nn.Module) -> None:
-    """Spreads weights again that the last forward left gathered, before they are read or changed one by one."""
+def reshard(module: nn.Module) -> None:
+    """Reshards weights that the last forward left gathered, before they are read or changed one by one."""
     if isinstance(module, FSDPModule):
         module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor in full; every process has to ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one; every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def spread_like(value: Any, like: Tensor) -> Any:
-    """A whole tensor, spread as `like` is; anything else as it is."""
+def shard_like(value: Any, like: Tensor) -> Any:
+    """A full tensor, sharded as `like` is; anything else as it is."""
     if isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape:
         return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
     return value
 
 
 def gather(content: Any, keep: bool = True) -> Any:
-    """The same dictionaries and lists with every tensor in full, on the CPU; every process has to ask for them.
+    """Gathers nested dictionaries and lists: every tensor in full, on the CPU; every process has to call this.
 
     One that does not `keep` them has None in their places, and never more than one of them.
     """
     if isinstance(content, Tensor):
-        full = whole(content.detach())
+        full = full_tensor(content.detach())
         return full.cpu() if keep else None
     if isinstance(content, dict):
         return {key: gather(value, keep) for key, value in content.items()}
@@ -158,13 +158,13 @@ def gather(content: Any, keep: bool = True) -> Any:
     return content
 
 
-def state_of(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """A module's whole weights, as `gather` gives them."""
+def gather_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """A module's state dict in full tensors, as `gather` gives them."""
     return gather(dict(module.state_dict()), keep)
 
 
 @torch.no_grad()
-def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Puts whole weights into a module, sharded or not."""
+def load_full(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads full weights into a module, sharded or not."""
     for name, own in module.state_dict().items():
-        local(own).copy_(local(spread_like(state[name], own)))
+        local_shard(own).copy_(local_shard(shard_like(state[name], own)))

@@ -1,11 +1,12 @@
-"""What networks are trained in: which words and pixels there are, and which weights one starts from.
+"""Encoders: the text encoder and autoencoder of a run; and loading networks that go with them.
 
-    world.embeds(["a red circle"])    prompts -> [B, tokens, text_dim]; "" is no prompt
-    world.encode(frames)              [B, T, H, W, 3] in 0..1 -> latents [B, C, F, H, W] in model space
-    world.decode(latents)             and back
-    world.still(latents)              the last frame as a clip of its own: [B, C, 1, H, W]
+    encoders.embeds(["a red circle"])    prompts -> [B, tokens, text_dim]; "" is no prompt
+    encoders.encode(frames)              [B, T, H, W, 3] in 0..1 -> latents [B, C, F, H, W] in model space
+    encoders.decode(latents)             and back
+    encoders.still(latents)              the last frame as a clip of its own: [B, C, 1, H, W]
 
-`TinyWorld` is the built-in model's, whose text encoder may be trained along; `WanWorld` reads a user's files.
+`TinyEncoders` are the built-in model's, whose text encoder may be trained along; `WanEncoders` read a user's files. The
+configuration chooses by `model.world`: tiny or wan.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ from ..tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
 from ..wan.config import WAN_1_3B, WanConfig
 from ..wan.model import WanModel
 from .config import ModelConfig, TrainConfig
-from .distributed import fill
-from .run_folder import CHECKPOINT, fingerprint, load_checkpoint, trained_by
+from .distributed import load_full
+from .run_folder import CHECKPOINT, fingerprint, load_checkpoint, training_hint
 
 NEW = WanConfig(dim=160, ffn_dim=640, heads=5, layers=6, channels=CHANNELS, text_dim=TEXT_DIM, text_len=TEXT_LEN)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class World(Protocol):
+class Encoders(Protocol):
+    """Text encoder and autoencoder of a run."""
+
     config: ModelConfig
     text: nn.Module
     vae: nn.Module
@@ -54,13 +57,13 @@ class World(Protocol):
     def new_student(self) -> WanModel: ...
 
 
-class TinyWorld:
-    """The built-in model's world. The text encoder is the student's: a new one for a new student."""
+class TinyEncoders:
+    """The built-in model's encoders. The text encoder is the student's: a new one for a new student."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.text = tiny_text(config.student).requires_grad_(config.student == "new").to(device)
-        self.vae = tiny_autoencoder(config.vae).requires_grad_(False)
+        self.text = load_tiny_text(config.student).requires_grad_(config.student == "new").to(device)
+        self.vae = load_tiny_autoencoder(config.vae).requires_grad_(False)
 
     def embeds(self, prompts: list[str]) -> Tensor:
         rows = torch.full((len(prompts), TEXT_LEN), -1)
@@ -86,8 +89,8 @@ class TinyWorld:
         return WanModel(replace(NEW, **{k: v for k, v in shape.items() if v})).initialise()
 
 
-class WanWorld:
-    """Wan 2.1's: UMT5 and the Wan VAE. The text encoder stays on the CPU unless there is a GPU.
+class WanEncoders:
+    """Wan 2.1's encoders: UMT5 and the Wan VAE. The text encoder stays on the CPU unless there is a GPU.
 
     What guidance steers away from, "" or `negative`, is asked for with every clip, and encoded once.
     """
@@ -133,67 +136,67 @@ class WanWorld:
         return WanModel(WAN_1_3B).initialise()
 
 
-def open_world(config: ModelConfig, device: torch.device, negative: str = "") -> TinyWorld | WanWorld:
-    """The world of a run; `negative` is a prompt that will be asked for again and again.
+def open_encoders(config: ModelConfig, device: torch.device, negative: str = "") -> TinyEncoders | WanEncoders:
+    """The encoders of a run; `negative` is a prompt that will be asked for again and again.
 
-    Raises ValueError for a size that the world does not have.
+    Raises ValueError for a size that has no latents, and for files that are missing.
     """
     if config.width % 16 or config.height % 16:
         raise ValueError(f"Got {config.width} x {config.height} pixels; use multiples of 16.")
-    return TinyWorld(config, device) if config.world == "tiny" else WanWorld(config, device, negative)
+    return TinyEncoders(config, device) if config.world == "tiny" else WanEncoders(config, device, negative)
 
 
-def check_prompts(world: World, prompts: Iterable[str]) -> None:
-    """Raises ValueError for a prompt that the world cannot read; "" is no prompt."""
-    if isinstance(world, TinyWorld):
-        world.text.batch([prompt for prompt in prompts if prompt])
+def check_prompts(encoders: Encoders, prompts: Iterable[str]) -> None:
+    """Raises ValueError for a prompt that the text encoder cannot read; "" is no prompt."""
+    if isinstance(encoders, TinyEncoders):
+        encoders.text.batch([prompt for prompt in prompts if prompt])
 
 
 def latent_size(config: ModelConfig) -> tuple[int, int]:
-    """(H, W) of latents."""
+    """Size (H, W) of latents."""
     return config.height // SPACE, config.width // SPACE
 
 
 def student_dtype(config: TrainConfig) -> torch.dtype:
-    """Of the weights that a student is loaded with: those that are trained are float32.
+    """Dtype of the weights that a student is loaded with: those that are trained are float32.
 
     Those under adapters are frozen; only sharding, which wants one dtype in a block, keeps them float32.
     """
     return DTYPES[config.model.frozen] if config.lora and not config.shard else torch.float32
 
 
-def load_student(source: str, world: World, dtype: torch.dtype = torch.float32) -> WanModel:
-    """A model to train: "new", "built-in", a file, or the averaged weights of a run's folder."""
+def load_student(source: str, encoders: Encoders, dtype: torch.dtype = torch.float32) -> WanModel:
+    """A student to train, on the CPU: "new", "built-in", a file, or the averaged weights of a run's folder."""
     if source == "new":
-        return world.new_student().to(dtype)
+        return encoders.new_student().to(dtype)
     return load_network(source, dtype).requires_grad_(True)
 
 
 def load_network(source: str, dtype: torch.dtype) -> WanModel:
-    """A model as it is, frozen. Raises FileNotFoundError and ValueError for what cannot be one."""
+    """A frozen network, on the CPU. Raises FileNotFoundError and ValueError for what cannot be one."""
     path = Path(source)
     if source == "built-in":
         return tiny.load_model(dtype=dtype)
     if (path / CHECKPOINT).is_file():
         saved = load_checkpoint(path)
         wan = WanModel(WanConfig(**saved["wan"]), dtype=dtype)
-        fill(wan, saved["student"])
+        load_full(wan, saved["student"])
         return wan.requires_grad_(False).eval()
     # The family is given so that a bidirectional teacher passes; nothing is sampled by it.
-    return load_model(there(path), dtype=dtype, family=DEFAULT)[0]
+    return load_model(check_exists(path), dtype=dtype, family=DEFAULT)[0]
 
 
-def there(path: Path) -> Path:
+def check_exists(path: Path) -> Path:
     """Raises FileNotFoundError where a model should be and nothing is."""
     if not path.exists():
         raise FileNotFoundError(
             f'Got no {path}; a model is a file, the folder of a run that has saved a checkpoint, "built-in" or "new". '
-            f"Check the path, or {trained_by(path)}."
+            f"Check the path, or {training_hint(path)}."
         )
     return path
 
 
-def check_alike(expected: WanConfig, other: WanConfig, name: str, source: str, whose: str = "the student") -> None:
+def check_compatible(expected: WanConfig, other: WanConfig, name: str, source: str, whose: str = "the student") -> None:
     """Raises ValueError unless a network reads the prompts and latents that are expected of it."""
     for what in ("channels", "text_dim", "text_len"):
         mine, theirs = getattr(expected, what), getattr(other, what)
@@ -204,11 +207,11 @@ def check_alike(expected: WanConfig, other: WanConfig, name: str, source: str, w
             )
 
 
-def check_lineage(source: str, world: World, name: str) -> None:
-    """Raises ValueError for a network of the tiny world that learnt other embeddings or latents than the world has."""
-    if not isinstance(world, TinyWorld) or source == "new":
+def check_lineage(source: str, encoders: Encoders, name: str) -> None:
+    """Raises ValueError for a network of the tiny world that learnt other embeddings or latents than the run has."""
+    if not isinstance(encoders, TinyEncoders) or source == "new":
         return
-    theirs, ours = lineage_of(source), lineage(world.text.state_dict(), world.vae.state_dict())
+    theirs, ours = read_lineage(source), lineage(encoders.text.state_dict(), encoders.vae.state_dict())
     for part in theirs:
         if theirs[part] != ours[part]:
             raise ValueError(
@@ -217,8 +220,8 @@ def check_lineage(source: str, world: World, name: str) -> None:
             )
 
 
-def lineage_of(source: str) -> dict[str, str]:
-    """`lineage` of a run's folder or of a file, as far as they tell it."""
+def read_lineage(source: str) -> dict[str, str]:
+    """`lineage` of a run's folder or of a file, of the parts that are there."""
     path = tiny.WEIGHTS / "transformer.safetensors" if source == "built-in" else Path(source)
     folder = path if path.is_dir() else path.parent
     files = {"text": folder / "text_encoder.safetensors", "vae": folder / "autoencoder.safetensors"}
@@ -229,7 +232,7 @@ def lineage_of(source: str) -> dict[str, str]:
 
 
 def lineage(text: dict[str, Tensor] | None = None, vae: dict[str, Tensor] | None = None) -> dict[str, str]:
-    """What tells text encoders and autoencoders apart: hashes of their weights as they are exported."""
+    """Hashes that tell text encoders and autoencoders apart, of their weights as they are exported."""
     states = {"text encoder": text, "autoencoder": vae}
     return {
         part: fingerprint({name: value.bfloat16() for name, value in state.items()})
@@ -238,7 +241,7 @@ def lineage(text: dict[str, Tensor] | None = None, vae: dict[str, Tensor] | None
     }
 
 
-def tiny_text(student: str) -> TinyTextEncoder:
+def load_tiny_text(student: str) -> TinyTextEncoder:
     """The text encoder that belongs to a student of the tiny world."""
     path = Path(student)
     if student == "new":
@@ -246,16 +249,16 @@ def tiny_text(student: str) -> TinyTextEncoder:
     if (path / CHECKPOINT).is_file():
         saved = load_checkpoint(path)
         text = TinyTextEncoder(saved["words"])
-        fill(text, saved["text"])
+        load_full(text, saved["text"])
         return text
     beside = path.parent / "text_encoder.safetensors"
     return tiny.load_text_encoder(beside if beside.is_file() else None)
 
 
-def tiny_autoencoder(source: Path | None) -> TinyAutoencoder:
+def load_tiny_autoencoder(source: Path | None) -> TinyAutoencoder:
     """The shipped autoencoder, or that of a file or of a run's folder."""
     if source is None or source.is_file():
         return tiny.load_autoencoder(source)
     autoencoder = TinyAutoencoder()
-    fill(autoencoder, load_checkpoint(source)["student"])
+    load_full(autoencoder, load_checkpoint(source)["student"])
     return autoencoder

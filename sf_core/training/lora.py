@@ -1,4 +1,4 @@
-"""Low-rank adapters on the student's linear layers: y = W x + (alpha / rank) up down x (arXiv 2106.09685).
+"""LoRA: low-rank adapters on the student's linear layers: y = W x + (alpha / rank) up down x (arXiv 2106.09685).
 
 Only `down` [rank, in] and `up` [out, rank] are trained; `up` starts at zero, so training starts from the model as it
 is. The file has the names that ComfyUI's loader (and diffusers') reads for Wan:
@@ -45,7 +45,9 @@ def add_adapters(wan: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     wan.requires_grad_(False)
-    places = [name for name, module in wan.named_modules() if isinstance(module, nn.Linear) and adapted(name, config)]
+    places = [
+        name for name, module in wan.named_modules() if isinstance(module, nn.Linear) and has_adapter(name, config)
+    ]
     if not places:
         raise ValueError(f"Got lora.layers {list(config.layers)}, which no block has. Use q, k, v, o, ffn.0, ffn.2.")
     for name in places:
@@ -55,13 +57,13 @@ def add_adapters(wan: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     return wan
 
 
-def adapted(name: str, config: LoraConfig) -> bool:
+def has_adapter(name: str, config: LoraConfig) -> bool:
     """Whether the layer of that name gets an adapter."""
     return name.startswith("blocks.") and any(name.endswith(f".{layer}") for layer in config.layers)
 
 
 def adapter_file(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """The tensors of the file, from the state dict of a model with adapters."""
+    """Tensors of the LoRA file, from the state dict of a model with adapters."""
     kept = {}
     for name, value in state.items():
         layer, _, part = name.rpartition(".")
@@ -71,8 +73,8 @@ def adapter_file(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tens
     return kept
 
 
-def merged(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """Plain weights; those with adapters in float32, which holds changes that are lost in bfloat16."""
+def merge_adapters(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """Merges adapters into plain weights; these in float32, which holds changes that are lost in bfloat16."""
     plain = {name: value for name, value in state.items() if name.rpartition(".")[2] not in ("down", "up")}
     for name, up in state.items():
         layer, _, part = name.rpartition(".")

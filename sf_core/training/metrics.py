@@ -1,6 +1,6 @@
-"""What a run tells while it goes: a progress bar, losses.jsonl, TensorBoard, a plot, sample videos.
+"""Metrics of a run: a progress bar, losses.jsonl, TensorBoard, a plot, sample videos.
 
-Only the first process tells; all take part in making samples, because their weights may be spread.
+Only the first process logs; all take part in making samples, because their weights may be sharded.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from tqdm import tqdm
 from ..video import save_video
 from .config import TrainConfig
 from .distributed import Group
-from .methods.base import Task
-from .run_folder import LOSSES, Losses, read_losses
+from .methods.base import Method
+from .run_folder import LOSSES, LossLog, read_losses
 
 FPS = 16
 PLOT = "losses.png"
 
 
-class Report:
-    """The telling of one run, open while it goes. Raises ImportError at once for a package that is asked for."""
+class Metrics:
+    """The log of one run, open while it goes. Raises ImportError at once for a package that is asked for."""
 
-    def __init__(self, config: TrainConfig, task: Task, group: Group, done: int) -> None:
-        self.config, self.task, self.first = config, task, group.first
+    def __init__(self, config: TrainConfig, method: Method, group: Group, done: int) -> None:
+        self.config, self.method, self.first = config, method, group.first
         self.bar = tqdm(total=config.steps, initial=done, disable=not group.first, desc=config.out.name, unit="step")
-        self.losses = Losses(config.out, done) if group.first else None
-        self.board = _board(config.out, done) if config.log.tensorboard and group.first else None
+        self.losses = LossLog(config.out, done) if group.first else None
+        self.board = _open_board(config.out, done) if config.log.tensorboard and group.first else None
         if config.log.plot:
-            _pyplot()
+            _import_pyplot()
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -43,37 +43,37 @@ class Report:
         if self.board:
             self.board.close()
 
-    def step(self, number: int, told: dict[str, float]) -> None:
-        """The losses of step `number`, from 1."""
+    def log(self, number: int, metrics: dict[str, float]) -> None:
+        """Logs the losses and gradient norms of step `number`, from 1."""
         if not self.first:
             return
-        self.losses.add(number, told)
+        self.losses.add(number, metrics)
         self.bar.update()
         if number % self.config.log.every == 0:
-            self.bar.set_postfix({name: f"{value:.4f}" for name, value in told.items() if "gradient" not in name})
-            for name, value in told.items() if self.board else ():
+            self.bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.items() if "gradient" not in name})
+            for name, value in metrics.items() if self.board else ():
                 self.board.add_scalar(name, value, number)
 
-    def saved(self) -> None:
-        """A checkpoint was written."""
+    def plot(self) -> None:
+        """Draws losses.png, where the configuration asks for it."""
         if self.first and self.config.log.plot:
             plot_losses(self.config.out)
 
     def sample(self, number: int) -> None:
-        """Videos of the averaged student."""
+        """Saves sample videos of the averaged student after step `number`."""
         prompts = list(self.config.log.samples)
-        videos = self.task.sample(prompts, self.config.log.sample_frames)
+        videos = self.method.sample(prompts, self.config.log.sample_frames)
         if not self.first:
             return  # the videos are decoded as the loop asks for them
         for i, video in enumerate(videos):
-            save_video(_made(self.config.out / "samples") / f"{number:06d}-{i}.mp4", video, FPS)
+            save_video(_make_folder(self.config.out / "samples") / f"{number:06d}-{i}.mp4", video, FPS)
             if self.board:
                 _add_video(self.board, f"{i}: {prompts[i]}", video, number)
 
 
 def plot_losses(folder: Path) -> Path:
     """losses.png: every loss of losses.jsonl over the steps. Raises ImportError without matplotlib."""
-    pyplot, lines = _pyplot(), read_losses(folder)
+    pyplot, lines = _import_pyplot(), read_losses(folder)
     if not lines:
         raise ValueError(f"Got {folder / LOSSES} with no losses; train first.")
     names = [name for name in lines[-1] if name != "step"]
@@ -89,7 +89,7 @@ def plot_losses(folder: Path) -> Path:
     return folder / PLOT
 
 
-def _made(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -105,8 +105,8 @@ def _add_video(board: Any, name: str, video: Tensor, number: int) -> None:
     board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), number)
 
 
-def _board(folder: Path, done: int) -> Any:
-    """TensorBoard's writer; steps that were told before and will be taken again are forgotten."""
+def _open_board(folder: Path, done: int) -> Any:
+    """TensorBoard's writer; steps that were logged before and will be taken again are dropped."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -116,7 +116,7 @@ def _board(folder: Path, done: int) -> Any:
     return SummaryWriter(folder / "tensorboard", purge_step=done + 1)
 
 
-def _pyplot() -> ModuleType:
+def _import_pyplot() -> ModuleType:
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for the rest, a learning rate that ends at zero, and a moving average of weights.
+"""Optimizers: Muon for matrices, AdamW for the rest, a learning-rate schedule, and a moving average of weights.
 
 Muon (Keller Jordan, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest orthogonal matrix,
 found by five Newton-Schulz steps. torch.optim.Muon takes 2-D parameters one at a time; on a CPU, with many small
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .config import OptimizerConfig
-from .distributed import gather, local, put_back, spread_like, whole
+from .distributed import full_tensor, gather, local_shard, reshard, shard_like
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
-    """[n, rows, columns] -> matrices of the same size with singular values near 1, bfloat16."""
+    """Newton-Schulz iteration: [n, rows, columns] -> as many matrices with singular values near 1, bfloat16."""
     a, b, c = NEWTON_SCHULZ
     x = m.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """The optimizers of some modules, stepped together: AdamW, and Muon for matrices where `muon_lr` is given.
+    """Optimizers of some modules, stepped together: AdamW, and Muon for matrices where `muon_lr` is given.
 
     By the `progress` (0..1) given to `step` rates warm up over the first `warmup` of the run and fall linearly to zero
     from `decay_from` on.
@@ -85,43 +85,43 @@ class Optimizer:
             self.rates.append(config.lr)
 
     def clip(self) -> Tensor:
-        """Clips the gradients; returns their norm before."""
-        return whole(torch.nn.utils.clip_grad_norm_(self.params, self.config.clip, foreach=True))
+        """Clips gradients to the norm `clip`; returns their norm before, []."""
+        return full_tensor(torch.nn.utils.clip_grad_norm_(self.params, self.config.clip, foreach=True))
 
     def step(self, progress: float) -> None:
-        """Takes a step, and forgets the gradients."""
-        factor = rate_at(progress, self.config.warmup, self.config.decay_from)
+        """Takes a step at `progress` 0..1 of the run, and clears the gradients."""
+        factor = rate_factor(progress, self.config.warmup, self.config.decay_from)
         for part, rate in zip(self.parts, self.rates, strict=True):
             part.param_groups[0]["lr"] = rate * factor
             part.step()
-        self.forget()
+        self.zero_grad()
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad()
 
     def state_dict(self, keep: bool = True) -> list[dict]:
-        """As `gather` gives it."""
+        """State in full tensors, as `gather` gives it."""
         return [gather(part.state_dict(), keep) for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
         """Momenta come from `states`; betas, weight decay and all other settings stay those of the configuration."""
         for part, state in zip(self.parts, states, strict=True):
             params = [p for group in part.param_groups for p in group["params"]]
-            spread = {
-                i: {key: _own(spread_like(value, params[i])) for key, value in entry.items()}
+            sharded = {
+                i: {key: _copy(shard_like(value, params[i])) for key, value in entry.items()}
                 for i, entry in state["state"].items()
             }
-            part.load_state_dict({"state": spread, "param_groups": part.state_dict()["param_groups"]})
+            part.load_state_dict({"state": sharded, "param_groups": part.state_dict()["param_groups"]})
 
 
-def _own(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     """A copy of a tensor: a checkpoint's are views of its file, which another is to take the place of."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def rate_at(progress: float, warmup: float, decay_from: float) -> float:
-    """Share 0..1 of the rate at some progress 0..1 of a run."""
+def rate_factor(progress: float, warmup: float, decay_from: float) -> float:
+    """Learning-rate factor 0..1 at some progress 0..1 of a run."""
     rising = (progress + 1e-4) / warmup if warmup else 1.0
     falling = (1 - progress) / (1 - decay_from) if decay_from < 1 else 1.0
     return min(1.0, rising, falling)
@@ -144,36 +144,36 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after step `step` (from 0)."""
-        put_back(self.module)
+        reshard(self.module)
         self.steps += step >= self.start
         weight = 1 - min(self.decay, self.steps / (self.steps + 10)) if step >= self.start else 1.0
-        pairs = [(local(self.values[name]), local(p.detach())) for name, p in self._trained()]
+        pairs = [(local_shard(self.values[name]), local_shard(p.detach())) for name, p in self._trained()]
         torch._foreach_lerp_([mine for mine, _ in pairs], [new for _, new in pairs], weight)
 
     @contextmanager
     @torch.no_grad()
-    def in_place(self) -> Iterator[None]:
-        """The module has the averaged weights meanwhile."""
-        put_back(self.module)
+    def swap_in(self) -> Iterator[None]:
+        """Swaps the averaged weights into the module, for the time of the context."""
+        reshard(self.module)
         live = {name: p.detach().clone() for name, p in self._trained()}
-        self._put(self.values)
+        self._load(self.values)
         try:
             yield
         finally:
-            self._put(live)
+            self._load(live)
 
     def state_dict(self, keep: bool = True) -> dict:
-        """As `gather` gives it."""
+        """State in full tensors, as `gather` gives it."""
         return {"steps": self.steps, "values": gather(self.values, keep)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         self.steps = state["steps"]
         for name, p in self._trained():
-            local(self.values[name]).copy_(local(spread_like(state["values"][name], p)))
+            local_shard(self.values[name]).copy_(local_shard(shard_like(state["values"][name], p)))
 
     @torch.no_grad()
-    def _put(self, values: dict[str, Tensor]) -> None:
-        put_back(self.module)
+    def _load(self, values: dict[str, Tensor]) -> None:
+        reshard(self.module)
         for name, p in self._trained():
-            local(p).copy_(local(values[name]))
+            local_shard(p).copy_(local_shard(values[name]))

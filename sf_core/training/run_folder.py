@@ -1,11 +1,11 @@
-"""What a run keeps in its folder.
+"""Run folder: checkpoint, losses and exported weights.
 
     checkpoint.pt       everything that changes: written whole or not at all, so that a run killed at any moment
                         continues from the last one
     losses.jsonl        a line a step
     model.safetensors   the averaged student, which the nodes and `generate --model` load
 
-Nothing random is kept: draws depend on the step alone (step_random.py).
+Nothing random is kept: random numbers depend on the step alone (step_random.py).
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ RECIPE = Path("runs/tiny")  # where `train tiny` keeps the stages that shipped c
 
 
 def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
-    whole_or_not(folder / CHECKPOINT, lambda partial: torch.save(content, partial))
+    write_atomically(folder / CHECKPOINT, lambda partial: torch.save(content, partial))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Its tensors are views of the file. Raises FileNotFoundError where there is none, ValueError for a damaged one."""
+    """A run's checkpoint; its tensors are views of the file.
+
+    Raises FileNotFoundError where there is none, ValueError for a damaged one.
+    """
     path = folder / CHECKPOINT
     if not path.is_file():
-        raise FileNotFoundError(f"Got no {path}; a run that has saved a checkpoint is needed: {trained_by(folder)}.")
+        raise FileNotFoundError(f"Got no {path}; a run that has saved a checkpoint is needed: {training_hint(folder)}.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -44,17 +47,17 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def trained_by(folder: Path) -> str:
-    """The remedy for a run's folder that is not there."""
+def training_hint(folder: Path) -> str:
+    """How to make a run's folder that is not there, for error messages."""
     if folder.parent == RECIPE:
         return f"train it first, by python -m sf_core train tiny --stage {folder.name}"
     return "train it first"
 
 
 def save_model(path: Path, state: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype) -> None:
-    """A safetensors file."""
+    """Saves weights in `dtype` as a safetensors file, with metadata."""
     plain = {name: value.to(dtype).contiguous() for name, value in state.items()}
-    whole_or_not(path, lambda partial: save_file(plain, partial, metadata))
+    write_atomically(path, lambda partial: save_file(plain, partial, metadata))
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
@@ -66,8 +69,8 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-def whole_or_not(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside its place and moves it there when the disk has it."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file atomically: beside its place, moved there when the disk has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     write(partial)
@@ -76,14 +79,14 @@ def whole_or_not(path: Path, write: Callable[[Path], object]) -> None:
     partial.replace(path)
 
 
-class Losses:
+class LossLog:
     """The losses of every step so far, as lines of JSON. Lines of steps that will be taken again are dropped."""
 
     def __init__(self, folder: Path, first: int) -> None:
         self.path = folder / LOSSES
         folder.mkdir(parents=True, exist_ok=True)
         kept = [json.dumps(line) for line in read_losses(folder) if line["step"] <= first]
-        whole_or_not(self.path, lambda partial: partial.write_text("".join(f"{line}\n" for line in kept)))
+        write_atomically(self.path, lambda partial: partial.write_text("".join(f"{line}\n" for line in kept)))
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Notes the losses of a step (from 1)."""

@@ -17,45 +17,51 @@ from ..sampling.noise import SeededNoise
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What is random about some `samples` (their numbers in the whole batch) of one step."""
+class StepRandom:
+    """Random numbers of one training step, for some `samples` of it (their places in the whole batch).
+
+    `purpose` names what is drawn: two purposes are independent, the same one gives the same numbers again.
+    """
 
     seed: int
     step: int
     samples: tuple[int, ...]
 
-    def of_batch(self, purpose: str) -> torch.Generator:
-        """A generator for what the whole batch has in common."""
+    def batch_generator(self, purpose: str) -> torch.Generator:
+        """A CPU generator for what the whole batch has in common."""
         return self._generator(purpose)
 
-    def of_samples(self, purpose: str) -> list[torch.Generator]:
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """CPU generators, one a sample."""
         return [self._generator(purpose, sample) for sample in self.samples]
 
-    def shared(self, purpose: str, below: int, count: int = 1) -> list[int]:
-        """`count` whole numbers in 0 .. below - 1 that the whole batch has in common."""
-        return torch.randint(below, (count,), generator=self.of_batch(purpose)).tolist()
+    def batch_integers(self, purpose: str, below: int, count: int = 1) -> list[int]:
+        """`count` integers in 0 .. below - 1 that the whole batch has in common."""
+        return torch.randint(below, (count,), generator=self.batch_generator(purpose)).tolist()
 
-    def whole(self, purpose: str, below: int) -> Tensor:
-        """A whole number in 0 .. below - 1 for each sample, [B]."""
-        return torch.cat([torch.randint(below, (1,), generator=one) for one in self.of_samples(purpose)])
+    def integers(self, purpose: str, below: int) -> Tensor:
+        """An integer in 0 .. below - 1 for each sample, int64 [B]."""
+        return torch.cat([torch.randint(below, (1,), generator=one) for one in self.generators(purpose)])
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """Numbers in [0, 1), [B, *shape]."""
-        return torch.stack([torch.rand(shape, generator=one) for one in self.of_samples(purpose)])
+        """Uniform numbers in [0, 1), float32 [B, *shape]."""
+        return torch.stack([torch.rand(shape, generator=one) for one in self.generators(purpose)])
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
-        """Gaussian numbers, [B, *shape]."""
-        return torch.stack([torch.randn(shape, generator=one) for one in self.of_samples(purpose)])
+        """Standard normal numbers, float32 [B, *shape]."""
+        return torch.stack([torch.randn(shape, generator=one) for one in self.generators(purpose)])
 
     def noise(self, purpose: str) -> SampleNoise:
-        """Noise of a rollout."""
-        return SampleNoise(tuple(self._number(purpose, sample) for sample in self.samples))
+        """The noise of a rollout, each sample's from a seed of its own."""
+        return SampleNoise(tuple(self._seed(purpose, sample) for sample in self.samples))
+
+    # The names by which self_rollout.py calls these.
 
     def _generator(self, *what: object) -> torch.Generator:
-        return torch.Generator().manual_seed(self._number(*what))
+        return torch.Generator().manual_seed(self._seed(*what))
 
-    def _number(self, *what: object) -> int:
-        """Below 2^63: torch takes larger seeds only as negative ones."""
+    def _seed(self, *what: object) -> int:
+        """A hash, below 2^63: torch takes larger seeds only as negative ones."""
         text = "/".join(map(str, (self.seed, self.step, *what)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

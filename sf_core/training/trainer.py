@@ -1,7 +1,7 @@
-"""Takes the steps of a task, tells about them, and keeps what they made.
+"""The training loop: takes the steps of a method, logs them, and saves checkpoints.
 
     for step in range(done, steps):
-        for update in the task's updates that have started:
+        for update in the method's updates that have started:
             for the samples of each pass: backward(loss / passes)
             step the optimizer
         update the averages
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .distributed import Group, fill
-from .methods.base import Task, Update
-from .metrics import Report
+from .distributed import Group, load_full
+from .methods.base import Method, Update
+from .metrics import Metrics
 from .run_folder import CHECKPOINT, load_checkpoint, save_checkpoint
-from .step_random import Draws
+from .step_random import StepRandom
 
 
 class TrainingStopped(ValueError):
@@ -34,12 +34,12 @@ class TrainingStopped(ValueError):
 
 
 class Trainer:
-    """A task's run; `run` continues it from the folder's checkpoint where there is one."""
+    """A method's training run; `run` continues it from the folder's checkpoint where there is one."""
 
-    def __init__(self, config: TrainConfig, task: Task, group: Group) -> None:
-        self.config, self.task, self.group = config, task, group
+    def __init__(self, config: TrainConfig, method: Method, group: Group) -> None:
+        self.config, self.method, self.group = config, method, group
         self.passes = group.share(config.batch, config.micro_batch)
-        self.done, self.kept, self.seconds, self.began = 0, 0, 0.0, time.perf_counter()
+        self.done, self.saved_step, self.seconds, self.began = 0, 0, 0.0, time.perf_counter()
         if (config.out / CHECKPOINT).is_file():
             self.restore(load_checkpoint(config.out))
 
@@ -48,52 +48,52 @@ class Trainer:
         config = self.config
         if self.done >= config.steps:
             return
-        with Report(config, self.task, self.group, self.done) as report:
+        with Metrics(config, self.method, self.group, self.done) as metrics:
             for step in range(self.done, config.steps):
-                report.step(step + 1, self.step(step))
+                metrics.log(step + 1, self.step(step))
                 self.done = step + 1
                 if self.done % config.log.save_every == 0 or self.done == config.steps:
                     self.save()
-                    report.saved()
+                    metrics.plot()
                 if config.log.sample_every and self.done % config.log.sample_every == 0:
-                    report.sample(self.done)
+                    metrics.sample(self.done)
 
     def step(self, step: int) -> dict[str, float]:
         """One step; returns its losses and gradient norms, means over all processes."""
-        told: dict[str, float] = {}
-        for update in self.task.updates:
-            told |= self.update(update, step) if step / self.config.steps >= update.start else {}
-        for average in self.task.averages.values():
+        metrics: dict[str, float] = {}
+        for update in self.method.updates:
+            metrics |= self.update(update, step) if step / self.config.steps >= update.start else {}
+        for average in self.method.averages.values():
             average.update(step)
-        return told
+        return metrics
 
     def update(self, update: Update, step: int) -> dict[str, float]:
-        update.optimizer.forget()  # where weights are sharded, another update's loss may have left gradients
+        update.optimizer.zero_grad()  # where weights are sharded, another update's loss may have left gradients
         progress, sums = step / self.config.steps, {}
         for samples in self.passes:
-            losses = update.loss(Draws(self.config.seed, step, samples), progress)
+            losses = update.loss(StepRandom(self.config.seed, step, samples), progress)
             loss = next(iter(losses.values())) / len(self.passes)
-            # Judges get no gradients here; but autograd knows sharded weights under other names.
+            # Score networks get no gradients here; but autograd knows sharded weights under other names.
             loss.backward(inputs=None if self.config.shard else update.optimizer.params)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float() / len(self.passes)
-        told = {name: self.group.mean(value).item() for name, value in sums.items()}
-        self.check(told, step)
+        metrics = {name: self.group.mean(value).item() for name, value in sums.items()}
+        self.check_finite(metrics, step)
         self.group.average_gradients(update.optimizer.params)
-        told[f"{next(iter(told))} gradient"] = update.optimizer.clip().item()
-        self.check(told, step)
+        metrics[f"{next(iter(metrics))} gradient"] = update.optimizer.clip().item()
+        self.check_finite(metrics, step)
         update.optimizer.step(progress)
-        return told
+        return metrics
 
-    def check(self, told: dict[str, float], step: int) -> None:
-        """Stops before the weights of this update are spoilt."""
-        for name, value in told.items():
+    def check_finite(self, metrics: dict[str, float], step: int) -> None:
+        """Raises TrainingStopped for a metric that is no number, before the weights of this update are spoilt."""
+        for name, value in metrics.items():
             if not math.isfinite(value):
-                where = f"{self.config.out / CHECKPOINT} holds step {self.kept}, which is good"
+                saved = f"{self.config.out / CHECKPOINT} holds step {self.saved_step}, which is good"
                 raise TrainingStopped(
                     f"Got {value} for {name!r} at step {step + 1}; it must be a number. Training has stopped; "
-                    f"{where if self.kept else 'nothing was saved yet'}. Lower the learning rates or use precision: "
-                    "float32, and run it again."
+                    f"{saved if self.saved_step else 'nothing was saved yet'}. Lower the learning rates or use "
+                    "precision: float32, and run it again."
                 )
 
     def save(self) -> None:
@@ -102,41 +102,41 @@ class Trainer:
         content = {
             "step": self.done,
             "seconds": self.seconds + time.perf_counter() - self.began,
-            "config": json.dumps(as_saved(self.config)),
-            **self.task.state(keep=first),
+            "config": json.dumps(config_dict(self.config)),
+            **self.method.state(keep=first),
             "optimizers": [optimizer.state_dict(keep=first) for optimizer in self.optimizers()],
         }
         if first:
             save_checkpoint(self.config.out, content)
         self.group.wait()
-        self.kept = self.done
+        self.saved_step = self.done
 
     def restore(self, saved: dict) -> None:
         """Raises ValueError for the checkpoint of another run."""
-        _check_same(json.loads(saved.get("config", "{}")), self.config)
-        for name, module in self.task.modules.items():
-            _check_alike(name, module.state_dict(), saved["modules"].get(name, {}), self.config)
-            fill(module, saved["modules"][name])
-        for name, average in self.task.averages.items():
+        _check_config(json.loads(saved.get("config", "{}")), self.config)
+        for name, module in self.method.modules.items():
+            _check_architecture(name, module.state_dict(), saved["modules"].get(name, {}), self.config)
+            load_full(module, saved["modules"][name])
+        for name, average in self.method.averages.items():
             average.load_state_dict(saved["averages"][name])
         for optimizer, state in zip(self.optimizers(), saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self.done, self.kept, self.seconds = saved["step"], saved["step"], saved["seconds"]
+        self.done, self.saved_step, self.seconds = saved["step"], saved["step"], saved["seconds"]
 
     def optimizers(self) -> list:
         """Each once, in the order of the updates."""
-        return list({id(update.optimizer): update.optimizer for update in self.task.updates}.values())
+        return list({id(update.optimizer): update.optimizer for update in self.method.updates}.values())
 
 
-def as_saved(config: TrainConfig) -> dict:
-    """A configuration as a checkpoint keeps it."""
+def config_dict(config: TrainConfig) -> dict:
+    """A configuration as plain JSON values, as a checkpoint keeps it."""
     return json.loads(json.dumps(asdict(config), default=str))
 
 
 def _identity(content: dict) -> dict[str, object]:
-    """What of a configuration makes a run the run it is, by dotted names."""
+    """Settings that identify a run, by dotted names: a checkpoint continues only with the same ones."""
     kept = {name: content[name] for name in ("method", "seed", "batch", "lora") if name in content}
-    parts = {name: flat(content.get(name, {})) for name in ("model", "data", "sampling", "rollout", "loss", "flow")}
+    parts = {name: flatten(content.get(name, {})) for name in ("model", "data", "sampling", "rollout", "loss", "flow")}
     parts["model"].pop("frozen", None)  # a way to compute, like precision: it may change where memory runs out
     rates = {
         "optimizer": content.get("optimizer", {}),
@@ -146,17 +146,17 @@ def _identity(content: dict) -> dict[str, object]:
     return kept | {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
 
 
-def flat(content: dict, under: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+def flatten(content: dict, under: str = "") -> dict[str, object]:
+    """Flattens {"a": {"b": 1}} to {"a.b": 1}."""
     leaves = {}
     for key, value in content.items():
-        leaves |= flat(value, f"{under}{key}.") if isinstance(value, dict) else {under + key: value}
+        leaves |= flatten(value, f"{under}{key}.") if isinstance(value, dict) else {under + key: value}
     return leaves
 
 
-def _check_same(saved: dict, config: TrainConfig) -> None:
-    """Raises ValueError where a run would go on as another one. What an older checkpoint does not tell is let pass."""
-    before, now = _identity(saved), _identity(as_saved(config))
+def _check_config(saved: dict, config: TrainConfig) -> None:
+    """Raises ValueError where a run would go on as another one. What an older checkpoint does not state is let pass."""
+    before, now = _identity(saved), _identity(config_dict(config))
     for key in (key for key in now if key in before):
         old, new = before[key], now[key]
         alike = (old is None) == (new is None) if key.endswith("muon_lr") else old == new  # a rate may change
@@ -167,7 +167,7 @@ def _check_same(saved: dict, config: TrainConfig) -> None:
             )
 
 
-def _check_alike(name: str, own: dict[str, Tensor], saved: dict[str, Tensor], config: TrainConfig) -> None:
+def _check_architecture(name: str, own: dict[str, Tensor], saved: dict[str, Tensor], config: TrainConfig) -> None:
     shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (own, saved)]
     if shapes[0] == shapes[1]:
         return

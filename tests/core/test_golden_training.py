@@ -9,7 +9,7 @@ from sf_core.sampling.schedule import sigma_at
 from sf_core.training.methods.losses import (
     Level,
     Prompts,
-    Scores,
+    ScorePair,
     critic_flow,
     discriminator_gan,
     distribution_matching,
@@ -38,7 +38,7 @@ class Misread(Network):
 
 def scores():
     guidance = 4.0  # published as prompt + 3 (prompt - null)
-    return Scores(Misread(model(REAL_SCORE)), Misread(model(FAKE_SCORE)), guidance)
+    return ScorePair(Misread(model(REAL_SCORE)), Misread(model(FAKE_SCORE)), guidance)
 
 
 def recorded(case):

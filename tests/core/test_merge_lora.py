@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from sf_core.checkpoints.load import CheckpointError, describe, load_checkpoint, load_model
 from sf_core.training.config import LoraConfig
-from sf_core.training.lora import PREFIX, adapter_file, add_adapters, merged
+from sf_core.training.lora import PREFIX, adapter_file, add_adapters, merge_adapters
 from sf_core.wan.model import WanModel
 from tests.core.test_checkpoint import SMALL, float8, forward, fsdp, legacy, same, weights
 
@@ -100,7 +100,7 @@ def test_lora_of_our_own_training_gives_its_merged_model(base):
     lora = base.with_name("lora.safetensors")
     save_file(adapter_file(state, config), lora)
     assert all(name.startswith(PREFIX) for name in adapter_file(state, config))
-    got, want = load_checkpoint(base, lora=lora).state_dict, merged(state, config)
+    got, want = load_checkpoint(base, lora=lora).state_dict, merge_adapters(state, config)
     assert got.keys() == want.keys()
     assert all(torch.allclose(got[name], want[name], atol=1e-6) for name in want)
 

@@ -15,12 +15,12 @@ from sf_core.sampling.config import PRESETS
 from sf_core.tiny.data import draw, render
 from sf_core.training.config import ModelConfig
 from sf_core.training.distributed import Group
-from sf_core.training.encoders import NEW, open_world
+from sf_core.training.encoders import NEW, open_encoders
 from sf_core.training.methods import autoencoder
 from sf_core.training.methods.autoencoder import FitAutoencoder
 from sf_core.training.optim import Muon, orthogonalise
 from sf_core.training.run_folder import load_checkpoint, read_losses
-from sf_core.training.step_random import Draws
+from sf_core.training.step_random import StepRandom
 from sf_core.training.train import train as run
 
 STEPS = 2
@@ -63,7 +63,7 @@ def test_every_stage_runs_and_stays_finite(trained):
 
 
 def test_the_autoencoder_sees_the_same_clips_however_a_batch_is_cut(tmp_path, monkeypatch):
-    task, seen = FitAutoencoder(train.stage_config("autoencoder", tmp_path), torch.device("cpu")), []
+    method, seen = FitAutoencoder(train.stage_config("autoencoder", tmp_path), torch.device("cpu")), []
 
     def watched(vae, frames):
         seen.append(frames)
@@ -73,7 +73,7 @@ def test_the_autoencoder_sees_the_same_clips_however_a_batch_is_cut(tmp_path, mo
     for progress in (0.5, 0.9):
         seen.clear()
         for samples in ((0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 2, 3), (4, 5, 6, 7)):
-            task.loss(Draws(0, 0, samples), progress)
+            method.loss(StepRandom(0, 0, samples), progress)
         assert torch.equal(seen[0], torch.cat(seen[1:])) and not torch.equal(seen[1], seen[2])
 
 
@@ -134,9 +134,9 @@ def test_a_stage_without_the_one_before_is_refused(tmp_path, capsys, processes):
 
 
 def test_a_still_stays_the_still_it_is():
-    world = open_world(ModelConfig(), torch.device("cpu"))
-    stills = world.encode(render(draw(8, torch.Generator().manual_seed(0)), 1))
-    assert (world.still(stills) - stills).abs().mean() < 0.15 * stills.abs().mean()
+    encoders = open_encoders(ModelConfig(), torch.device("cpu"))
+    stills = encoders.encode(render(draw(8, torch.Generator().manual_seed(0)), 1))
+    assert (encoders.still(stills) - stills).abs().mean() < 0.15 * stills.abs().mean()
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():

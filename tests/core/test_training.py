@@ -18,17 +18,17 @@ from sf_core.cli.main import main
 from sf_core.sampling.noise import SeededNoise
 from sf_core.sampling.rollout import rollout
 from sf_core.tiny import load_autoencoder
-from sf_core.training import metrics as report
+from sf_core.training import metrics
 from sf_core.training.config import METHODS, SHIPPED, ModelConfig, read_config
 from sf_core.training.data import ProceduralClips, open_data
 from sf_core.training.distributed import Group
-from sf_core.training.encoders import open_world
-from sf_core.training.methods import dmd as forcing
+from sf_core.training.encoders import open_encoders
+from sf_core.training.methods import dmd
 from sf_core.training.methods.losses import critic_flow
-from sf_core.training.optim import Average, rate_at
+from sf_core.training.optim import Average, rate_factor
 from sf_core.training.run_folder import LOSSES, MODEL, load_checkpoint, save_checkpoint
-from sf_core.training.step_random import Draws
-from sf_core.training.train import make_task
+from sf_core.training.step_random import StepRandom
+from sf_core.training.train import make_method
 from sf_core.training.trainer import Trainer, TrainingStopped
 from sf_core.video import save_video
 from sf_core.wan.cache import RollingCache
@@ -98,9 +98,9 @@ def test_the_critic_may_learn_alone_at_first(runs):
     """On rollouts of its own, as the student makes none."""
     critic = {"updates": 2, "fresh": False, "ahead": 0.2, "optimizer": {"lr": 1e-3}}
     settings = config("gan", runs / "ahead", critic=critic)
-    task = make_task(settings, Group(), CPU)
-    trainer = Trainer(settings, task, Group())
-    parts = {name: next(task.modules[name].parameters()) for name in ("student", "critic", "discriminator")}
+    method = make_method(settings, Group(), CPU)
+    trainer = Trainer(settings, method, Group())
+    parts = {name: next(method.modules[name].parameters()) for name in ("student", "critic", "discriminator")}
     for step, learns in ((0, False), (1, True)):
         before = {name: part.detach().clone() for name, part in parts.items()}
         told = trainer.step(step)
@@ -112,12 +112,12 @@ def test_the_critic_may_learn_alone_at_first(runs):
 @pytest.mark.parametrize("method", ["sid", "gan"])
 def test_an_update_makes_gradients_of_its_own_weights_alone(runs, method, monkeypatch):
     settings = config(method, runs / f"{method}-alone")
-    task = make_task(settings, Group(), CPU)
-    trainer, update = Trainer(settings, task, Group()), task.updates[0]
+    method = make_method(settings, Group(), CPU)
+    trainer, update = Trainer(settings, method, Group()), method.updates[0]
     reached = {}
 
     def told():
-        for name, module in task.modules.items():
+        for name, module in method.modules.items():
             reached[name] = any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
         return torch.tensor(0.0)
 
@@ -127,29 +127,29 @@ def test_an_update_makes_gradients_of_its_own_weights_alone(runs, method, monkey
 
 
 def test_teacher_forced_chunks_see_the_clips_of_their_captions(runs, monkeypatch):
-    task = make_task(config("dmd", runs / "forced", loss={"context": "teacher-forced"}), Group(), CPU)
-    seen, roll_out = [], forcing.roll_out
-    monkeypatch.setattr(forcing, "roll_out", lambda *args: seen.append((args[2], args[-1])) or roll_out(*args))
-    draws = Draws(0, 0, (0, 1, 2, 3))
-    task.generator_step(draws, 0.0)
-    (embeds, context), batch = seen[0], task.data.batch(draws, "generator", 2, plain=True)
-    assert torch.equal(context, batch.clips) and torch.equal(embeds, task.world.embeds(batch.captions))
+    method = make_method(config("dmd", runs / "forced", loss={"context": "teacher-forced"}), Group(), CPU)
+    seen, roll_out = [], dmd.roll_out
+    monkeypatch.setattr(dmd, "roll_out", lambda *args: seen.append((args[2], args[-1])) or roll_out(*args))
+    random = StepRandom(0, 0, (0, 1, 2, 3))
+    method.generator_step(random, 0.0)
+    (embeds, context), batch = seen[0], method.data.batch(random, "generator", 2, plain=True)
+    assert torch.equal(context, batch.clips) and torch.equal(embeds, method.encoders.embeds(batch.captions))
 
 
 def test_the_discriminator_compares_clips_of_the_same_captions(runs, monkeypatch):
     """And what keeps its critic a score net is the critic's loss, though its forward is the discriminator's."""
-    task = make_task(config("gan", runs / "compared"), Group(), CPU)
-    draws, looks, looked_at = Draws(0, 0, (0, 1, 2, 3)), [], task.looked_at
-    monkeypatch.setattr(task, "looked_at", lambda *args: looks.append(args) or looked_at(*args))
-    task.generator_step(draws, 0.0)
-    batch = task.data.batch(draws, "generator", 2, plain=True)
-    made, embeds = task.made[draws.samples], task.world.embeds(batch.captions)
-    level = task.config.loss.levels.draw(batch.clips, draws, "generator")
+    method = make_method(config("gan", runs / "compared"), Group(), CPU)
+    random, looks, discriminate = StepRandom(0, 0, (0, 1, 2, 3)), [], method.discriminate
+    monkeypatch.setattr(method, "discriminate", lambda *args: looks.append(args) or discriminate(*args))
+    method.generator_step(random, 0.0)
+    batch = method.data.batch(random, "generator", 2, plain=True)
+    made, embeds = method.generated[random.samples], method.encoders.embeds(batch.captions)
+    level = method.config.loss.levels.draw(batch.clips, random, "generator")
     (fake, *_), (real, *_) = looks
     assert torch.equal(real, level.apply(batch.clips)) and torch.equal(fake, level.apply(made.clips))
     assert all(torch.equal(args[-1], embeds) for args in looks)
-    told = task.critic_losses(made, level, draws, "critic")
-    assert told["score"].item() == pytest.approx(critic_flow(task.critic, made.clips, embeds, level).item(), rel=1e-5)
+    told = method.critic_losses(made, level, random, "critic")
+    assert told["score"].item() == pytest.approx(critic_flow(method.critic, made.clips, embeds, level).item(), rel=1e-5)
 
 
 def test_bfloat16_stays_near_float32(runs):
@@ -196,18 +196,18 @@ def test_a_checkpoint_holds_the_average_once_and_goes_on_apart_from_its_file(run
     for name, value in saved["averages"]["student"]["values"].items():
         assert saved["student"][name].data_ptr() == value.data_ptr()
     settings = config("bidirectional", out, steps=2)
-    task = make_task(settings, Group(), CPU)
-    Trainer(settings, task, Group()).restore(saved)
+    method = make_method(settings, Group(), CPU)
+    Trainer(settings, method, Group()).restore(saved)
     momenta = saved["optimizers"][0][0]["state"]
-    for i, p in enumerate(task.optimizer.parts[0].param_groups[0]["params"]):
-        ours, theirs = task.optimizer.parts[0].state[p]["exp_avg"], momenta[i]["exp_avg"]
+    for i, p in enumerate(method.optimizer.parts[0].param_groups[0]["params"]):
+        ours, theirs = method.optimizer.parts[0].state[p]["exp_avg"], momenta[i]["exp_avg"]
         assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()
 
 
 def test_only_the_first_process_keeps_what_is_gathered_for_a_checkpoint(runs):
-    task = make_task(config("dmd", runs / "dropped"), Group(), CPU)
-    assert task.state(keep=False) == {} and set(task.state()) >= {"modules", "averages", "student", "text", "wan"}
-    for part in task.optimizer.state_dict(keep=False), task.averages["student"].state_dict(keep=False)["values"]:
+    method = make_method(config("dmd", runs / "dropped"), Group(), CPU)
+    assert method.state(keep=False) == {} and set(method.state()) >= {"modules", "averages", "student", "text", "wan"}
+    for part in method.optimizer.state_dict(keep=False), method.averages["student"].state_dict(keep=False)["values"]:
         assert not any(isinstance(value, torch.Tensor) for value in torch.utils._pytree.tree_leaves(part))
 
 
@@ -234,16 +234,16 @@ def test_what_is_no_number_stops_the_run_and_keeps_the_checkpoint(runs, spoils):
     out = runs / f"nan-{spoils}"
     trained("bidirectional", out, steps=3, log={"save_every": 3})
     settings = config("bidirectional", out, steps=9, log={"save_every": 4})
-    task = make_task(settings, Group(), CPU)
-    trainer, loss = Trainer(settings, task, Group()), task.loss
+    method = make_method(settings, Group(), CPU)
+    trainer, loss = Trainer(settings, method, Group()), method.loss
 
-    def spoilt(draws, progress):
-        good = loss(draws, progress)["loss"]
-        if draws.step < 7:
+    def spoilt(random, progress):
+        good = loss(random, progress)["loss"]
+        if random.step < 7:
             return {"loss": good}
         return {"loss": good * math.nan if spoils == "loss" else good + (good * 0).sqrt()}
 
-    task.updates[0] = replace(task.updates[0], loss=spoilt)
+    method.updates[0] = replace(method.updates[0], loss=spoilt)
     name = "loss" if spoils == "loss" else "loss gradient"
     with pytest.raises(TrainingStopped, match=f"Got nan for '{name}' at step 8;.*holds step 4, which is good"):
         trainer.run()
@@ -271,18 +271,18 @@ def test_tensorboard_plot_and_samples_are_written(runs):
 def test_samples_are_made_one_at_a_time_and_decoded_where_they_are_told(runs, monkeypatch):
     prompts = ["a red circle moves right", "a blue star"]
     settings = config("dmd", runs / "sampled", recompute=True, sampling={**SAMPLING, "window": 2})
-    task, caches, decoded = make_task(settings, Group(), CPU), [], []
-    decode, for_rollout = task.world.decode, RollingCache.for_rollout
-    monkeypatch.setattr(task.world, "decode", lambda latents: decoded.append(latents.clone()) or decode(latents))
+    method, caches, decoded = make_method(settings, Group(), CPU), [], []
+    decode, for_rollout = method.encoders.decode, RollingCache.for_rollout
+    monkeypatch.setattr(method.encoders, "decode", lambda latents: decoded.append(latents.clone()) or decode(latents))
     monkeypatch.setattr(
         RollingCache, "for_rollout", lambda *args, **size: caches.append(size) or for_rollout(*args, **size)
     )
-    videos = task.sample(prompts, 4)
+    videos = method.sample(prompts, 4)
     assert [(size["batch"], size["keep"]) for size in caches] == [(1, False)] * 2 and not decoded
     assert [video.shape for video in videos] == [(13, 64, 64, 3)] * 2
     for number, prompt in enumerate(prompts):
-        embeds, noise = task.world.embeds([prompt]), Draws(0, 0, (0, 1)).noise("sample").seeds[number]
-        made = rollout(task.student.wan, settings.sampling, embeds.detach(), SeededNoise(noise), 4, *task.size)
+        embeds, noise = method.encoders.embeds([prompt]), StepRandom(0, 0, (0, 1)).noise("sample").seeds[number]
+        made = rollout(method.student.wan, settings.sampling, embeds.detach(), SeededNoise(noise), 4, *method.size)
         expected = torch.cat([chunk.latents for chunk in made], 2)
         torch.testing.assert_close(decoded[number], expected, rtol=1e-4, atol=1e-4)
 
@@ -293,9 +293,9 @@ def test_tensorboard_forgets_steps_that_are_taken_again(tmp_path):
 
     settings = config("bidirectional", tmp_path, log={"tensorboard": True, "every": 1})
     for done, last in ((0, 3), (1, 2)):
-        with report.Report(settings, None, Group(), done) as telling:
+        with metrics.Metrics(settings, None, Group(), done) as log:
             for step in range(done + 1, last + 1):
-                telling.step(step, {"loss": done})
+                log.log(step, {"loss": done})
     told = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in told] == [(1, 0), (2, 1)]
 
@@ -320,14 +320,14 @@ def test_the_average_follows_and_can_be_put_in_place():
     average.update(1)
     assert (average.values["weight"] > first + 1).all() and (average.values["weight"] < layer.weight).all()
     live = layer.weight.detach().clone()
-    with average.in_place():
+    with average.swap_in():
         assert torch.equal(layer.weight, average.values["weight"])
     assert torch.equal(layer.weight, live)
 
 
 def test_rates_warm_up_and_fall_to_zero():
-    assert rate_at(0.0, 0.1, 0.5) < 0.01 < rate_at(0.05, 0.1, 0.5) < 1 == rate_at(0.3, 0.1, 0.5)
-    assert rate_at(0.75, 0.1, 0.5) == 0.5 and rate_at(1.0, 0.1, 0.5) == 0 and rate_at(0.9, 0.0, 1.0) == 1
+    assert rate_factor(0.0, 0.1, 0.5) < 0.01 < rate_factor(0.05, 0.1, 0.5) < 1 == rate_factor(0.3, 0.1, 0.5)
+    assert rate_factor(0.75, 0.1, 0.5) == 0.5 and rate_factor(1.0, 0.1, 0.5) == 0 and rate_factor(0.9, 0.0, 1.0) == 1
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -454,9 +454,9 @@ def test_a_run_does_not_continue_as_another(runs, change, told):
     if not out.exists():
         trained("dmd", out, steps=1)
     settings = read_config(path, ["steps=2", change])
-    task = type("Any", (), {})()
+    method = type("Any", (), {})()
     with pytest.raises(ValueError) as error:
-        Trainer(settings, task, Group())
+        Trainer(settings, method, Group())
     assert told.replace("{out}", str(out)) in str(error.value)
 
 
@@ -475,11 +475,11 @@ def test_rates_and_steps_may_change_on_the_way_and_old_checkpoints_go_on(runs):
 def test_the_settings_of_a_continued_optimizer_are_the_configurations(runs):
     out = trained("bidirectional", runs / "betas", steps=1, optimizer={"lr": 1e-3, "betas": [0.5, 0.9]})
     settings = config("bidirectional", out, steps=2, optimizer={"lr": 1e-3, "betas": [0.0, 0.99], "weight_decay": 0.1})
-    task = make_task(settings, Group(), CPU)
-    Trainer(settings, task, Group())
-    (group,) = task.optimizer.parts[0].param_groups
+    method = make_method(settings, Group(), CPU)
+    Trainer(settings, method, Group())
+    (group,) = method.optimizer.parts[0].param_groups
     assert group["betas"] == (0.0, 0.99) and group["weight_decay"] == 0.1
-    assert all("exp_avg" in task.optimizer.parts[0].state[p] for p in group["params"])
+    assert all("exp_avg" in method.optimizer.parts[0].state[p] for p in group["params"])
 
 
 def test_the_checkpoint_of_another_architecture_is_refused(runs, capsys):
@@ -511,8 +511,8 @@ def test_the_seed_decides_a_new_text_encoder(tmp_path):
     texts = {}
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
         torch.manual_seed(noise)
-        task = make_task(config("bidirectional", tmp_path / str(seed), seed=seed), Group(), CPU)
-        texts[seed, noise] = task.world.text.embedding.weight
+        method = make_method(config("bidirectional", tmp_path / str(seed), seed=seed), Group(), CPU)
+        texts[seed, noise] = method.encoders.text.embedding.weight
     assert torch.equal(texts[0, 1], texts[0, 2]) and not torch.equal(texts[0, 1], texts[1, 1])
 
 
@@ -549,7 +549,7 @@ def test_clips_are_encoded_again_when_what_they_were_made_from_changes(runs, tmp
 
     def latents(said, **changes):
         settings = config("teacher-forcing", out, **{"data": {"clips": str(folder)}, **changes})
-        captions = open_data(settings, open_world(settings.model, CPU), Group())
+        captions = open_data(settings, open_encoders(settings.model, CPU), Group())
         assert ("encoded again" in capsys.readouterr().out) == said
         return captions.latents.clone()
 
@@ -570,8 +570,8 @@ def test_clips_are_encoded_again_when_what_they_were_made_from_changes(runs, tmp
 
 def test_processes_share_the_encoding(tmp_path):
     settings = config("bidirectional", tmp_path / "run", data={"procedural": "all", "pool": 130})
-    world = open_world(settings.model, CPU)
-    whole = open_data(settings, world, Group()).latents.clone()
+    encoders = open_encoders(settings.model, CPU)
+    whole = open_data(settings, encoders, Group()).latents.clone()
     (tmp_path / "run" / "latents.json").unlink()
 
     class Second(Group):
@@ -582,18 +582,18 @@ def test_processes_share_the_encoding(tmp_path):
                 raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        open_data(settings, world, Second(1, 2))
+        open_data(settings, encoders, Second(1, 2))
     other = torch.load(tmp_path / "run" / "latents-1.pt", weights_only=True)
     assert sum(map(len, other)) == 66
-    assert torch.equal(open_data(settings, world, Second(0, 2)).latents, whole)
+    assert torch.equal(open_data(settings, encoders, Second(0, 2)).latents, whole)
     assert not list((tmp_path / "run").glob("latents-*.pt"))
 
 
 def test_plain_batches_have_every_caption_and_begin_at_the_beginning(tmp_path):
     settings = config("gan", tmp_path / "run", data={"procedural": "all", "pool": 8, "dropped": 1, "late": 1})
-    pool = open_data(settings, open_world(ModelConfig(), CPU), Group())
-    draws = Draws(0, 0, tuple(range(8)))
-    plain, changed = (pool.batch(draws, "real", 2, plain) for plain in (True, False))
+    pool = open_data(settings, open_encoders(ModelConfig(), CPU), Group())
+    random = StepRandom(0, 0, tuple(range(8)))
+    plain, changed = (pool.batch(random, "real", 2, plain) for plain in (True, False))
     assert all(plain.captions) and not plain.late.any()
     assert not any(changed.captions) and changed.late.all() and not torch.equal(plain.clips, changed.clips)
 
@@ -678,7 +678,7 @@ def test_the_manuals_examples_run(runs, monkeypatch):
 
 def test_the_plot_needs_losses(tmp_path):
     with pytest.raises(ValueError, match="with no losses; train first"):
-        report.plot_losses(tmp_path)
+        metrics.plot_losses(tmp_path)
 
 
 def test_the_plan_is_printed_without_training(runs, capsys):

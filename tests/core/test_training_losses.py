@@ -8,22 +8,24 @@ import torch
 from sf_core.sampling.config import Sampling
 from sf_core.sampling.schedule import add_noise
 from sf_core.training.config import GanConfig, LoraConfig
-from sf_core.training.lora import add_adapters, merged
+from sf_core.training.lora import add_adapters, merge_adapters
+from sf_core.training.methods.consistency import Consistency
 from sf_core.training.methods.diffusion import (
     block_mask,
+    build_mask,
+    chunk_attention,
+    chunk_indices,
     chunk_rule,
-    chunks_of,
-    compiled_flex,
-    counted_mean,
-    forced_attention,
-    masked,
+    compile_flex,
+    masked_mean,
 )
 from sf_core.training.methods.discriminator import Discriminator
-from sf_core.training.methods.dmd import Adversarial, Made
-from sf_core.training.methods.losses import Level, Levels, Prompts, logit_slope
-from sf_core.training.methods.ode import Consistency, Ode
+from sf_core.training.methods.dmd import GeneratedClips
+from sf_core.training.methods.gan import GAN
+from sf_core.training.methods.losses import Level, Levels, Prompts, gradient_penalty
+from sf_core.training.methods.ode import ODE
 from sf_core.training.network import Network, plain_attention, stages_for
-from sf_core.training.step_random import Draws
+from sf_core.training.step_random import StepRandom
 from sf_core.wan.attention import Sequence, block_causal_mask
 from tests.core.test_self_rollout import CHUNK, CONFIG, HEIGHT, PROMPT, WIDTH, new_model
 
@@ -34,7 +36,7 @@ SAMPLING = Sampling(chunk=CHUNK)
 
 
 def test_noisy_chunks_see_clean_chunks_before_them_and_themselves():
-    sees = forced_attention(CONFIG, chunks_of(6, SAMPLING), SIZE, True, CPU).mask[::TOKENS, ::TOKENS]
+    sees = chunk_attention(CONFIG, chunk_indices(6, SAMPLING), SIZE, True, CPU).mask[::TOKENS, ::TOKENS]
     clean, noisy = sees[:6], sees[6:]  # one token of each frame
     assert clean[:2, :2].all() and not clean[:2, 2:].any()
     assert clean[4:, :6].all() and not clean[:, 6:].any()
@@ -43,7 +45,7 @@ def test_noisy_chunks_see_clean_chunks_before_them_and_themselves():
 
 
 def test_diffusion_forcing_is_block_causal():
-    mask = forced_attention(CONFIG, chunks_of(6, SAMPLING), SIZE, False, CPU).mask
+    mask = chunk_attention(CONFIG, chunk_indices(6, SAMPLING), SIZE, False, CPU).mask
     assert torch.equal(mask, block_causal_mask([CHUNK] * 3, TOKENS))
 
 
@@ -62,9 +64,9 @@ def test_flex_attention_follows_the_same_rule(tokens, copies):
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(blocks, name), getattr(theirs, name)), name
     q, k, v = torch.randn(3, 1, 2, length, 16).unbind(0)
-    mask, attention = masked(chunk, noisy, CPU)
+    mask, attention = build_mask(chunk, noisy, CPU)
     torch.testing.assert_close(
-        compiled_flex("cpu")(q, k, v, block_mask=blocks), attention(q, k, v, mask), rtol=0, atol=1e-5
+        compile_flex("cpu")(q, k, v, block_mask=blocks), attention(q, k, v, mask), rtol=0, atol=1e-5
     )
 
 
@@ -79,15 +81,15 @@ def test_a_block_mask_takes_little_memory_at_full_size():
 @torch.no_grad()
 def test_teacher_forcing_sees_what_the_cache_holds():
     """A noisy chunk beside clean ones is denoised as in a rollout whose cache holds the clean ones."""
-    from sf_core.training.methods.diffusion import beside_clean
+    from sf_core.training.methods.diffusion import velocity_given_context
     from sf_core.wan.cache import RollingCache
     from sf_core.wan.model import encode_text, velocity
 
     wan = new_model()
     clean, noisy = torch.randn(2, len(PROMPT), CONFIG.channels, 4, *SIZE).unbind(0)
     sigma, zero = torch.full((len(PROMPT), 4), 0.7), torch.zeros(len(PROMPT), 4)
-    attend = forced_attention(CONFIG, chunks_of(4, SAMPLING), SIZE, True, CPU)
-    beside = beside_clean(Network(wan), clean, zero, noisy, sigma, PROMPT, attend)
+    attend = chunk_attention(CONFIG, chunk_indices(4, SAMPLING), SIZE, True, CPU)
+    beside = velocity_given_context(Network(wan), clean, zero, noisy, sigma, PROMPT, attend)
     cache, text = RollingCache(CONFIG, len(PROMPT), *SIZE, slots=4), encode_text(wan, PROMPT)
     velocity(wan, clean[:, :, :2], 0.0, text, cache.chunk(0, 2))
     cached = velocity(wan, noisy[:, :, 2:], 700.0, text, cache.chunk(2, 2))
@@ -96,8 +98,8 @@ def test_teacher_forcing_sees_what_the_cache_holds():
 
 def test_the_mean_does_not_depend_on_how_a_batch_is_cut():
     error, counts = torch.rand(4, 6), torch.rand(4, 6) > 0.4
-    halves = [counted_mean(error[i : i + 2], counts[i : i + 2]) for i in (0, 2)]
-    assert counted_mean(error, counts) == pytest.approx(sum(halves).item() / 2)
+    halves = [masked_mean(error[i : i + 2], counts[i : i + 2]) for i in (0, 2)]
+    assert masked_mean(error, counts) == pytest.approx(sum(halves).item() / 2)
 
 
 class Stub:
@@ -109,22 +111,22 @@ class Stub:
 
 def test_a_consistency_step_leads_along_the_teachers_way():
     """With the true velocity, the nearer point is the clip with the same noise at the next, lower level."""
-    draws, clips = Draws(0, 0, (0, 1)), torch.randn(2, 4, 4, *SIZE)
-    noise, jumps = draws.normal("flow noise", *clips.shape[1:]), {}
+    random, clips = StepRandom(0, 0, (0, 1)), torch.randn(2, 4, 4, *SIZE)
+    noise, jumps = random.normal("flow noise", *clips.shape[1:]), {}
 
     class Straight(Consistency):
         def __init__(self):
-            self.flow, self.chunks, self.student = Stub(teacher_steps=8, shift=3.0), chunks_of(4, SAMPLING), None
-            self.averages = {"target": Stub(in_place=nullcontext)}
+            self.flow, self.chunks, self.student = Stub(teacher_steps=8, shift=3.0), chunk_indices(4, SAMPLING), None
+            self.averages = {"target": Stub(swap_in=nullcontext)}
 
-        def guided(self, clips, noisy, sigma, embeds):
+        def guided_velocity(self, clips, noisy, sigma, embeds):
             return noise - clips
 
-        def jump(self, network, clips, noisy, sigma, embeds):
+        def predict_x0(self, network, clips, noisy, sigma, embeds):
             jumps[torch.is_grad_enabled()] = (noisy, sigma)
             return noisy
 
-    loss = Straight().jump_loss(clips, PROMPT, draws)
+    loss = Straight().clip_loss(clips, PROMPT, random)
     for noisy, sigma in jumps.values():
         torch.testing.assert_close(noisy, add_noise(clips, noise, sigma[:, None, :, None, None]))
     (start, high), (target, low) = jumps[True], jumps[False]
@@ -132,23 +134,23 @@ def test_a_consistency_step_leads_along_the_teachers_way():
 
 
 def test_an_ode_student_jumps_to_the_trajectorys_end():
-    draws, clips = Draws(0, 0, (0, 1)), torch.zeros(2, 4, 4, *SIZE)
-    end = draws.normal("trajectory", *clips.shape[1:]) - 1  # of a velocity of 1 everywhere
+    random, clips = StepRandom(0, 0, (0, 1)), torch.zeros(2, 4, 4, *SIZE)
+    end = random.normal("trajectory", *clips.shape[1:]) - 1  # of a velocity of 1 everywhere
 
-    class Straight(Ode):
+    class Straight(ODE):
         def __init__(self, off):
-            self.flow, self.chunks, self.student = Stub(teacher_steps=2, shift=1.0), chunks_of(4, SAMPLING), None
+            self.flow, self.chunks, self.student = Stub(teacher_steps=2, shift=1.0), chunk_indices(4, SAMPLING), None
             self.config, self.device, self.off = Stub(sampling=SAMPLING), CPU, off
 
-        def guided(self, clips, noisy, sigma, embeds):
+        def guided_velocity(self, clips, noisy, sigma, embeds):
             return torch.ones_like(noisy)
 
-        def jump(self, network, clips, noisy, sigma, embeds):
+        def predict_x0(self, network, clips, noisy, sigma, embeds):
             torch.testing.assert_close(noisy, end + sigma[:, None, :, None, None])
             return end + self.off
 
-    assert Straight(0.0).jump_loss(clips, PROMPT, draws).item() == pytest.approx(0, abs=1e-10)
-    assert Straight(0.5).jump_loss(clips, PROMPT, draws).item() == pytest.approx(0.25, rel=1e-4)
+    assert Straight(0.0).clip_loss(clips, PROMPT, random).item() == pytest.approx(0, abs=1e-10)
+    assert Straight(0.5).clip_loss(clips, PROMPT, random).item() == pytest.approx(0.25, rel=1e-4)
 
 
 @pytest.mark.parametrize("relativistic", [False, True])
@@ -156,18 +158,18 @@ def test_each_penalty_is_the_slope_at_its_own_clips(relativistic):
     """Logits with a slope of 2 on real clips and of 5 on generated ones."""
     gan = GanConfig(relativistic=relativistic, critic_weight=0.5, r1=0.3, r2=0.7, score_weight=0.0)
     real, fake = torch.full((2, 4, 2, *SIZE), 1.0), torch.full((2, 4, 2, *SIZE), -1.0)
-    draws, level = Draws(0, 0, (0, 1)), Level(torch.zeros(2), torch.zeros(2), torch.zeros_like(real))
+    random, level = StepRandom(0, 0, (0, 1)), Level(torch.zeros(2), torch.zeros(2), torch.zeros_like(real))
 
-    class Linear(Adversarial):
+    class Linear(GAN):
         def __init__(self):
             self.gan = gan
 
-        def looked_at(self, noisy, level, embeds):
+        def discriminate(self, noisy, level, embeds):
             total = noisy.flatten(1).double().sum(1)
             return torch.where(noisy.mean((1, 2, 3, 4)) > 0, 2 * total, 5 * total), noisy
 
-    told = Linear().critic_losses(Made(fake, Prompts(PROMPT, PROMPT), real), level, draws, "critic")
-    along = {name: draws.normal(f"critic {name}", *real.shape[1:]).flatten(1).sum(1) for name in ("r1", "r2")}
+    told = Linear().critic_losses(GeneratedClips(fake, Prompts(PROMPT, PROMPT), real), level, random, "critic")
+    along = {name: random.normal(f"critic {name}", *real.shape[1:]).flatten(1).sum(1) for name in ("r1", "r2")}
     assert told["r1"].item() == pytest.approx((2 * along["r1"]).square().mean().item(), rel=1e-3)
     assert told["r2"].item() == pytest.approx((5 * along["r2"]).square().mean().item(), rel=1e-3)
     sum_of = 0.5 * told["discriminator"] + 0.15 * told["r1"] + 0.35 * told["r2"]
@@ -177,16 +179,16 @@ def test_each_penalty_is_the_slope_at_its_own_clips(relativistic):
 def test_a_trajectory_with_one_even_step_is_eulers():
     """Between stops the points of a constant velocity lie on a line."""
 
-    class Straight(Ode):
+    class Straight(ODE):
         def __init__(self):
             self.flow = type("Flow", (), {"teacher_steps": 2, "shift": 1.0})()
 
-        def guided(self, clips, noisy, sigma, embeds):
+        def guided_velocity(self, clips, noisy, sigma, embeds):
             return torch.ones_like(noisy)
 
-    draws, clips = Draws(0, 0, (0,)), torch.zeros(1, 4, 2, 4, 6)
-    points, end = Straight().trajectory(clips, PROMPT, draws, [1.0, 0.75, 0.25])
-    noise = draws.normal("trajectory", 4, 2, 4, 6)
+    random, clips = StepRandom(0, 0, (0,)), torch.zeros(1, 4, 2, 4, 6)
+    points, end = Straight().trajectory(clips, PROMPT, random, [1.0, 0.75, 0.25])
+    noise = random.normal("trajectory", 4, 2, 4, 6)
     for point, sigma in zip(points, (1.0, 0.75, 0.25)):
         torch.testing.assert_close(point, noise - (1 - sigma))
     torch.testing.assert_close(end, noise - 1)
@@ -197,25 +199,25 @@ def test_the_discriminator_reads_the_critics_own_tokens():
     network, judge = Network(new_model()), Discriminator(CONFIG, (0.5, 1.0))
     clips = torch.randn(2, CONFIG.channels, 2, *SIZE, requires_grad=True)
     t = torch.full((2, 1), 500.0)
-    features, v = judge.layers_of(network, clips, t, PROMPT)
+    features, v = judge.features(network, clips, t, PROMPT)
     torch.testing.assert_close(v, network.velocity(clips, t, PROMPT, network.whole(clips)))
     assert [tuple(tokens.shape) for tokens in features] == [(2, 2 * TOKENS, CONFIG.dim)] * 2
     logits = judge(features)
     assert logits.shape == (2,)
     logits[0].backward()
     assert clips.grad[0].abs().sum() > 0 and clips.grad[1].abs().sum() == 0
-    again, _ = judge.layers_of(Network(new_model(), stages=stages_for(False, True)), clips, t, PROMPT)
+    again, _ = judge.features(Network(new_model(), stages=stages_for(False, True)), clips, t, PROMPT)
     torch.testing.assert_close(judge(again), logits)
 
 
 def test_the_slope_of_a_linear_logit_is_its_squared_weight():
     x, nudge = torch.randn(5), torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0])
-    assert logit_slope(3 * x, 3 * (x + 0.01 * nudge), 0.01).item() == pytest.approx(9, rel=1e-3)
+    assert gradient_penalty(3 * x, 3 * (x + 0.01 * nudge), 0.01).item() == pytest.approx(9, rel=1e-3)
 
 
 def test_levels_lie_between_their_bounds():
     level = Levels(shift=5, lowest=100, highest=900).draw(
-        torch.zeros(64, 1, 1, 1, 1), Draws(0, 0, tuple(range(64))), ""
+        torch.zeros(64, 1, 1, 1, 1), StepRandom(0, 0, tuple(range(64))), ""
     )
     assert level.timestep.min() >= 100 and level.timestep.max() == 900
     assert (1000 * level.sigma - level.timestep).abs().max() < 2
@@ -246,7 +248,7 @@ def test_merged_adapters_compute_the_same():
             if name.endswith(".up"):
                 p.normal_()
         adapted = Network(wan).velocity(x, t, prompt, see)
-        plain.load_state_dict(merged(wan.state_dict(), config))
+        plain.load_state_dict(merge_adapters(wan.state_dict(), config))
         torch.testing.assert_close(Network(plain).velocity(x, t, prompt, see), adapted, rtol=0, atol=1e-5)
     assert (adapted - Network(new_model()).velocity(x, t, prompt, see)).abs().max() > 1e-3
 
@@ -257,7 +259,7 @@ def test_flex_attention_on_a_gpu_has_the_dense_masks_gradient():
     chunk = torch.tensor([0, 0, 1, 1]).repeat(2).repeat_interleave(64).to(device)
     noisy = torch.arange(512, device=device) >= 256
     q, k, v = (x.requires_grad_(True) for x in torch.randn(3, 1, 2, 512, 64, device=device).unbind(0))
-    mask, attention = masked(chunk, noisy, device)
+    mask, attention = build_mask(chunk, noisy, device)
     tokens = torch.arange(512, device=device)
     dense = plain_attention(q, k, v, chunk_rule(chunk, noisy)(tokens[:, None], tokens[None, :]))
     flexed = attention(q, k, v, mask)

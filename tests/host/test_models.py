@@ -155,7 +155,7 @@ def some_lora(folder, model):
 def test_lora_of_our_training_changes_the_video_as_in_the_core(call, folder, sample, prompt, exact):
     import nodes
     from any_folder_name.sf_core.training.config import LoraConfig
-    from any_folder_name.sf_core.training.lora import adapter_file, add_adapters, merged
+    from any_folder_name.sf_core.training.lora import adapter_file, add_adapters, merge_adapters
 
     settings = LoraConfig(rank=4, alpha=8.0)
     adapted = add_adapters(core_model(), settings, seed=0)
@@ -165,7 +165,7 @@ def test_lora_of_our_training_changes_the_video_as_in_the_core(call, folder, sam
     save_file(adapter_file(adapted.state_dict(), settings), folder / "loras" / "trained.safetensors")
     model = call("LoadModel", save(folder, "self_forcing.safetensors", wan_weights(), CAUSAL), "auto", "auto")
     patched = nodes.LoraLoaderModelOnly().load_lora_model_only(model, "trained.safetensors", 1.0)[0]
-    wanted = rolled_out(core_model(merged(adapted.state_dict(), settings)), prompt)
+    wanted = rolled_out(core_model(merge_adapters(adapted.state_dict(), settings)), prompt)
     assert relative_error(sample(patched), wanted) < 0.01
     assert relative_error(wanted, exact) > 0.1
 

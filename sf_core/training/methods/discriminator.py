@@ -1,7 +1,7 @@
-"""Tells generated clips from real ones by what the critic makes of them.
+"""The discriminator of GAN training: logits of clips from the critic's features (after Seaweed-APT, arXiv 2501.08316).
 
-After some of the critic's blocks a learnt query looks at all tokens; what the queries saw is read together into one
-logit per clip (after Seaweed-APT, arXiv 2501.08316).
+After some of the critic's blocks an attention pool, one learnt query over all tokens, sums the clip up; a small MLP
+turns the pools' outputs into one logit per clip, high for real ones.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ...wan.model import Network, run_block
 from ..network import clip_attention, predict_velocity
 
 
-class Look(nn.Module):
-    """Attention of one learnt query over tokens: [B, L, dim] -> [B, dim]."""
+class AttentionPool(nn.Module):
+    """Attention pooling: one learnt query over all tokens, [B, L, dim] -> [B, dim]."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -36,34 +36,43 @@ class Look(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """`layers`: the blocks whose tokens are looked at, as shares of the depth."""
+    """Attention pools on the critic's blocks, and an MLP: clips -> logits.
+
+    layers  blocks whose tokens are pooled, as shares 0..1 of the critic's depth
+    """
 
     def __init__(self, config: WanConfig, layers: tuple[float, ...]) -> None:
         super().__init__()
         self.layers = sorted({min(config.layers, max(1, round(share * config.layers))) - 1 for share in layers})
-        self.looks = nn.ModuleList(Look(config.dim, config.heads) for _ in self.layers)
+        self.looks = nn.ModuleList(AttentionPool(config.dim, config.heads) for _ in self.layers)
         width = config.dim * len(self.layers)
         self.read = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, config.dim), nn.SiLU(), nn.Linear(config.dim, 1)
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Tokens [B, L, dim] of each layer -> logits [B]."""
-        seen = [look(tokens) for look, tokens in zip(self.looks, features, strict=True)]
-        return self.read(torch.cat(seen, -1).float()).squeeze(-1)
+        """Logits [B] from the tokens [B, L, dim] of each layer (`features`)."""
+        pooled = [pool(tokens) for pool, tokens in zip(self.pools, features, strict=True)]
+        return self.read(torch.cat(pooled, -1).float()).squeeze(-1)
 
-    def layers_of(self, network: Network, noisy: Tensor, t: Tensor, embeds: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The tokens of noisy clips [B, C, F, H, W] after each of the layers, in the critic's own forward, and its
-        velocity.
+    @property
+    def pools(self) -> nn.ModuleList:
+        """Attention pools, one a layer; `looks` is their name in checkpoints."""
+        return self.looks
+
+    def features(self, network: Network, noisy: Tensor, t: Tensor, embeds: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features of noisy clips [B, C, F, H, W] at timesteps t [B, 1], and the critic's velocity, from one forward.
+
+        Features are the tokens [B, L, dim] after each of the layers.
         """
-        kept, call = [], network.ops.call
+        tokens, call = [], network.ops.call
 
-        def watched(part, module, *args):
+        def record(part, module, *args):
             out = call(part, module, *args)
             if part is run_block and args[2] in self.layers:
-                kept.append(out)
+                tokens.append(out)
             return out
 
-        watching = replace(network, ops=network.ops._replace(call=watched))
-        v = predict_velocity(watching, noisy, t, embeds, clip_attention(network, noisy))
-        return kept, v
+        recording = replace(network, ops=network.ops._replace(call=record))
+        v = predict_velocity(recording, noisy, t, embeds, clip_attention(network, noisy))
+        return tokens, v

@@ -1,4 +1,4 @@
-"""Self Forcing: the student rolls out whole clips, and a loss on them is its teacher (arXiv 2506.08009, algorithm 1).
+"""Self Forcing: the student rolls out clips, and a loss on them teaches it (arXiv 2506.08009, algorithm 1); DMD is one.
 
 A step is one update of the student and `critic.updates` of the critic, whose clips are rolled out anew or are the
 student's own. With `loss.context: teacher-forced` chunks attend to clean clips of the data instead of the student's
@@ -7,6 +7,7 @@ output: the baseline that shows what rolling out one's own brings.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,148 +15,118 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..data import Source
+from ..data import Dataset
 from ..distributed import Group
-from ..encoders import World
+from ..encoders import Encoders
 from ..optim import Optimizer
-from ..step_random import Draws
-from .base import Update, WanTask
-from .discriminator import Discriminator
-from .losses import (
-    Level,
-    Prompts,
-    Scores,
-    critic_flow,
-    discriminator_gan,
-    distribution_matching,
-    flow_matching,
-    generator_gan,
-    logit_slope,
-    score_identity,
-)
+from ..step_random import StepRandom
+from .base import Update, WanMethod
+from .losses import Level, Prompts, ScorePair, critic_flow, distribution_matching
 from .self_rollout import self_rollout
 
 
 @dataclass(frozen=True)
-class Made:
-    """Generated clips [B, C, F, H, W] and what they followed; `real`: clips of the data with the same captions."""
+class GeneratedClips:
+    """Generated clips [B, C, F, H, W] and the prompts they followed.
+
+    real  clips of the data with the same captions, where the method needs them
+    """
 
     clips: Tensor
     prompts: Prompts
     real: Tensor | None = None
 
 
-class SelfForcing(WanTask):
-    """DMD and SiD."""
+class SelfForcing(WanMethod, ABC):
+    """Self Forcing, whatever the loss: the student's rollouts, and a critic that learns from them.
 
-    def __init__(self, config: TrainConfig, world: World, data: Source, group: Group, device: torch.device) -> None:
-        super().__init__(config, world, group, device)
+    A method says which networks score clips (`build_score_networks`, `critic_networks`) and what the student
+    minimises (`generator_loss`).
+    """
+
+    scores: ScorePair | None
+
+    def __init__(
+        self, config: TrainConfig, encoders: Encoders, data: Dataset, group: Group, device: torch.device
+    ) -> None:
+        super().__init__(config, encoders, group, device)
         self.data = data
         self.sampling = config.rollout.sampling(config.sampling)
-        self.critic = self.new_critic()
+        self.critic = self.load_critic()
         self.modules["critic"] = self.critic.wan
-        self.scores = self.judges()
-        judges = self.trained_judges()
-        self.critic_optimizer = Optimizer(judges, config.critic.optimizer)
+        self.scores = self.build_score_networks()
+        self.critic_optimizer = Optimizer(self.critic_networks(), config.critic.optimizer)
         learning = [Update(self.critic_optimizer, partial(self.critic_step, i)) for i in range(config.critic.updates)]
         self.updates = [Update(self.optimizer, self.generator_step, config.critic.ahead), *learning]
-        self.made: dict[tuple[int, ...], Made] = {}
+        self.generated: dict[tuple[int, ...], GeneratedClips] = {}
 
-    def new_critic(self):
+    def load_critic(self):
         model = self.config.model
         name = next(name for name in ("critic", "teacher", "student") if getattr(model, name))
-        wan = self.alike(getattr(model, name), f"model.{name}", torch.float32)
+        wan = self.load_compatible(getattr(model, name), f"model.{name}", torch.float32)
         return self.network(wan.requires_grad_(True))
 
-    def judges(self) -> Scores:
-        return Scores(self.teacher(self.config.model.teacher), self.critic, self.config.loss.guidance)
+    def build_score_networks(self) -> ScorePair | None:
+        """The real and the fake score, where the loss compares them."""
+        return None
 
-    def trained_judges(self) -> list[torch.nn.Module]:
+    def critic_networks(self) -> list[torch.nn.Module]:
+        """Modules that the critic's optimizer trains."""
         return [self.critic.wan]
 
-    def generator_step(self, draws: Draws, progress: float) -> dict[str, Tensor]:
-        made = self.roll(draws, "generator", training=True)
-        self.made[draws.samples] = replace(made, clips=made.clips.detach())
-        return {"generator": self.judged(made, draws)}
+    def generator_step(self, random: StepRandom, progress: float) -> dict[str, Tensor]:
+        """The student's loss on clips that it rolls out with gradient."""
+        generated = self.generate(random, "generator", training=True)
+        self.generated[random.samples] = replace(generated, clips=generated.clips.detach())
+        return {"generator": self.generator_loss(generated, random)}
 
-    def judged(self, made: Made, draws: Draws) -> Tensor:
-        level = self.config.loss.levels.draw(made.clips, draws, "generator")
-        if self.config.method == "sid":
-            return score_identity(made.clips, self.scores, made.prompts, level, self.config.loss.sid_alpha)
-        return distribution_matching(made.clips, self.scores, made.prompts, level)
+    @abstractmethod
+    def generator_loss(self, generated: GeneratedClips, random: StepRandom) -> Tensor:
+        """The loss [] of generated clips, which carry gradient."""
 
-    def critic_step(self, number: int, draws: Draws, progress: float) -> dict[str, Tensor]:
+    def critic_step(self, number: int, random: StepRandom, progress: float) -> dict[str, Tensor]:
+        """The critic's losses in its update `number` of the step, on fresh rollouts or on the generator's."""
         purpose = f"critic {number}"
-        fresh = self.config.critic.fresh or draws.samples not in self.made
-        made = self.roll(draws, purpose, training=False) if fresh else self.made[draws.samples]
-        level = self.config.loss.levels.draw(made.clips, draws, purpose)
-        return self.critic_losses(made, level, draws, purpose)
+        fresh = self.config.critic.fresh or random.samples not in self.generated
+        generated = self.generate(random, purpose, training=False) if fresh else self.generated[random.samples]
+        level = self.config.loss.levels.draw(generated.clips, random, purpose)
+        return self.critic_losses(generated, level, random, purpose)
 
-    def critic_losses(self, made: Made, level: Level, draws: Draws, purpose: str) -> dict[str, Tensor]:
-        return {"critic": critic_flow(self.critic, made.clips, made.prompts.embeds, level)}
+    def critic_losses(
+        self, generated: GeneratedClips, level: Level, random: StepRandom, purpose: str
+    ) -> dict[str, Tensor]:
+        """What the critic minimises first, then what is logged beside it."""
+        return {"critic": critic_flow(self.critic, generated.clips, generated.prompts.embeds, level)}
 
-    def roll(self, draws: Draws, purpose: str, training: bool) -> Made:
-        """Clips of the student, the last frames of rollouts; the first frame of a late one becomes a still.
+    def generate(self, random: StepRandom, purpose: str, training: bool) -> GeneratedClips:
+        """Clips of the student: the last frames of rollouts, the first frame of a late one re-encoded as a still.
 
-        The judges know clips that begin with a still only.
+        The score networks know clips that begin with a still only.
         """
-        frames, walk = self.config.rollout.frames, self.config.rollout.draw(self.sampling, draws, purpose)
+        frames, walk = self.config.rollout.frames, self.config.rollout.draw(self.sampling, random, purpose)
         real = None
         if self.config.needs_clips:
-            batch = self.data.batch(draws, purpose, frames, plain=True)
+            batch = self.data.batch(random, purpose, frames, plain=True)
             captions, real = batch.captions, batch.clips.to(self.device)
         else:
-            captions = self.data.captions(draws, purpose)
+            captions = self.data.captions(random, purpose)
         context = None if self.config.loss.context == "own" else real
-        embeds = self.world.embeds(captions).detach()
-        size, noise = (frames, *self.size), draws.noise(purpose)
-        whole = self_rollout(self.student, self.sampling, embeds, noise, size, walk, training, context)
-        clips = whole[:, :, -frames:]
+        embeds = self.encoders.embeds(captions).detach()
+        size, noise = (frames, *self.size), random.noise(purpose)
+        rolled = self_rollout(self.student, self.sampling, embeds, noise, size, walk, training, context)
+        clips = rolled[:, :, -frames:]
         if walk.extra:
-            still = self.world.still(whole[:, :, : 1 - frames or None].detach())
+            still = self.encoders.still(rolled[:, :, : 1 - frames or None].detach())
             clips = torch.cat((still, clips[:, :, 1:]), 2)
-        return Made(clips, Prompts(embeds, self.null(len(embeds)).detach().expand_as(embeds)), real)
+        return GeneratedClips(clips, Prompts(embeds, self.null(len(embeds)).detach().expand_as(embeds)), real)
 
 
-class Adversarial(SelfForcing):
-    """GAN: the critic's features tell generated clips from the data's."""
+class DMD(SelfForcing):
+    """Distribution matching distillation (arXiv 2311.18828, 2405.14867): clips follow real score - fake score."""
 
-    def judges(self) -> None:
-        self.gan = self.config.loss.gan
-        torch.manual_seed(self.config.seed)  # of the discriminator's weights
-        discriminator = Discriminator(self.critic.config, self.gan.layers)
-        self.discriminator = self.modules["discriminator"] = self.placed(discriminator, precision=torch.float32)
+    def build_score_networks(self) -> ScorePair:
+        return ScorePair(self.load_teacher(self.config.model.teacher), self.critic, self.config.loss.guidance)
 
-    def trained_judges(self) -> list[torch.nn.Module]:
-        return [self.critic.wan, self.discriminator]
-
-    def looked_at(self, noisy: Tensor, level: Level, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B] of noisy clips, and the velocity that the critic gave them in the same forward."""
-        features, v = self.discriminator.layers_of(self.critic, noisy, level.timestep[:, None], embeds)
-        return self.discriminator(features), v
-
-    def judged(self, made: Made, draws: Draws) -> Tensor:
-        level, embeds = self.config.loss.levels.draw(made.clips, draws, "generator"), made.prompts.embeds
-        fake, _ = self.looked_at(level.apply(made.clips), level, embeds)
-        real = None
-        if self.gan.relativistic:
-            with torch.no_grad():
-                real, _ = self.looked_at(level.apply(made.real), level, embeds)
-        return self.gan.generator_weight * generator_gan(fake, real)
-
-    def critic_losses(self, made: Made, level: Level, draws: Draws, purpose: str) -> dict[str, Tensor]:
-        gan, embeds = self.gan, made.prompts.embeds
-        sides = level.apply(made.real), level.apply(made.clips)
-        (real, _), (fake, v) = (self.looked_at(noisy, level, embeds) for noisy in sides)
-        parts = {"discriminator": discriminator_gan(fake, real, gan.relativistic)}
-        total = gan.critic_weight * parts["discriminator"]
-        for name, weight, logit, noisy in (("r1", gan.r1, real, sides[0]), ("r2", gan.r2, fake, sides[1])):
-            if weight:
-                nudge = draws.normal(f"{purpose} {name}", *noisy.shape[1:]).to(noisy)
-                nudged, _ = self.looked_at(noisy + gan.nudge * nudge, level, embeds)
-                parts[name] = logit_slope(logit, nudged, gan.nudge)
-                total = total + 0.5 * weight * parts[name]
-        if gan.score_weight:
-            parts["score"] = flow_matching(v, made.clips, level)
-            total = total + gan.score_weight * parts["score"]
-        return {"critic": total, **parts}
+    def generator_loss(self, generated: GeneratedClips, random: StepRandom) -> Tensor:
+        level = self.config.loss.levels.draw(generated.clips, random, "generator")
+        return distribution_matching(generated.clips, self.scores, generated.prompts, level)

@@ -1,6 +1,6 @@
-"""What a whole clip is judged by.
+"""Losses on whole clips: distribution matching, score identity, adversarial.
 
-A clip is noised to a random level, and two bidirectional networks say what they think it was: the real score (a frozen
+A clip is noised to a random level, and two bidirectional score networks predict its x0: the real score (a frozen
 teacher, with guidance) and the fake score (the critic, trained on the generator's clips all along).
 
     DMD   the clip moves along real - fake, normalised per clip               arXiv 2311.18828, 2405.14867
@@ -21,41 +21,41 @@ from torch import Tensor
 from ...sampling.schedule import add_noise, shift_sigma, sigma_at, x0_from_velocity
 from ...wan.model import Network
 from ..network import clip_attention, predict_velocity
-from ..step_random import Draws
+from ..step_random import StepRandom
 
-LEAST_SCALE = 1e-4  # of DMD's and SiD's normaliser, for clips that the real score leaves as they are
+LEAST_SCALE = 1e-4  # of DMD's and SiD's normaliser, for clips that the real score does not change
 
 
 @dataclass(frozen=True)
 class Level:
-    """How noisy clips are judged: timestep told to the networks and sigma, [B]; `noise` has the clips' shape."""
+    """Noise level of clips: the timestep networks are given, 0..1000, and sigma, 0..1, [B]; noise [B, C, F, H, W]."""
 
     timestep: Tensor
     sigma: Tensor
     noise: Tensor
 
     def apply(self, clip: Tensor) -> Tensor:
-        return add_noise(clip, self.noise, self._wide(self.sigma))
+        return add_noise(clip, self.noise, self._broadcast(self.sigma))
 
     def velocity(self, network: Network, noisy: Tensor, embeds: Tensor) -> Tensor:
-        """A network's velocity, such that noisy - sigma velocity is what it thinks the clip was."""
+        """A network's velocity; its x0 is noisy - sigma velocity."""
         return predict_velocity(network, noisy, self.timestep[:, None], embeds, clip_attention(network, noisy))
 
     def x0(self, network: Network, noisy: Tensor, embeds: Tensor) -> Tensor:
-        """What a network thinks the noisy clip was."""
-        return x0_from_velocity(noisy, self.velocity(network, noisy, embeds), self._wide(self.sigma))
+        """A network's x0 of noisy clips, [B, C, F, H, W]."""
+        return x0_from_velocity(noisy, self.velocity(network, noisy, embeds), self._broadcast(self.sigma))
 
-    def twice(self) -> Level:
-        """For the same clips beside themselves."""
+    def repeat(self) -> Level:
+        """The level of the same clips twice in a batch, under two prompts."""
         return Level(self.timestep.repeat(2), self.sigma.repeat(2), self.noise)
 
-    def _wide(self, sigma: Tensor) -> Tensor:
+    def _broadcast(self, sigma: Tensor) -> Tensor:
         return sigma.view(-1, 1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Where levels are drawn: uniform entries of the table of `shift`, kept within lowest..highest timestep."""
+    """Distribution of noise levels: uniform entries of the table of `shift`, kept within lowest..highest timestep."""
 
     shift: float = 5.0
     lowest: float = 20.0
@@ -68,25 +68,25 @@ class Levels:
                 "rise and lie in 0..1000, and shift must be above 0. The published training uses 20, 980 and 5."
             )
 
-    def draw(self, clip: Tensor, draws: Draws, purpose: str) -> Level:
-        entries = draws.whole(f"{purpose} level", 1000).tolist()
+    def draw(self, clip: Tensor, random: StepRandom, purpose: str) -> Level:
+        entries = random.integers(f"{purpose} level", 1000).tolist()
         steps = [min(max(1000 * shift_sigma(k / 1000, self.shift), self.lowest), self.highest) for k in entries]
         sigmas = [sigma_at(step, self.shift) for step in steps]
-        noise = draws.normal(f"{purpose} noise", *clip.shape[1:])
+        noise = random.normal(f"{purpose} noise", *clip.shape[1:])
         return Level(torch.tensor(steps).to(clip), torch.tensor(sigmas).to(clip), noise.to(clip))
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What clips are conditioned on, and the same for no prompt (or a negative one); [B, tokens, text_dim] each."""
+    """Prompt embeddings, and those of no prompt (or a negative one); [B, tokens, text_dim] each."""
 
     embeds: Tensor
     null: Tensor
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The two judges. The real score is guided: null + guidance (prompt - null), as everywhere in this package.
+class ScorePair:
+    """The real and the fake score. The real one is guided: null + guidance (prompt - null), as everywhere here.
 
     The published training writes prompt + 3 (prompt - null), which is a guidance of 4.
     """
@@ -96,21 +96,21 @@ class Scores:
     guidance: float = 4.0
 
     def x0(self, noisy: Tensor, level: Level, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """(real, fake) opinions of what the noisy clips were."""
+        """(real, fake) x0 of noisy clips, [B, C, F, H, W] each."""
         fake = level.x0(self.fake, noisy, prompts.embeds)
         if self.guidance == 1:
             return level.x0(self.real, noisy, prompts.embeds), fake
-        both = level.twice().x0(self.real, torch.cat((noisy, noisy)), torch.cat((prompts.embeds, prompts.null)))
-        wanted, unasked = both.chunk(2)
-        return unasked + self.guidance * (wanted - unasked), fake
+        both = level.repeat().x0(self.real, torch.cat((noisy, noisy)), torch.cat((prompts.embeds, prompts.null)))
+        cond, uncond = both.chunk(2)
+        return uncond + self.guidance * (cond - uncond), fake
 
 
 def normaliser(clip: Tensor, real: Tensor) -> Tensor:
-    """Mean distance of each clip from where the real score sees it, [B, 1, 1, 1, 1]."""
+    """DMD's normaliser: mean distance of each clip from the real score's x0, [B, 1, 1, 1, 1]."""
     return (clip - real).detach().abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=LEAST_SCALE)
 
 
-def distribution_matching(clip: Tensor, scores: Scores, prompts: Prompts, level: Level) -> Tensor:
+def distribution_matching(clip: Tensor, scores: ScorePair, prompts: Prompts, level: Level) -> Tensor:
     """DMD: half the squared distance to the clip moved along real - fake; its gradient is their difference."""
     with torch.no_grad():
         real, fake = scores.x0(level.apply(clip), level, prompts)
@@ -118,22 +118,22 @@ def distribution_matching(clip: Tensor, scores: Scores, prompts: Prompts, level:
     return 0.5 * (clip - target).square().mean()
 
 
-def score_identity(clip: Tensor, scores: Scores, prompts: Prompts, level: Level, alpha: float = 1.0) -> Tensor:
-    """SiD: gradient also goes through both scores to the clip."""
+def score_identity(clip: Tensor, scores: ScorePair, prompts: Prompts, level: Level, alpha: float = 1.0) -> Tensor:
+    """SiD: (real - fake)((real - x) - alpha (real - fake)), normalised; the gradient takes both scores in."""
     real, fake = scores.x0(level.apply(clip), level, prompts)
-    apart = real - fake
-    loss = apart * ((real - clip) - alpha * apart) / normaliser(clip, real)
+    difference = real - fake
+    loss = difference * ((real - clip) - alpha * difference) / normaliser(clip, real)
     return loss.mean()
 
 
 def critic_flow(fake: Network, clip: Tensor, embeds: Tensor, level: Level) -> Tensor:
-    """Flow matching of the fake score on the generator's clips."""
+    """Critic loss: flow matching of the fake score on the generator's clips, which get no gradient."""
     clip = clip.detach()
     return flow_matching(level.velocity(fake, level.apply(clip), embeds), clip, level)
 
 
 def flow_matching(v: Tensor, clip: Tensor, level: Level) -> Tensor:
-    """Squared distance of the velocity of noised clips to the one that leads back to them."""
+    """Flow matching loss: squared distance of the velocity of noisy clips from noise - clip."""
     return (v - (level.noise - clip)).square().mean()
 
 
@@ -149,6 +149,9 @@ def discriminator_gan(fake: Tensor, real: Tensor, relativistic: bool) -> Tensor:
     return F.softplus(fake).mean() + F.softplus(-real).mean()
 
 
-def logit_slope(logit: Tensor, nudged: Tensor, nudge: float) -> Tensor:
-    """Approximate R1 (of real clips) or R2 (of generated ones): squared slope of the logits along a random nudge."""
-    return ((nudged - logit) / nudge).square().mean()
+def gradient_penalty(logit: Tensor, perturbed: Tensor, epsilon: float) -> Tensor:
+    """Approximate R1 (of real clips) or R2 (of generated ones): squared slope of the logits along a random direction.
+
+    perturbed  logits [B] of the clips moved by `epsilon` along it (arXiv 2501.08316)
+    """
+    return ((perturbed - logit) / epsilon).square().mean()

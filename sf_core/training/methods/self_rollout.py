@@ -25,7 +25,7 @@ from ...sampling.prompts import PromptSchedule
 from ...sampling.rollout import denoise
 from ...sampling.schedule import add_noise
 from ...wan.model import Network
-from ..step_random import Draws
+from ..step_random import StepRandom
 
 EXITS = ("shared", "per-chunk")
 
@@ -67,20 +67,20 @@ class RolloutConfig:
         """What is sampled in training, for a model that is sampled so."""
         return replace(sampling, window=self.window) if self.window else sampling
 
-    def draw(self, sampling: Sampling, draws: Draws, purpose: str) -> ExitSchedule:
+    def draw(self, sampling: Sampling, random: StepRandom, purpose: str) -> ExitSchedule:
         """Exit steps and extra chunks of one rollout; the whole batch has them in common.
 
         Where the first chunk has steps of its own, so is its exit.
         """
-        late = torch.rand((), generator=draws.of_batch(f"{purpose} late")) < self.extra_share
+        late = torch.rand((), generator=random.batch_generator(f"{purpose} late")) < self.extra_share
         more = self.extra_chunks > 0 and bool(late)
-        extra = 1 + draws.shared(f"{purpose} extra", self.extra_chunks)[0] if more else 0
+        extra = 1 + random.batch_integers(f"{purpose} extra", self.extra_chunks)[0] if more else 0
         chunks = len(cut_into_chunks(self.frames + extra * sampling.chunk, sampling))
         steps, first_steps = (len(sampling.steps_of(first)) for first in (False, True))
-        exits = draws.shared(f"{purpose} exit", steps, chunks if self.exits == "per-chunk" else 1)
+        exits = random.batch_integers(f"{purpose} exit", steps, chunks if self.exits == "per-chunk" else 1)
         exits = exits * (chunks // len(exits))
         if first_steps != steps:
-            exits[:1] = draws.shared(f"{purpose} first exit", first_steps)
+            exits[:1] = random.batch_integers(f"{purpose} first exit", first_steps)
         return ExitSchedule(tuple(exits), extra, self.gradient or self.frames, self.context_sigma)
 
 

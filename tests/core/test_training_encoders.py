@@ -1,4 +1,4 @@
-"""A user's files as a world to train in: UMT5's place is taken by a table, the VAE and the model are small."""
+"""A user's files as encoders: UMT5's place is taken by a table, the VAE and the model are small."""
 
 import json
 from dataclasses import asdict, replace
@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sf_core.checkpoints.load import describe, load_model
-from sf_core.training import encoders as worlds
+from sf_core.training import encoders as encoders_module
 from sf_core.training.config import ModelConfig
 from sf_core.training.run_folder import MODEL
 from sf_core.wan.config import WanConfig
@@ -44,7 +44,7 @@ def files(tmp_path, monkeypatch):
     state = weights({name: tuple(t.shape) for name, t in wan.state_dict().items()}, 1)
     save_file(state, tmp_path / "wan.safetensors", {"wan": json.dumps(asdict(CONFIG))})
     save_file(autoencoder(SMALL).state_dict(), tmp_path / "vae.safetensors")
-    monkeypatch.setattr(worlds, "load_text_encoder", lambda *_: Table())
+    monkeypatch.setattr(encoders_module, "load_text_encoder", lambda *_: Table())
     model = {"world": "wan", "student": "wan.safetensors", "teacher": "wan.safetensors", "vae": "vae.safetensors"}
     places = {name: str(tmp_path / value) if name != "world" else value for name, value in model.items()}
     return {**places, "text_encoder": "umt5", "width": 32, "height": 16}
@@ -65,18 +65,18 @@ def test_a_users_model_is_trained(files, tmp_path, method):
 
 
 def test_what_guidance_steers_away_from_is_encoded_once_and_a_frame_is_made_a_still(files):
-    world = worlds.open_world(ModelConfig(**files), CPU, "blurry")
-    embeds = world.embeds(["a", "", "blurry", "blurry", "a"])
+    encoders = encoders_module.open_encoders(ModelConfig(**files), CPU, "blurry")
+    embeds = encoders.embeds(["a", "", "blurry", "blurry", "a"])
     assert embeds.shape == (5, 6, 8) and embeds.dtype == torch.float32
-    assert torch.equal(world.embeds(["", "blurry"]), embeds[1:3]) and world.text.asked == ["a", "", "blurry", "a"]
-    clip = world.encode(torch.rand(1, 9, 16, 32, 3))
+    assert torch.equal(encoders.embeds(["", "blurry"]), embeds[1:3]) and encoders.text.asked == ["a", "", "blurry", "a"]
+    clip = encoders.encode(torch.rand(1, 9, 16, 32, 3))
     assert clip.shape == (1, 16, 3, 2, 4)
-    expected = world.encode(world.decode(clip)[:, -1:])
-    assert torch.equal(world.still(clip), expected) and expected.shape == (1, 16, 1, 2, 4)
+    expected = encoders.encode(encoders.decode(clip)[:, -1:])
+    assert torch.equal(encoders.still(clip), expected) and expected.shape == (1, 16, 1, 2, 4)
 
 
 def test_a_world_without_its_files_is_refused(files):
     with pytest.raises(ValueError, match="Got no model.text_encoder and no model.vae"):
-        worlds.open_world(ModelConfig(world="wan"), CPU)
+        encoders_module.open_encoders(ModelConfig(world="wan"), CPU)
     with pytest.raises(ValueError, match="Got 40 x 16 pixels; use multiples of 16"):
-        worlds.open_world(replace(ModelConfig(**files), width=40), CPU)
+        encoders_module.open_encoders(replace(ModelConfig(**files), width=40), CPU)
