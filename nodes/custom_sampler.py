@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..sf_core.sampling.config import Sampling
 from ..sf_core.sampling.plan import Plan, round_up_to_chunks
-from ..sf_core.sampling.prompt_text import schedule
 from ..sf_core.sampling.rollout import Progress
 from . import inputs
 from .host.conditioning import read_latents, read_negative, read_prompts
@@ -42,12 +41,12 @@ class SelfForcingSigmas(io.ComfyNode):
             description="The noise levels of a model's few steps, for SamplerCustomAdvanced.",
             search_aliases=["scheduler", "sigmas", "few step", "schedule"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to be sampled; it knows its own steps."),
+                io.Model.Input("model", tooltip="Model to be sampled; it knows its own steps."),
                 inputs.preset(),
                 inputs.steps(),
                 inputs.denoise(),
             ],
-            outputs=[io.Sigmas.Output(tooltip="For SamplerCustomAdvanced, with Self Forcing Sampler Select.")],
+            outputs=[io.Sigmas.Output(tooltip="Sigmas for SamplerCustomAdvanced, with Self Forcing Sampler Select.")],
         )
 
     @classmethod
@@ -71,7 +70,7 @@ class SelfForcingSamplerSelect(io.ComfyNode):
                 inputs.chunk(), inputs.window(), inputs.sink(), inputs.prefix(), inputs.cache(),
                 inputs.compiled(), inputs.history(),
             ],
-            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced.")],
+            outputs=[io.Sampler.Output(tooltip="Sampler for SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
@@ -152,8 +151,8 @@ class RolloutSampler(Sampler):
         negative = None if guider.cfg == 1 else read_negative(conds.get("negative"), batch)
         return HostGeneration(
             model, plan, length,
-            schedule(read_prompts(conds["positive"], batch), plan.chunks, negative, guider.cfg),
-            seed,
+            read_prompts(conds["positive"], batch),
+            seed, negative, guider.cfg,
             prefix=repeat_to_batch(prefix, batch),
             source=pad_to_length(repeat_to_batch(source, batch), frames),
             compile=self.compile,

@@ -20,11 +20,11 @@ class SelfForcingDecode(io.ComfyNode):
             "Wan VAE, TAEHV and the built-in autoencoder; any other VAE decodes as VAE Decode does.",
             search_aliases=["vae decode", "streaming decode", "taehv decode", "decode video", "latent to video"],
             inputs=[
-                io.Latent.Input("latent", tooltip="The video's latents, from Self Forcing Sampler."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
+                io.Latent.Input("latent", tooltip="Latents of the video, from Self Forcing Sampler."),
+                io.Vae.Input("vae", tooltip="VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
                 inputs.tile(),
             ],
-            outputs=[io.Image.Output(tooltip="The frames, one after the other; videos of a batch follow each other.")],
+            outputs=[io.Image.Output(tooltip="Frames, one after the other; videos of a batch follow each other.")],
         )  # fmt: skip
 
     @classmethod
@@ -39,18 +39,6 @@ class SelfForcingDecode(io.ComfyNode):
         with threads_for(vae.patcher, 64 * samples.shape[3] * samples.shape[4]):
             frames = within_memory(lambda: decoder.decode(samples, tile // 8 or None), what, decoder.remedy)
         return io.NodeOutput(frames.flatten(0, 1))
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 NODES = [SelfForcingDecode]

@@ -24,13 +24,16 @@ NAMED = PRESETS | {name: family.sampling for name, family in FAMILIES.items()}
 
 
 def model() -> io.Input:
-    return io.Model.Input("model", tooltip="A causal Wan text-to-video model from any loader, with or without LoRAs.")
+    return io.Model.Input(
+        "model",
+        tooltip="Model: a causal Wan text-to-video model from any loader, with or without LoRAs.",
+    )
 
 
 def positive() -> io.Input:
     return io.Conditioning.Input(
         "positive",
-        tooltip="The prompt, or those of Self Forcing Prompt with their times. Of other conditioning the first entry "
+        tooltip="Prompt, or those of Self Forcing Prompt with their times. Of other conditioning the first entry "
         "is used.",
     )
 
@@ -47,16 +50,17 @@ def seed(least: int = 0) -> io.Input:
     drawn = " -1 draws another one for each run." if least < 0 else ""
     return io.Int.Input(
         "seed", default=0, min=least, max=MAX_SEED, control_after_generate=True,
-        tooltip="The same seed gives the same frames. A longer video with the same seed starts with them too." + drawn,
+        tooltip="Seed of the noise: the same seed gives the same frames. A longer video with the same seed starts "
+        "with them too." + drawn,
     )  # fmt: skip
 
 
 def preset() -> io.Input:
     return io.Combo.Input(
         "preset", options=[AUTO, *NAMED], default=AUTO,
-        tooltip="Steps, shift, chunk and window that belong together. auto: what the model was made for; cli: the "
-        "published script (shift 5); demo: the published web demo (shift 8); tiny: the built-in model; the others: "
-        "published models by name.",
+        tooltip="Preset: steps, shift, chunk and window that belong together. auto: what the model was made for; cli: "
+        "the published script (shift 5); demo: the published web demo (shift 8); tiny: the built-in model; the "
+        "others: published models by name.",
     )  # fmt: skip
 
 
@@ -70,15 +74,15 @@ def steps() -> io.Input:
 def chunk() -> io.Input:
     return io.Int.Input(
         "chunk", default=0, min=0, max=100, advanced=True,
-        tooltip="Latent frames made together (4 frames each). 0: the preset's (3), which is what the model was "
-        "trained with.",
+        tooltip="Chunk size: latent frames made together (4 frames each). 0: the preset's (3), which is what the "
+        "model was trained with.",
     )  # fmt: skip
 
 
 def window() -> io.Input:
     return io.Int.Input(
         "window", default=0, min=0, max=100_000,
-        tooltip="Latent frames the model sees, the current chunk included; memory and time grow with it. 0: the "
+        tooltip="Window: latent frames that a chunk attends to, itself included; memory and time grow with it. 0: the "
         "preset's. A number as large as the video means all of it.",
     )  # fmt: skip
 
@@ -86,15 +90,16 @@ def window() -> io.Input:
 def sink() -> io.Input:
     return io.Int.Input(
         "sink", default=-1, min=-1, max=100_000, advanced=True,
-        tooltip="First latent frames that never leave the window; steadies long videos. -1: the preset's.",
+        tooltip="Attention sink: first latent frames that never leave the window; steadies long videos. -1: the "
+        "preset's.",
     )  # fmt: skip
 
 
 def prefix() -> io.Input:
     return io.Latent.Input(
         "prefix", optional=True,
-        tooltip="Latents the video starts with: an image or a clip from VAE Encode at the same size, or another "
-        "sampler's output to go on from. They count in its length.",
+        tooltip="Prefix: latents the video starts with, an image or a clip from VAE Encode at the same size, or "
+        "another sampler's output to go on from. They count in its length.",
     )  # fmt: skip
 
 
@@ -118,45 +123,47 @@ def compiled() -> io.Input:
 def negative() -> io.Input:
     return io.Conditioning.Input(
         "negative", optional=True,
-        tooltip="What the video should not be, where cfg is not 1. Not needed by step-distilled models.",
+        tooltip="Negative prompt: what the video should not be, where cfg is not 1. Not needed by step-distilled "
+        "models.",
     )  # fmt: skip
 
 
 def cfg() -> io.Input:
     return io.Float.Input(
         "cfg", default=1.0, min=0.0, max=30.0, step=0.1, optional=True, advanced=True,
-        tooltip="Guidance away from the negative prompt. 1, for Self Forcing and other distilled models: none. Any "
-        "other value doubles time and cache.",
+        tooltip="Classifier-free guidance away from the negative prompt. 1, for Self Forcing and other distilled "
+        "models: none. Any other value doubles time and cache.",
     )  # fmt: skip
 
 
 def denoise() -> io.Input:
     return io.Float.Input(
         "denoise", default=1.0, min=0.01, max=1.0, step=0.01, optional=True,
-        tooltip="Video to video: how much of the latent's content gives way. 1: all of it, an ordinary new video. 0.4 "
-        "to 0.7 keep its layout and motion. Below 1 the latent comes from VAE Encode.",
+        tooltip="Denoising strength, for video to video: how much of the latent's content gives way. 1: all of it, an "
+        "ordinary new video. 0.4 to 0.7 keep its layout and motion. Below 1 the latent comes from VAE Encode.",
     )  # fmt: skip
 
 
 def history() -> io.Input:
     return io.Combo.Input(
         "history", options=["window", "all"], default="window", optional=True, advanced=True,
-        tooltip="What of a prefix that is longer than the window the model reads again. window: what the next chunk "
-        "sees, quick however long it is. all: everything, which goes on exactly as if the video had not been cut.",
+        tooltip="History: what of a prefix that is longer than the window the model reads again. window: what the "
+        "next chunk sees, quick however long it is. all: everything, which goes on exactly as if the video had not "
+        "been cut.",
     )  # fmt: skip
 
 
 def keep_prefix() -> io.Input:
     return io.Boolean.Input(
         "keep_prefix", default=True, optional=True, advanced=True,
-        tooltip="Whether the prefix is a part of the output. Off: only what comes after it.",
+        tooltip="Prefix kept as a part of the output. Off: only what comes after it.",
     )  # fmt: skip
 
 
 def tile() -> io.Input:
     return io.Int.Input(
         "tile", default=0, min=0, max=8192, step=64, optional=True, advanced=True,
-        tooltip="Side of the tiles, in pixels, that the Wan VAE decodes one after the other, for small GPUs: 128 or "
+        tooltip="Tile size in pixels: the side of what the Wan VAE decodes one after the other, for small GPUs: 128 or "
         "more, 256 is good. Less memory, more time, the same frames. 0: the whole picture.",
     )  # fmt: skip
 

@@ -31,9 +31,9 @@ class SelfForcingLoadTiny(io.ComfyNode):
             search_aliases=["tiny wan", "demo model", "test model", "built-in model", "load self forcing"],
             inputs=[],
             outputs=[
-                io.Model.Output(tooltip="The video model, a causal Wan network."),
-                io.Clip.Output(tooltip="Its text encoder."),
-                io.Vae.Output(tooltip="Its autoencoder."),
+                io.Model.Output(tooltip="Model, a causal Wan network."),
+                io.Clip.Output(tooltip="Text encoder that belongs to it."),
+                io.Vae.Output(tooltip="Autoencoder that belongs to it."),
             ],
         )
 
@@ -55,30 +55,32 @@ class SelfForcingLoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file", options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A .pt or .safetensors file in models/diffusion_models. Of a model in several files, any.",
+                    tooltip="Checkpoint: a .pt or .safetensors file in models/diffusion_models. Of a model in several "
+                    "files, any.",
                 ),
                 io.Combo.Input(
                     "family", options=[AUTO, *FAMILIES], default=AUTO,
-                    tooltip="Which model it is, and so its steps, chunk, window and sink. auto: by the file's name. "
-                    "Choosing one also says that the model is causal where nothing in the file does.",
+                    tooltip="Family: which model it is, and so its steps, chunk, window and sink. auto: by the file's "
+                    "name. Choosing one also says that the model is causal where nothing in the file does.",
                 ),
                 io.Combo.Input(
                     "precision", options=list(checkpoints.PRECISIONS), default=AUTO,
-                    tooltip="auto: as ComfyUI loads any Wan model, in float16 on most NVIDIA cards; bf16, as these "
-                    "models were trained; fp16; fp8: the blocks' matrices in float8 with scales, half the memory.",
+                    tooltip="Precision of the weights. auto: as ComfyUI loads any Wan model, in float16 on most "
+                    "NVIDIA cards; bf16, as these models were trained; fp16; fp8: the blocks' matrices in float8 with "
+                    "scales, half the memory.",
                 ),
                 io.Combo.Input(
                     "lora", options=[NONE, *folder_paths.get_filename_list("loras")], default=NONE, optional=True,
                     advanced=True,
-                    tooltip="A LoRA that is a part of the model, merged as it is loaded: LongLive's lora.pt. LoRAs of "
+                    tooltip="LoRA that is a part of the model, merged as it is loaded: LongLive's lora.pt. LoRAs of "
                     "a style or a subject go behind this node, in LoraLoaderModelOnly.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-10.0, max=10.0, step=0.05, optional=True, advanced=True,
-                    tooltip="How much of it.",
+                    tooltip="LoRA strength.",
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="The video model, a native Wan MODEL that knows how it is sampled.")],
+            outputs=[io.Model.Output(tooltip="Model, a native Wan MODEL that knows how it is sampled.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
@@ -106,10 +108,11 @@ class SelfForcingLoadTAEHV(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file", options=taehv_files(),
-                    tooltip="taew2_1 or lighttaew2_1, .safetensors or .pth, in models/vae_approx or models/vae.",
+                    tooltip="TAEHV file: taew2_1 or lighttaew2_1, .safetensors or .pth, in models/vae_approx or "
+                    "models/vae.",
                 ),
             ],
-            outputs=[io.Vae.Output(tooltip="The VAE, for Self Forcing Decode, VAE Decode and VAE Encode.")],
+            outputs=[io.Vae.Output(tooltip="VAE, for Self Forcing Decode, VAE Decode and VAE Encode.")],
         )  # fmt: skip
 
     @classmethod

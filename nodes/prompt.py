@@ -23,21 +23,21 @@ class SelfForcingPrompt(io.ComfyNode):
             inputs=[
                 io.Clip.Input(
                     "clip",
-                    tooltip="The text encoder that belongs to the model: UMT5 for Wan 2.1, the built-in one for the "
+                    tooltip="Text encoder that belongs to the model: UMT5 for Wan 2.1, the built-in one for the "
                     "built-in model.",
                 ),
                 io.String.Input(
                     "text", multiline=True, dynamic_prompts=True, default="a red circle moves right",
-                    tooltip="What the video shows. Wan likes long, detailed prompts; the built-in model knows colours, "
-                    "shapes, motions, backgrounds and sizes. Several prompts: a line each, which begins with its "
-                    "time, as in 0: a red circle, then 4s: a blue square, then 8s cut: a green star.",
+                    tooltip="Prompt: what the video shows. Wan likes long, detailed prompts; the built-in model knows "
+                    "colours, shapes, motions, backgrounds and sizes. Several prompts: a line each, which begins with "
+                    "its time, as in 0: a red circle, then 4s: a blue square, then 8s cut: a green star.",
                 ),
                 io.Float.Input(
                     "fps", default=16.0, min=1.0, max=120.0, step=1.0, optional=True, advanced=True,
                     tooltip="Frames per second that the times of several prompts are counted with.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(tooltip="The prompt for Self Forcing Sampler or a stock sampler.")],
+            outputs=[io.Conditioning.Output(tooltip="Prompt for Self Forcing Sampler or a stock sampler.")],
         )  # fmt: skip
 
     @classmethod
@@ -65,30 +65,33 @@ class SelfForcingNextPrompt(io.ComfyNode):
             inputs=[
                 io.Conditioning.Input(
                     "first",
-                    tooltip="The prompt, or several with their times, that come first. Of other conditioning the first "
+                    tooltip="Prompt, or several with their times, that come first. Of other conditioning the first "
                     "entry is used.",
                 ),
-                io.Conditioning.Input("next", tooltip="The prompt that takes over. Its first entry is used."),
+                io.Conditioning.Input("next", tooltip="Prompt that takes over. Its first entry is used."),
                 io.String.Input(
                     "start", default="4s",
-                    tooltip="When it takes over: seconds of the video, as in 4s or 1.5s, or after how many chunks, as "
-                    "in @20.",
+                    tooltip="Start time: when it takes over, in seconds of the video, as in 4s or 1.5s, or after how "
+                    "many chunks, as in @20.",
                 ),
                 io.Combo.Input(
                     "transition", options=list(TRANSITIONS), default=TRANSITIONS[0],
-                    tooltip="recache: the latest frames are read again under the new prompt. renew: the same, and they "
-                    "become the new sink. cut: they are forgotten. blend: the old prompt turns into the new one.",
+                    tooltip="Transition. recache: the latest frames are read again under the new prompt. renew: the "
+                    "same, and they become the new sink. cut: they are forgotten. blend: the old prompt turns into "
+                    "the new one.",
                 ),
                 io.Float.Input(
                     "blend", default=1.5, min=0.25, max=10_000.0, step=0.25, advanced=True,
-                    tooltip="Seconds that a blend takes.",
+                    tooltip="Blend length in seconds.",
                 ),
                 io.Float.Input(
                     "fps", default=16.0, min=1.0, max=120.0, step=1.0, optional=True, advanced=True,
                     tooltip="Frames per second that times are counted with.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(tooltip="Both, for Self Forcing Sampler. Others follow the first.")],
+            outputs=[io.Conditioning.Output(
+                tooltip="Prompts, both, for Self Forcing Sampler. Others follow the first.",
+            )],
         )  # fmt: skip
 
     @classmethod

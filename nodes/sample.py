@@ -44,9 +44,11 @@ class SelfForcingLatent(io.ComfyNode):
                     "fps", default=16.0, min=1.0, max=120.0, step=1.0, advanced=True,
                     tooltip="Frames per second that seconds are counted with. 16 is Wan 2.1's own rate.",
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos made at once, each different."),
+                io.Int.Input("batch_size", default=1, min=1, max=64,
+                    tooltip="Batch size: videos made at once, each different.",
+                ),
             ],
-            outputs=[io.Latent.Output(tooltip="An empty video latent for Self Forcing Sampler.")],
+            outputs=[io.Latent.Output(tooltip="Empty video latent for Self Forcing Sampler.")],
         )  # fmt: skip
 
     @classmethod
@@ -85,7 +87,7 @@ class SelfForcingSampler(io.ComfyNode):
                 inputs.compiled(), inputs.negative(), inputs.cfg(), inputs.denoise(), inputs.history(),
                 inputs.keep_prefix(),
             ],
-            outputs=[io.Latent.Output(tooltip="The video's latents, for Self Forcing Decode or VAE Decode.")],
+            outputs=[io.Latent.Output(tooltip="Latents of the video, for Self Forcing Decode or VAE Decode.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ class SelfForcingSettings(io.ComfyNode):
             "from drifting. What is not set here stays as the model was made for.",
             search_aliases=["drift", "long video", "window", "attention sink", "context noise", "frame-wise", "shift"],
             inputs=[
-                io.Model.Input("model", tooltip="A causal Wan text-to-video model."),
+                io.Model.Input("model", tooltip="Model: a causal Wan text-to-video model."),
                 inputs.preset(),
                 inputs.steps(),
                 inputs.chunk(),
@@ -32,15 +32,16 @@ class SelfForcingSettings(io.ComfyNode):
                 inputs.sink(),
                 io.Combo.Input(
                     "sink_positions", options=[inputs.AUTO, AS_MADE, PINNED], default=inputs.AUTO,
-                    tooltip="Where the model sees the sink. as made: ever further back. pinned: just before the "
-                    "window, however long the video, so that no distance exceeds what it was trained with. Use pinned "
-                    "with a sink beyond a minute or so; models made for it (longlive-infinity) have it by themselves.",
+                    tooltip="Sink positions: where the model sees the sink. as made: ever further back. pinned: just "
+                    "before the window, however long the video, so that no distance exceeds what it was trained with. "
+                    "Use pinned with a sink beyond a minute or so; models made for it (longlive-infinity) have it by "
+                    "themselves.",
                 ),
                 io.Float.Input(
                     "context_noise", default=-1.0, min=-1.0, max=999.0, step=1.0, advanced=True,
-                    tooltip="Timestep (0 to 999) that the model is told finished frames have. -1: the preset's (0). "
-                    "100 or so makes it trust its own frames less, which softens errors that pile up and blurs a "
-                    "little; for models trained with context noise.",
+                    tooltip="Context noise: timestep (0 to 999) that the model is told finished frames have. -1: the "
+                    "preset's (0). 100 or so makes it trust its own frames less, which softens errors that pile up "
+                    "and blurs a little; for models trained with context noise.",
                 ),
                 io.Float.Input(
                     "shift", default=0.0, min=0.0, max=100.0, step=0.1, advanced=True,
@@ -49,12 +50,12 @@ class SelfForcingSettings(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "first_chunk", default=0, min=0, max=100, advanced=True,
-                    tooltip="Latent frames of the first chunk: 1 for models trained with an independent first frame. "
-                    "0: the preset's.",
+                    tooltip="First chunk's size in latent frames: 1 for models trained with an independent first "
+                    "frame. 0: the preset's.",
                 ),
                 io.Int.Input(
                     "first_steps", default=0, min=0, max=100, advanced=True,
-                    tooltip="Steps of the first chunk, where it needs more than the others (models of 1 or 2 steps: "
+                    tooltip="First chunk's steps, where it needs more than the others (models of 1 or 2 steps: "
                     "4). 0: the preset's.",
                 ),
                 io.Vae.Input(
@@ -65,7 +66,7 @@ class SelfForcingSettings(io.ComfyNode):
                     "sink.",
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="The same model with these settings.")],
+            outputs=[io.Model.Output(tooltip="Model with these settings.")],
         )  # fmt: skip
 
     @classmethod
@@ -100,10 +101,14 @@ class SelfForcingFP8(io.ComfyNode):
             "same video.",
             search_aliases=["fp8", "float8", "quantize", "quantise", "low vram", "e4m3"],
             inputs=[
-                io.Model.Input("model", tooltip="A causal Wan text-to-video model, with or without LoRAs."),
-                io.Boolean.Input("enabled", default=True, tooltip="Off: the model goes through as it is."),
+                io.Model.Input("model", tooltip="Model: a causal Wan text-to-video model, with or without LoRAs."),
+                io.Boolean.Input(
+                    "enabled",
+                    default=True,
+                    tooltip="Float8 on or off. Off: the model goes through as it is.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The model in float8; LoRAs and other patches stay in place.")],
+            outputs=[io.Model.Output(tooltip="Model in float8; LoRAs and other patches stay in place.")],
         )
 
     @classmethod

@@ -25,7 +25,7 @@ class SelfForcingStream(io.ComfyNode):
             search_aliases=["live video", "realtime", "real-time", "streaming", "watch", "demo", "autoregressive"],
             inputs=[
                 inputs.model(), inputs.positive(), inputs.latent(),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
+                io.Vae.Input("vae", tooltip="VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
                 inputs.seed(-1),
                 io.Float.Input(
                     "fps", default=16.0, min=1.0, max=120.0, step=1.0,
@@ -35,21 +35,21 @@ class SelfForcingStream(io.ComfyNode):
                 inputs.preset(),
                 io.String.Input(
                     "file", default="",
-                    tooltip="Name in ComfyUI's output folder to write an mp4 to while it runs, such as "
+                    tooltip="File name in ComfyUI's output folder, to write an mp4 to while it runs, such as "
                     "video/self_forcing. Empty: no file.",
                 ),
                 io.Int.Input(
                     "keep", default=0, min=0, max=1_000_000,
-                    tooltip="Frames, the last ones, that are given to the outputs. 0: all. For very long videos with a "
-                    "file: 81 or so, which is enough to go on from, and memory stays flat.",
+                    tooltip="Frames kept: how many of the last ones are given to the outputs. 0: all. For very long "
+                    "videos with a file: 81 or so, which is enough to go on from, and memory stays flat.",
                 ),
                 inputs.prefix(), inputs.compiled(), inputs.steps(), inputs.chunk(), inputs.window(),
                 inputs.sink(), inputs.cache(), inputs.negative(), inputs.cfg(), inputs.denoise(),
                 inputs.history(), inputs.keep_prefix(), inputs.tile(),
             ],
             outputs=[
-                io.Image.Output(tooltip="The frames."),
-                io.Latent.Output(tooltip="Their latents, to go on from."),
+                io.Image.Output(tooltip="Frames of the video."),
+                io.Latent.Output(tooltip="Latents of these frames, to go on from."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,

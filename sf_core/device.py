@@ -21,6 +21,7 @@ def upload(x: Tensor, device: torch.device | str) -> Tensor:
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
+
 try:
     import resource
 except ImportError:  # Windows

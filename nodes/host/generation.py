@@ -18,8 +18,8 @@ from torch import Tensor
 from ...sf_core.memory import MemoryPlan
 from ...sf_core.pipeline import Generation
 from ...sf_core.sampling.plan import Chunk, Plan, round_up_to_chunks
-from ...sf_core.sampling.prompt_text import schedule
-from ...sf_core.sampling.prompts import PromptSchedule
+from ...sf_core.sampling.prompt_text import StartTime, schedule
+from ...sf_core.sampling.prompts import REREADING
 from ...sf_core.sampling.rollout import OnStep
 from ...sf_core.wan.compile import compile_ops
 from ...sf_core.wan.model import Network, WanLayers
@@ -41,14 +41,18 @@ class HostGeneration:
     model           the MODEL, ready to run: compiled parts need `for_compiling` of it
     plan            size and chunks, in whole chunks; of the last one what is beyond `length` is cut afterwards
     length          latent frames asked for
+    prompts         positive prompts with their start times
+    negative        embeddings [B, tokens, width] to lead away from, where `guidance` is not 1
     prefix, source  latents [B, C, F, H, W] in model space; see `rollout`
     """
 
     model: ModelPatcher
     plan: Plan
     length: int
-    prompts: PromptSchedule
+    prompts: list[tuple[StartTime, Tensor]]
     seed: int
+    negative: Tensor | None = None
+    guidance: float = 1.0
     prefix: Tensor | None = None
     source: Tensor | None = None
     compile: str = "off"
@@ -64,8 +68,8 @@ class HostGeneration:
     @property
     def memory(self) -> MemoryPlan:
         """What it takes of the device, beside the weights."""
-        rereads, guided = self.prompts.rereads or self.reencoder is not None, self.prompts.is_guided
-        return MemoryPlan(self.wan.config, self.plan, self.dtype, rereads=rereads, guided=guided)
+        rereads = any(start.transition in REREADING for start, _ in self.prompts[1:]) or self.reencoder is not None
+        return MemoryPlan(self.wan.config, self.plan, self.dtype, rereads=rereads, guided=self.guidance != 1)
 
     @property
     def what(self) -> str:
@@ -93,7 +97,7 @@ class HostGeneration:
         network = Network(self.wan, self.dtype, attention_of(model, compiled, options), compile_ops(self.compile))
         use = self.memory.use
         reencode = self.reencoder and still_encoder(model, self.reencoder, use.total - use.cache + reserve_bytes)
-        prompts = self.prompts.to(model.load_device)
+        prompts = schedule(self.prompts, self.plan.chunks, self.negative, self.guidance).to(model.load_device)
         generation = Generation(network, self.plan, prompts, self.seed, self.prefix, self.source, reencode)
         for chunk, x0 in generation.chunks(on_step):
             check_cancelled()
@@ -159,8 +163,9 @@ def prepare_generation(given: RolloutInputs, seed: int | None = None) -> HostGen
     negative = None if given.cfg == 1 else read_negative(given.negative, batch)
     return HostGeneration(
         model, plan, length,
-        schedule(read_prompts(given.positive, batch), plan.chunks, negative, given.cfg),
+        read_prompts(given.positive, batch),
         given.seed if seed is None else seed,
+        negative, given.cfg,
         prefix=repeat_to_batch(prefix, batch),
         source=pad_to_length(repeat_to_batch(source, batch), frames),
         compile=given.compile,

@@ -91,14 +91,6 @@ def conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> nn.Co
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
 
 
-
-
-
-
-
-
-
-
 @dataclass(frozen=True)
 class Layout:
     """What tells one TAEHV from another. The default is taew2_1; channels 48 with patch 2 is taew2_2."""
@@ -163,8 +155,6 @@ class TAEHV(nn.Module):
         """A whole clip: frames [B, T, 8H, 8W, 3] in 0..1 -> latents [B, C, ceil(T/4), H, W] in model space, float32."""
         stream = EncoderStream(self)
         return torch.cat([stream.encode(frames), stream.flush()], 2)
-
-
 
 
 def _encoder(layout: Layout) -> nn.Sequential:

@@ -1,9 +1,9 @@
 """What a rollout remembers: KV cache, prompt and newest latents. All that lives across chunks is here, and only here.
 
-    context = Context(network, plan, prompts)
-    context.enter(chunk)              a new prompt takes over; a full window is made room in
-    context.predict(x, step)          x_t -> x0, attending to the window
-    context.append(chunk, x0)         what later chunks attend to
+context = Context(network, plan, prompts)
+context.enter(chunk)              a new prompt takes over; a full window is made room in
+context.predict(x, step)          x_t -> x0, attending to the window
+context.append(chunk, x0)         what later chunks attend to
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ long-video script of CausVid (tianweiy/CausVid) does.
 class Context:
     """KV cache, prompt and history of one rollout. `device` is that of the prompts; latents are float32 there."""
 
-    def __init__(
-        self, network: Network, plan: Plan, prompts: PromptSchedule, reencode: Reencode | None = None
-    ) -> None:
+    def __init__(self, network: Network, plan: Plan, prompts: PromptSchedule, reencode: Reencode | None = None) -> None:
         self.network, self.plan, self.prompts, self.reencode = network, plan, prompts, reencode
         self.device = prompts.device
         self.cache = allocate_cache(

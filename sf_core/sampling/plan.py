@@ -1,9 +1,9 @@
 """Counting of a rollout: latent frames -> chunks -> steps. All of it is known before the first step.
 
-    plan = Plan(sampling, frames=21, height=60, width=104)
-    plan.chunks               (Chunk(index=0, start=0, frames=3, ...), ...)
-    plan.steps(chunk)         its (timestep, sigma) list
-    plan.total_steps          forwards with a new x0 in the whole rollout
+plan = Plan(sampling, frames=21, height=60, width=104)
+plan.chunks               (Chunk(index=0, start=0, frames=3, ...), ...)
+plan.steps(chunk)         its (timestep, sigma) list
+plan.total_steps          forwards with a new x0 in the whole rollout
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ class Plan:
         return sum(len(self.steps(chunk)) for chunk in self.chunks if not chunk.given)
 
 
-def cut_into_chunks(
-    frames: int, sampling: Sampling, prefix: int = 0, full_history: bool = False
-) -> tuple[Chunk, ...]:
+def cut_into_chunks(frames: int, sampling: Sampling, prefix: int = 0, full_history: bool = False) -> tuple[Chunk, ...]:
     """Chunks of `frames` latent frames, the first `prefix` of which are given.
 
     A prefix is read in chunks too, the odd one first (one image: 1, n, n, ...). Where it is longer than the window only

@@ -121,9 +121,7 @@ def denoise(
     return x0
 
 
-def _check(
-    network: Network, plan: Plan, prompts: PromptSchedule, prefix: Tensor | None, source: Tensor | None
-) -> None:
+def _check(network: Network, plan: Plan, prompts: PromptSchedule, prefix: Tensor | None, source: Tensor | None) -> None:
     """Raises ValueError for prompts and latents of another shape than planned."""
     channels, size = network.config.channels, f"{plan.height}, {plan.width}"
     if prompts.batch != plan.batch:

@@ -49,9 +49,7 @@ def compiled_parts(mode: str, backend: str | Callable) -> tuple[Callable, Callab
     dynamo = torch._dynamo.config
     limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
     setattr(dynamo, limit, max(getattr(dynamo, limit), SIZES))
-    qkv, finish = (
-        torch.compile(part, backend=backend, dynamic=False, **options) for part in (EAGER.qkv, EAGER.finish)
-    )
+    qkv, finish = (torch.compile(part, backend=backend, dynamic=False, **options) for part in (EAGER.qkv, EAGER.finish))
     return qkv, finish
 
 
