@@ -144,7 +144,7 @@ def _layers(tensors: dict[str, Tensor], title: str) -> tuple[dict[str, dict[str,
     layers: dict[str, dict[str, Tensor]] = {}
     others = []
     for name, tensor in tensors.items():
-        if TEACHERS.search(name):
+        if TEACHERS.search(name) or name.endswith("comfy_attention.config"):
             continue
         if OTHER_ADAPTERS.search(name):
             raise CheckpointError(

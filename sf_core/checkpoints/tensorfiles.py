@@ -230,11 +230,13 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
     """All tensors of a .pt file by dotted name, on "meta" or mapped on "cpu"."""
     if path.suffix == ".safetensors":  # torch.load goes by the name
         raise unreadable(path, "a PyTorch file under a safetensors name", "Rename it to end in .pt")
-    if not zipfile.is_zipfile(path):  # the list of contents stands at the end
-        raise unreadable(path, "a truncated .pt file: its end is missing", DOWNLOAD_AGAIN)
     try:
+        if not zipfile.is_zipfile(path):  # the list of contents stands at the end
+            raise unreadable(path, "a truncated .pt file: its end is missing", DOWNLOAD_AGAIN)
         with zipfile.ZipFile(path) as archive:
             contents = {name.rpartition("/")[2] for name in archive.namelist()}
+    except CheckpointError:
+        raise
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
         raise unreadable(path, "a damaged .pt file", DOWNLOAD_AGAIN) from None
     if "data.pkl" not in contents:
