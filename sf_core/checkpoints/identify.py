@@ -113,7 +113,13 @@ def _best_root(tensors: dict[str, Tensor], title: str) -> tuple[str, dict[str, s
         for name, at in clean.items()
         if name.startswith(best) and (best or not name.startswith(others))
     }
-    return best, {name: at for name, at in under.items() if name.rpartition(".")[2] not in MARKERS}
+    return best, {name: at for name, at in under.items() if not _is_marker(name)}
+
+
+def _is_marker(name: str) -> bool:
+    """Whether a tensor says nothing of the weights; `comfy_attention.config` names a preferred attention, which is
+    ComfyUI's to choose."""
+    return name.rpartition(".")[2] in MARKERS or name.endswith("comfy_attention.config")
 
 
 def wan_name(name: str) -> str:
@@ -195,6 +201,12 @@ def _check(tensors: dict[str, Tensor], config: WanConfig, title: str) -> None:
         raise _incomplete(title, missing)
     for name in needed:
         if tensors[name].dtype not in PLAIN + FLOAT8:
+            if tensors[name].dtype is torch.float64:
+                raise CheckpointError(
+                    f"{title}, whose {name} is float64",
+                    "weights are float32, float16, bfloat16 or float8",
+                    "Save it again in float32",
+                )
             raise _unknown_quantisation(title, name, tensors[name])
     for name, shape in needed.items():
         if tuple(tensors[name].shape) != shape:
@@ -238,7 +250,7 @@ def _refuse_loras(tensors: dict[str, Tensor], title: str) -> None:
         raise CheckpointError(
             f"{title}, a LoRA or a model with LoRA layers not merged into it",
             f"{NEEDED}, whole (the step-distilled 'self forcing' LoRAs make a model faster, not causal)",
-            f"Add a LoRA to a model: with LoraLoaderModelOnly in ComfyUI, with --lora in generate. {GET_ONE}",
+            f"Add a LoRA to a model: with LoraLoaderModelOnly in ComfyUI, or as the LoRA of the model. {GET_ONE}",
         )
 
 

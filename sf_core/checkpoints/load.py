@@ -30,7 +30,7 @@ from ..sampling.families import DEFAULT, FAMILIES, Guess, family_named, guess_fa
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
 from .identify import FLOAT8, GET_ONE, Found, find_wan, is_scale, metadata_entry
-from .lora import Merged, read_lora
+from .lora import Merged, left_out, read_lora
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
 STAGE = re.compile(r"ode[-_]init|causal[-_]ode|causal[-_]cd|ar[-_]diffusion", re.IGNORECASE)
@@ -166,6 +166,8 @@ def _describe(
     own = None if chosen else _own_sampling(file)
     notes = ["Sampled as its metadata says."] if own else _notes(file, found, guess, chosen is not None)
     notes += [] if lora is None else [f"With {Path(lora).name} merged into it, strength {strength:g}."]
+    if lora is not None and (unused := left_out(lora, _headers(file, found))):
+        notes.append(f"{len(unused)} parts of it do not fit this model and are left out, such as {unused[0]}.")
     return Description(
         config=found.config,
         dtype=float8[0] if float8 else file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,

@@ -9,16 +9,18 @@ whatever dicts and prefixes:
     base_model.model.blocks.0.self_attn.q.lora_A.weight      down [rank, in]; lora_A.default.weight, lora_down.weight
     base_model.model.blocks.0.self_attn.q.lora_B.weight      up [out, rank]; lora_B.default.weight, lora_up.weight
     diffusion_model.blocks.0.self_attn.q.alpha               [], where the file has it
-    lora_unet_blocks_0_self_attn_q.lora_down.weight          with underscores for dots
+    lora_unet_blocks_0_self_attn_q.lora_down.weight          with underscores for dots; lycoris_, lora_transformer_
+    diffusion_model.blocks.0.norm3.diff, .diff_b             added to a weight and its bias as they are
     transformer.blocks.0.attn1.to_q.lora_A.weight            Diffusers' layers
 
-PEFT keeps alpha in a configuration beside the file. Where the file has none it is taken to be the rank, as it is for
-LongLive's lora.pt (NVlabs/LongLive, configs/longlive_inference.yaml: adapter rank 256, alpha 256). For another, ask for
-alpha / rank as the strength.
+Alpha is the file's own tensor; else what `lora_adapter_metadata` (diffusers), `adapter_config.json` beside the file
+(PEFT) or `ss_network_alpha` (kohya) says; else the rank, as it is for LongLive's lora.pt (NVlabs/LongLive,
+configs/longlive_inference.yaml: adapter rank 256, alpha 256).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,13 +28,31 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .identify import FLOAT8, TEACHERS, WRAPPERS, wan_name
-from .tensorfiles import CheckpointError, map_tensors, read_header
+from .identify import FLOAT8, TEACHERS, WRAPPERS, metadata_entry, wan_name
+from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
 NEEDED = "a LoRA made for this model is needed"
-PART = re.compile(r"(?P<layer>.+?)\.(?:(?P<part>alpha)|lora[._](?P<kind>A|down|B|up)(?:\.\w+)?\.weight)")
+PAIR = re.compile(
+    r"(?P<layer>.+?)(?:\.lora_(?P<kind>A|B|down|up)(?:\.\w+?)??(?:\.weight)?"
+    r"|[._]lora(?:_linear_layer)?\.(?P<old>down|up)\.weight)"
+)
+OTHER_PART = re.compile(r"(?P<layer>.+)\.(?P<part>alpha|diff|diff_b|w_norm|b_norm)")
+BIAS_OF_UP = re.compile(r"(?P<layer>.+)\.lora_B(?:\.\w+)?\.bias")
+DIFFERENCES = {"diff": "diff", "w_norm": "diff", "diff_b": "diff_b", "b_norm": "diff_b"}
 DOWN = ("A", "down")
-UNDERSCORED = re.compile(r"lora_unet_+")
+OTHER_ADAPTERS = re.compile(
+    r"\.(lokr_\w+|hada_\w+|oft_blocks|dora_scale|lora_magnitude_vector(\.\w+)*|lora_mid\.weight)$"
+)
+UNDERSCORED = re.compile(r"(lora_unet_+|lycoris_|lora_transformer_)")
+UNDERSCORED_NAMES = {
+    "attn1_": "self_attn_",
+    "attn2_": "cross_attn_",
+    "_to_out_0": "_o",
+    "_to_": "_",
+    "ffn_net_0_proj": "ffn_0",
+    "ffn_net_2": "ffn_2",
+}
+CONFIG_KEYS = ("", "transformer.", "unet.")  # what diffusers puts before PEFT's names
 
 
 @dataclass(frozen=True)
@@ -66,53 +86,107 @@ class Merged(Mapping[str, Tensor]):
         return len(self.state)
 
 
-def read_lora(path: str | Path, model: Mapping[str, Tensor]) -> dict[str, Adapter]:
+@dataclass(frozen=True)
+class Difference:
+    """What a file adds to one weight or bias as it stands, of the same shape."""
+
+    change: Tensor
+
+    def added_to(self, weight: Tensor, strength: float) -> Tensor:
+        """The weight with it, in the weight's dtype; computed in float32."""
+        return weight.float().add(self.change.float().view_as(weight), alpha=strength).to(weight.dtype)
+
+
+def read_lora(path: str | Path, model: Mapping[str, Tensor]) -> dict[str, Adapter | Difference]:
     """{name of a weight: what the LoRA in a file adds to it}, as views of the file.
 
     `model` has the weights under Wan's names; only shapes and dtypes are looked at, so they may be on the meta device.
-    Raises CheckpointError for a file that is no LoRA, for one of another model or of a kind that is not read, and for a
-    float8 model.
+    Layers that the model does not have are left out (`left_out` names them) where others fit. Raises CheckpointError
+    for a file of which nothing fits, for one of another model's shapes or of a kind that is not read, and for a float8
+    model.
     """
-    file = read_header(path)
-    title = file.paths[0].name
-    mapped = map_tensors(file, file.tensors)
-    layers = _layers({name: mapped[name] for name in file.tensors}, title)  # in the file's order
-    adapters = {}
-    for at, parts in layers.items():
-        if (weight := _weight_named(at, model)) is None:
-            raise CheckpointError(
-                f"{title}, a LoRA with layers that the model does not have (such as {at})",
-                NEEDED,
-                "Get the one for Wan 2.1 text-to-video 1.3B, or leave it out",
-            )
-        if weight in adapters:
-            raise CheckpointError(f"{title}, with two LoRAs in it", "only one can be merged", "Save one of them alone")
-        adapters[weight] = _adapter(parts, at, title)
-        _check(adapters[weight], weight, model[weight], title)
+    file, title, layers, _ = _read(path)
+    adapters: dict[str, Adapter | Difference] = {}
+    for layer, parts in layers.items():
+        if (weight := _weight_named(layer, model)) is None:
+            continue
+        for name, adapter in _adapters(parts, layer, weight, _alpha(file, layer), title):
+            if name in adapters:
+                raise CheckpointError(f"{title}, with two LoRAs in it", "only one can be merged", "Save one alone")
+            if name in model:
+                _check(adapter, name, model[name], title)
+                adapters[name] = adapter
+    if not adapters:
+        raise CheckpointError(
+            f"{title}, with layers that the model does not have (such as {next(iter(layers))})",
+            NEEDED,
+            "Get the one for Wan 2.1 text-to-video 1.3B, or leave it out",
+        )
     return adapters
 
 
-def _layers(tensors: dict[str, Tensor], title: str) -> dict[str, dict[str, Tensor]]:
-    """{layer as the file names it: {"down", "up", perhaps "alpha"}}; a critic's, which training saves too, left out."""
+def left_out(path: str | Path, model: Mapping[str, Tensor]) -> list[str]:
+    """Layers and tensors of a LoRA's file that `read_lora` does not use with this model, in the file's order."""
+    _, _, layers, others = _read(path)
+    return [layer for layer in layers if _weight_named(layer, model) is None] + others
+
+
+def _read(path: str | Path) -> tuple[TensorFile, str, dict[str, dict[str, Tensor]], list[str]]:
+    """(file, its title, {layer as the file names it: its parts}, names of tensors that are no part of a LoRA)."""
+    file = read_header(path)
+    title, mapped = file.paths[0].name, map_tensors(file, file.tensors)
+    layers, others = _layers({name: mapped[name] for name in file.tensors}, title)  # in the file's order
+    return file, title, layers, others
+
+
+def _layers(tensors: dict[str, Tensor], title: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """({layer: {"down", "up", "alpha", "diff", "diff_b", those it has}}, other names); a critic's are left out."""
     layers: dict[str, dict[str, Tensor]] = {}
+    others = []
     for name, tensor in tensors.items():
-        if TEACHERS.search(name):
+        if TEACHERS.search(name) or name.endswith("comfy_attention.config"):
             continue
-        found = PART.fullmatch(WRAPPERS.sub("", name))
-        if found is None:
+        if OTHER_ADAPTERS.search(name):
             raise CheckpointError(
-                f"{title}, with {name} in it, which is no part of a plain LoRA",
+                f"{title}, with {name} in it, of a kind (DoRA, LoKr, LoHa, OFT, LoCon) that is not merged here",
                 "a LoRA of pairs lora_A and lora_B, or lora_down and lora_up, is needed",
-                "Give a model with --model; LoKr, DoRA and the like, and differences of norms and biases, are not read",
+                "ComfyUI's LoraLoaderModelOnly applies these to a loaded model",
             )
-        part = found["part"] or ("down" if found["kind"] in DOWN else "up")
-        layers.setdefault(found["layer"], {})[part] = tensor
+        if (part := _part(WRAPPERS.sub("", name))) is None:
+            others.append(name)
+        else:
+            layers.setdefault(part[0], {})[part[1]] = tensor
+    if not tensors:
+        raise CheckpointError(f"{title}, with no tensors in it", NEEDED, "Choose the file with the LoRA")
     if not layers:
-        raise CheckpointError(f"{title}, with no tensors in it", NEEDED, "Name the file with the LoRA")
-    return layers
+        raise CheckpointError(f"{title}, with {min(tensors)} in it, which is no part of a LoRA", NEEDED, "Choose one")
+    return layers, others
 
 
-def _adapter(parts: dict[str, Tensor], layer: str, title: str) -> Adapter:
+def _part(name: str) -> tuple[str, str] | None:
+    """(layer, what the tensor is of it); None for a tensor that is no part of a LoRA."""
+    if found := PAIR.fullmatch(name):
+        return found["layer"], "down" if (found["kind"] or found["old"]) in DOWN else "up"
+    if found := BIAS_OF_UP.fullmatch(name):
+        return found["layer"], "diff_b"
+    if found := OTHER_PART.fullmatch(name):
+        return found["layer"], DIFFERENCES.get(found["part"], found["part"])
+    return None
+
+
+def _adapters(
+    parts: dict[str, Tensor], layer: str, weight: str, alpha: float | None, title: str
+) -> Iterator[tuple[str, Adapter | Difference]]:
+    """(name of a weight or bias, what is added to it)."""
+    if parts.keys() & {"down", "up"}:
+        yield weight, _adapter(parts, layer, alpha, title)
+    elif "diff" in parts:
+        yield weight, Difference(parts["diff"])
+    if "diff_b" in parts:
+        yield f"{weight.removesuffix('.weight')}.bias", Difference(parts["diff_b"])
+
+
+def _adapter(parts: dict[str, Tensor], layer: str, alpha: float | None, title: str) -> Adapter:
     if missing := {"down", "up"} - parts.keys():
         raise CheckpointError(
             f"{title}, whose {layer} lacks its {'lora_A' if 'down' in missing else 'lora_B'}",
@@ -120,26 +194,62 @@ def _adapter(parts: dict[str, Tensor], layer: str, title: str) -> Adapter:
             "Download it again",
         )
     down, up = parts["down"], parts["up"]
-    alpha = parts["alpha"].item() if "alpha" in parts else len(down)
-    return Adapter(down, up, alpha / len(down))
+    if down.ndim < 2 or up.ndim < 2 or 0 in down.shape or parts.get("alpha", down[0, 0]).numel() != 1:
+        raise CheckpointError(f"{title}, whose {layer} is no pair of matrices", NEEDED, "Download it again")
+    if "alpha" in parts:
+        alpha = parts["alpha"].item()
+    return Adapter(down, up, 1.0 if alpha is None else alpha / len(down))
+
+
+def _alpha(file: TensorFile, layer: str) -> float | None:
+    """Alpha as the file's metadata or PEFT's configuration beside it says; None where neither does."""
+    for config in (metadata_entry(file.metadata, "lora_adapter_metadata"), _peft_config(file.paths[0])):
+        for prefix in CONFIG_KEYS:
+            pattern = config.get(f"{prefix}alpha_pattern")
+            pattern = pattern if isinstance(pattern, dict) else {}
+            for name, alpha in (*pattern.items(), ("", config.get(f"{prefix}lora_alpha"))):
+                if isinstance(alpha, (int, float)) and (not name or layer == name or layer.endswith(f".{name}")):
+                    return float(alpha)
+    try:
+        return float(file.metadata["ss_network_alpha"])
+    except (KeyError, TypeError, ValueError):  # kohya writes "None" where it was not set
+        return None
+
+
+def _peft_config(path: Path) -> dict:
+    """PEFT's configuration beside its weights; {} where there is none that can be read."""
+    if not path.name.startswith("adapter_model"):  # another file's neighbours say nothing of it
+        return {}
+    try:
+        config = json.loads(path.with_name("adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _weight_named(layer: str, model: Mapping[str, Tensor]) -> str | None:
     """The model's weight that a layer of the file stands for: its name without any prefix; None if there is none."""
     if UNDERSCORED.match(layer):
-        plain = UNDERSCORED.sub("", layer)
+        plain = UNDERSCORED.sub("", layer, count=1).replace(".", "_")
+        for theirs, wans in UNDERSCORED_NAMES.items():
+            plain = plain.replace(theirs, wans)
         return next((name for name in model if name.removesuffix(".weight").replace(".", "_") == plain), None)
-    parts = wan_name(f"{layer}.weight").split(".")
+    parts = wan_name(f"{layer}.weight".replace(".processor.", ".")).split(".")
     names = (".".join(parts[i:]) for i in range(len(parts)))
     return next((name for name in names if name in model), None)
 
 
-def _check(adapter: Adapter, name: str, weight: Tensor, title: str) -> None:
+def _check(adapter: Adapter | Difference, name: str, weight: Tensor, title: str) -> None:
     """Raises CheckpointError if an adapter does not go with the weight."""
-    (rank, width), (out, inner) = adapter.down.flatten(1).shape, adapter.up.flatten(1).shape
-    if (out, width) != tuple(weight.flatten(1).shape) or rank != inner:
+    if isinstance(adapter, Difference):
+        fits, adds = adapter.change.numel() == weight.numel(), str(list(adapter.change.shape))
+    else:
+        (rank, width), (out, inner) = adapter.down.flatten(1).shape, adapter.up.flatten(1).shape
+        fits = (out, width) == tuple(weight.flatten(1).shape) and rank == inner
+        adds = f"[{out}, {inner}] x [{rank}, {width}]"
+    if not fits:
         raise CheckpointError(
-            f"{title}, a LoRA that adds [{out}, {inner}] x [{rank}, {width}] to {name}",
+            f"{title}, a LoRA that adds {adds} to {name}",
             f"the model has {list(weight.shape)} there",
             "Get the one for this model: 1.3B, not 14B",
         )
@@ -147,5 +257,5 @@ def _check(adapter: Adapter, name: str, weight: Tensor, title: str) -> None:
         raise CheckpointError(
             f"{title} for a float8 model, which is too coarse to take up a LoRA",
             "it is merged into float32, bfloat16 or float16",
-            "Get that version of the model; --fp8 makes it float8 with the LoRA in it",
+            "Get that version of the model, and make it float8 with the LoRA in it",
         )

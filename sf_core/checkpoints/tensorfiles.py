@@ -191,7 +191,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(entries.pop("__metadata__", {}))
             tensors = {name: _meta(entry) for name, entry in entries.items()}
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, LookupError, TypeError, RuntimeError):
+        except (ValueError, LookupError, TypeError, RuntimeError, AttributeError, RecursionError):
             raise unreadable(path, "a damaged safetensors file", DOWNLOAD_AGAIN) from None
     size, needed = path.stat().st_size, 8 + length + end
     if size < needed:
@@ -230,10 +230,15 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
     """All tensors of a .pt file by dotted name, on "meta" or mapped on "cpu"."""
     if path.suffix == ".safetensors":  # torch.load goes by the name
         raise unreadable(path, "a PyTorch file under a safetensors name", "Rename it to end in .pt")
-    if not zipfile.is_zipfile(path):  # the list of contents stands at the end
-        raise unreadable(path, "a truncated .pt file: its end is missing", DOWNLOAD_AGAIN)
-    with zipfile.ZipFile(path) as archive:
-        contents = {name.rpartition("/")[2] for name in archive.namelist()}
+    try:
+        if not zipfile.is_zipfile(path):  # the list of contents stands at the end
+            raise unreadable(path, "a truncated .pt file: its end is missing", DOWNLOAD_AGAIN)
+        with zipfile.ZipFile(path) as archive:
+            contents = {name.rpartition("/")[2] for name in archive.namelist()}
+    except CheckpointError:
+        raise
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+        raise unreadable(path, "a damaged .pt file", DOWNLOAD_AGAIN) from None
     if "data.pkl" not in contents:
         raise unreadable(path, "a zip archive without tensors", "Unpack it and name the checkpoint inside")
     if "constants.pkl" in contents:
@@ -248,7 +253,7 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
             f"a .pt file with {what} in it, which is not opened because that could run code",
             "Get the .safetensors version, or ask its author for a file that holds the state dict alone",
         )
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001  a damaged pickle can raise anything
         mapped = "unable to mmap" not in str(error)
         refusal = unreadable(path, "a damaged .pt file", DOWNLOAD_AGAIN) if mapped else _too_large(path)
     raise refusal  # not above, where torch's error would come along and keep the file mapped

@@ -688,6 +688,10 @@ BAD = {
         ),
         "quantised in a way not known here",
     ),
+    "float64.safetensors": (
+        lambda p: changed(p, head__modulation=torch.ones(1, 2, 128, dtype=torch.float64)),
+        "whose head.modulation is float64",
+    ),
     "truncated.safetensors": (lambda p: cut(p, 0.9), "a truncated file"),
     "truncated_early.safetensors": (lambda p: cut(p, 0.0005), "a truncated file"),
     "damaged.safetensors": (
@@ -823,3 +827,20 @@ def test_a_changed_header_never_raises_anything_else(tmp_path_factory, at, value
 def test_plain_dtype_of_float8_is_bfloat16():
     assert plain_dtype(torch.float8_e5m2) == torch.bfloat16
     assert plain_dtype(torch.float16) == torch.float16
+
+
+def test_a_preferred_attention_is_passed_over(tmp_path):
+    mark = {"blocks.0.self_attn.comfy_attention.config": tag({"name": "sage"})}
+    save_file(weights() | mark, tmp_path / "x.safetensors")
+    assert same(load_checkpoint(tmp_path / "x.safetensors").state_dict, weights())
+
+
+@given(st.integers(0, 10**6), st.integers(0, 255))
+def test_a_changed_archive_never_raises_anything_else(tmp_path_factory, at, value):
+    path = tmp_path_factory.getbasetemp() / "changed.pt"
+    torch.save({"a.weight": torch.zeros(2, 2)}, path)
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] = value
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)

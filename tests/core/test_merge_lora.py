@@ -1,5 +1,6 @@
 """LoRAs merged into a checkpoint: every form they come in, and every file that is taken for one."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sf_core.checkpoints.load import CheckpointError, describe, load_checkpoint, load_model
+from sf_core.checkpoints.lora import left_out
 from sf_core.training.config import LoraConfig
 from sf_core.training.lora import PREFIX, adapter_file, add_adapters, merge_adapters
 from sf_core.wan.model import WanModel
@@ -66,6 +68,10 @@ FORMATS = {
     "ComfyUI, up and down": ({"prefix": "diffusion_model.", **OLD, "alpha": 8.0}, 8 / RANK),
     "underscores": ({"prefix": "lora_unet_", "dots": "_", **OLD, "alpha": 4.0}, 1),
     "two underscores": ({"prefix": "lora_unet__", "dots": "_", **OLD}, 1),
+    "lycoris": ({"prefix": "lycoris_", "dots": "_", **OLD, "alpha": 2.0}, 2 / RANK),
+    "OneTrainer": ({"prefix": "lora_transformer_", "dots": "_", **OLD}, 1),
+    "diffusers' lora.down": ({"prefix": "", "down": "lora.down.weight", "up": "lora.up.weight"}, 1),
+    "without weight": ({"prefix": "", "down": "lora_A", "up": "lora_B"}, 1),
     "bare": ({"prefix": ""}, 1),
     "under FSDP": ({"prefix": "base_model.model._fsdp_wrapped_module."}, 1),
 }
@@ -76,6 +82,61 @@ def test_every_format_is_merged(base, names, scale):
     lora = base.with_name("lora.safetensors")
     save_file(written(**names), lora)
     check(base, lora, scale=scale)
+
+
+METADATA = {
+    "diffusers": {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 8})},
+    "kohya": {"ss_network_alpha": "8.0"},
+}
+
+
+@pytest.mark.parametrize("metadata", METADATA.values(), ids=METADATA.keys())
+def test_alpha_is_what_the_metadata_says(base, metadata):
+    lora = base.with_name("lora.safetensors")
+    save_file(written(), lora, metadata)
+    check(base, lora, scale=8 / RANK)
+    save_file(written(alpha=2.0), lora, metadata)  # the tensors come first
+    check(base, lora, scale=2 / RANK)
+
+
+def test_alpha_is_what_pefts_configuration_beside_the_file_says(base):
+    lora = base.with_name("adapter_model.safetensors")
+    save_file(written(), lora)
+    base.with_name("adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 6}))
+    check(base, lora, scale=6 / RANK)
+
+
+def test_underscored_diffusers_layers_and_mixed_dots_are_wans(base):
+    lora = base.with_name("lora.safetensors")
+    save_file({underscored(diffusers_name(name)): t for name, t in written(prefix="", **OLD).items()}, lora)
+    check(base, lora)
+    mixed = {"lora_unet_" + name.replace("blocks.", "blocks_"): t for name, t in written(prefix="", **OLD).items()}
+    save_file(mixed, lora)
+    check(base, lora)
+
+
+def underscored(name):
+    layer, end = name.split(".lora_")
+    return "lora_unet_" + layer.replace(".", "_") + ".lora_" + end
+
+
+def test_layers_that_the_model_lacks_are_left_out_and_named(base):
+    lora = base.with_name("lora.safetensors")
+    others = {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": torch.ones(4, 128), "extra": torch.ones(1)}
+    save_file(written() | others, lora)
+    check(base, lora)
+    assert left_out(lora, BASE) == ["diffusion_model.blocks.0.cross_attn.k_img", "extra"]
+    assert "2 parts of it do not fit" in describe(base, lora=lora).note
+
+
+def test_differences_are_added_to_weights_and_biases(base):
+    lora = base.with_name("lora.safetensors")
+    parts = {"norm3.diff": "norm3.weight", "norm3.diff_b": "norm3.bias", "ffn.0.diff_b": "ffn.0.bias"}
+    changes = {name: torch.full_like(BASE[f"blocks.1.{at}"], 2.0) for name, at in parts.items()}
+    save_file({f"diffusion_model.blocks.1.{name}": tensor for name, tensor in changes.items()}, lora)
+    state = load_checkpoint(base, lora=lora, strength=0.5).state_dict
+    for at in parts.values():
+        torch.testing.assert_close(state[f"blocks.1.{at}"], BASE[f"blocks.1.{at}"] + 1)
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.0, -1.0])
@@ -165,8 +226,8 @@ BAD = {
     "another model": (other_layers, "layers that the model does not have"),
     "no up": (lambda p: without(p, "lora_B.weight"), "ffn.0 lacks its lora_B"),
     "no down": (lambda p: without(p, "lora_A.weight"), "ffn.0 lacks its lora_A"),
-    "a model": (lambda p: save_file(BASE, p), "which is no part of a plain LoRA"),
-    "biases": (lambda p: save_file(written() | {"diffusion_model.head.diff_b": torch.ones(2)}, p), "head.diff_b in it"),
+    "a model": (lambda p: save_file(BASE, p), "which is no part of a LoRA"),
+    "DoRA": (lambda p: save_file(written() | {f"{LAYERS[0]}.dora_scale": torch.ones(2)}, p), "LoraLoaderModelOnly"),
     "two": (lambda p: save_file(written() | written(prefix="other."), p), "two LoRAs"),
     "nothing": (lambda p: save_file({}, p), "no tensors"),
     "no file": (lambda p: None, "does not exist"),
@@ -186,7 +247,7 @@ def test_a_float8_model_takes_none(tmp_path):
     state, scales = float8(BASE)
     save_file(state | legacy(scales, False)[0], tmp_path / "fp8.safetensors")
     save_file(written(), tmp_path / "lora.safetensors")
-    with pytest.raises(CheckpointError, match="--fp8 makes it float8 with the LoRA in it"):
+    with pytest.raises(CheckpointError, match="make it float8 with the LoRA in it"):
         describe(tmp_path / "fp8.safetensors", lora=tmp_path / "lora.safetensors")
 
 
