@@ -121,11 +121,11 @@ def measured(folder: Path, sampling: Sampling, args: argparse.Namespace) -> dict
     clips, prompts = evaluate.ask(args.prompts, seed=0)
     wan = tiny.load_model(path=evaluate.transformer(folder))
     text = tiny.load_text_encoder(folder / TEXT)
-    vae = load_tiny_autoencoder(evaluate.beside(folder / MODEL, "autoencoder") or args.runs / "autoencoder")
+    vae = load_tiny_autoencoder(evaluate.sibling_file(folder / MODEL, "autoencoder") or args.runs / "autoencoder")
     shown: list[Tensor] = []
 
     def watched():
-        for videos in evaluate.generate(wan, text, vae, prompts, args.windows, sampling=sampling):
+        for videos in evaluate.generate(wan, vae, text.encode(prompts), args.windows, sampling=sampling):
             shown.append(videos[: SHOWN - sum(map(len, shown))])
             yield videos
 

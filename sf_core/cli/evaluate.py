@@ -30,7 +30,6 @@ from ..sampling.schedule import add_noise
 from ..tiny import detect
 from ..tiny.autoencoder import SPACE, TinyAutoencoder, psnr
 from ..tiny.data import SIZE, Clips, caption, draw, render
-from ..tiny.text import TinyTextEncoder
 from ..video import contact_sheet
 from ..wan.attention import FullAttention
 from ..wan.fp8 import E4M3, quantise_model
@@ -82,17 +81,18 @@ def run(args: argparse.Namespace) -> str:
     for path in map(transformer, args.model):
         clips, prompts = ask(args.prompts, args.seed, args.split)
         wan = tiny.load_model(path=path)
-        text = tiny.load_text_encoder(args.text_encoder or beside(path, "text_encoder"))
-        vae = tiny.load_autoencoder(args.autoencoder or beside(path, "autoencoder"))
+        text = tiny.load_text_encoder(args.text_encoder or sibling_file(path, "text_encoder"))
+        vae = tiny.load_autoencoder(args.autoencoder or sibling_file(path, "autoencoder"))
         sampling = replace(describe(path).sampling if path else PRESETS["tiny"], **changes)
         near = quantise_model(copy.deepcopy(wan)) if args.fp8 else wan
-        off = velocity_error(wan, near, text.encode(prompts[:BATCH]), vae.encode(render(clips[:BATCH], 9)))
+        embeds = text.encode(prompts)
+        off = velocity_error(wan, near, embeds[:BATCH], vae.encode(render(clips[:BATCH], 9)))
         reencode = vae.still if args.reencode else None
-        videos = generate(near, text, vae, prompts, args.windows, args.seed, sampling, cache_dtype, reencode)
+        videos = generate(near, vae, embeds, args.windows, args.seed, sampling, cache_dtype, reencode)
         first = next(videos)
         decibels = None
         if near is not wan or cache_dtype:
-            exact = next(generate(wan, text, vae, prompts[:BATCH], 1, args.seed, sampling, None, reencode))
+            exact = next(generate(wan, vae, embeds[:BATCH], 1, args.seed, sampling, None, reencode))
             decibels = psnr(first[:, :WINDOW], exact).mean().item()
         scores = score(chain([first], videos), clips, args.windows)
         named = {"model": str(path or "built in"), "prompts": args.prompts}
@@ -111,7 +111,7 @@ def transformer(path: Path | None) -> Path | None:
     return exported if exported.is_file() else path / "model.safetensors"
 
 
-def beside(path: Path | None, part: str) -> Path | None:
+def sibling_file(path: Path | None, part: str) -> Path | None:
     """The "text_encoder" or "autoencoder" that training wrote beside a model."""
     file = path.parent / f"{part}.safetensors" if path else None
     return file if file and file.is_file() else None
@@ -133,20 +133,19 @@ def ask(n: int, seed: int, split: str = "all") -> tuple[Clips, list[str]]:
 
 def generate(
     wan: WanModel,
-    text: TinyTextEncoder,
     vae: TinyAutoencoder,
-    prompts: list[str],
+    prompts: Tensor,
     windows: int = 1,
     seed: int = 0,
     sampling: Sampling = PRESETS["tiny"],
     cache_dtype: torch.dtype | None = None,
     reencode: Reencode | None = None,
 ) -> Iterator[Tensor]:
-    """Videos of the prompts, [<= BATCH, windows * WINDOW, 64, 64, 3] at a time, each batch with its own noise."""
+    """Videos of prompt embeddings [n, tokens, text_dim]: [<= BATCH, windows * WINDOW, 64, 64, 3] at a time, each batch with its own noise."""
     latent = SIZE // SPACE
     frames = latent_frames(windows * WINDOW)
     for first in range(0, len(prompts), BATCH):
-        embeds = text.encode(prompts[first : first + BATCH])
+        embeds = prompts[first : first + BATCH]
         plan = Plan(sampling, frames, latent, latent, len(embeds), cache_dtype=cache_dtype)
         generation = Generation(Network(wan), plan, PromptSchedule.of(embeds), seed + first, reencode=reencode)
         yield torch.cat(list(generation.frames(DecoderStream(vae), windows * WINDOW)), 1)

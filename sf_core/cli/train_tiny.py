@@ -157,7 +157,7 @@ def measure(folder: Path) -> dict:
     """Scores of an exported model: videos of SCORED prompts, and the detectors' on truth and on reconstructions."""
     wan, text, vae = tiny.load_model(path=folder / "transformer.safetensors"), *load_others(folder)
     clips, prompts = evaluate.ask(SCORED, seed=0)
-    windows = evaluate.score(evaluate.generate(wan, text, vae, prompts, WINDOWS), clips, WINDOWS)
+    windows = evaluate.score(evaluate.generate(wan, vae, text.encode(prompts), WINDOWS), clips, WINDOWS)
     return {"video": {"prompts": SCORED, "windows": windows}, "detectors": evaluate.score_truth(SCORED, 0, vae)}
 
 

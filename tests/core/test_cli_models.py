@@ -333,7 +333,7 @@ WRONG = {
     "a VAE for the TAEHV": (["--taehv", "Wan2.1_VAE.pth"], "do not make up a TAEHV"),
     "a TAEHV of Wan 2.2": (["--taehv", "taew2_2.safetensors"], "48 channels; the model makes 16"),
     "a text file for the autoencoder": (["--vae", "notes.txt"], "a text file"),
-    "a model for the LoRA": (["--lora", "longlive.safetensors"], "no part of a plain LoRA"),
+    "a model for the LoRA": (["--lora", "longlive.safetensors"], "no part of a LoRA"),
     "an unknown family": (["--family", "stable-forcing"], "known are self-forcing"),
     "tiles with TAEHV": (["--taehv", "taew2_1.safetensors", "--tile", "256"], "Leave --tile out"),
     "tiles that are too small": (["--vae", "Wan2.1_VAE.pth", "--tile", "32"], "Use 64 or more"),

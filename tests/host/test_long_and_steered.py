@@ -352,11 +352,11 @@ def test_a_continued_video_is_the_video_made_at_once(call, sample, settings):
 
 def test_cancel_is_heard_while_a_prefix_is_read(call, sample, monkeypatch):
     import comfy.model_management as management
-    from any_folder_name.sf_core.sampling.rollout import Denoiser
+    from any_folder_name.sf_core.sampling.context import Context
 
     prefix, longer = {"samples": sample()}, call("Latent", 64, 64, 81, 0.0, 16.0, 1)
-    commit, read = Denoiser.commit, []
-    monkeypatch.setattr(Denoiser, "commit", lambda *args: read.append(args[1]) or commit(*args))
+    append, read = Context.append, []
+    monkeypatch.setattr(Context, "append", lambda *args: read.append(args[1]) or append(*args))
     management.interrupt_current_processing()
     with pytest.raises(management.InterruptProcessingException):
         sample(prefix=prefix, latent=longer)
@@ -372,7 +372,7 @@ def test_one_image_starts_every_video_of_a_batch(call, tiny, sample):
     image = {"samples": tiny.vae.encode(torch.rand(1, 64, 64, 3))}
     both = sample(prefix=image, latent=call("Latent", 64, 64, FRAMES, 0.0, 16.0, 2))
     assert torch.equal(both[0, :, 0], both[1, :, 0])
-    torch.testing.assert_close(both[:1], sample(prefix=image), rtol=0, atol=1e-4)
+    torch.testing.assert_close(both[:1], sample(prefix=image), rtol=1e-4, atol=1e-4)  # raw latents reach 10
 
 
 @pytest.mark.parametrize(
