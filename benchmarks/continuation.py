@@ -18,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sf_core import tiny
 from sf_core.cli.evaluate import WINDOW, ask
+from sf_core.pipeline import Generation
 from sf_core.sampling.config import PRESETS
-from sf_core.sampling.noise import SeededNoise
-from sf_core.sampling.rollout import rollout
+from sf_core.sampling.plan import Plan
+from sf_core.sampling.prompts import PromptSchedule
 from sf_core.tiny import detect
+from sf_core.wan.model import Network
 
 AFTER = 15  # latent frames made after the cut: a second and 36 frames
 CUTS = (21, 120)  # latent frames before it
@@ -33,15 +35,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     clips, prompts = ask(args.prompts, seed=0)
-    embeds, wan, vae = tiny.load_text_encoder().encode(prompts), tiny.load_model(), tiny.load_autoencoder()
+    prompted = PromptSchedule.of(tiny.load_text_encoder().encode(prompts))
+    network, vae = Network(tiny.load_model()), tiny.load_autoencoder()
 
-    def video(frames: int, **start) -> tuple[Tensor, float]:
+    def video(frames: int, prefix: Tensor | None = None, full_history: bool = False) -> tuple[Tensor, float]:
         """Latents [B, C, frames, H, W], and seconds until the first new chunk."""
-        began = time.process_time()
-        chunks, first, made = rollout(wan, PRESETS["tiny"], embeds, SeededNoise(0), frames, 8, 8, **start), None, []
-        for chunk in chunks:
-            made.append(chunk.latents)
-            if not chunk.span.given and first is None:
+        given = 0 if prefix is None else prefix.shape[2]
+        plan = Plan(PRESETS["tiny"], frames, 8, 8, prompted.batch, given, full_history)
+        began, first, made = time.process_time(), None, []
+        for chunk, x0 in Generation(network, plan, prompted, prefix=prefix).chunks():
+            made.append(x0)
+            if not chunk.given and first is None:
                 first = time.process_time() - began
         return torch.cat(made, dim=2), first
 
@@ -50,7 +54,7 @@ def main() -> None:
         rows = {"at once": (whole, alone)}
         prefix = whole[:, :, :cut].clone()
         rows["window"] = video(cut + AFTER, prefix=prefix)
-        rows["all"] = video(cut + AFTER, prefix=prefix, whole_prefix=True)
+        rows["all"] = video(cut + AFTER, prefix=prefix, full_history=True)
         for name, (latents, seconds) in rows.items():
             new, expected = latents[:, :, cut:], whole[:, :, cut:]
             frames = torch.cat([vae.decode(piece) for piece in latents[:, :, cut - 1 :].split(16)])[:, -WINDOW:]

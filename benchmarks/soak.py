@@ -24,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sf_core import tiny
 from sf_core.autoencoders.stream import DecoderStream
 from sf_core.cli.evaluate import WINDOW, ask
+from sf_core.pipeline import Generation
 from sf_core.sampling.config import PRESETS, Sampling
-from sf_core.sampling.noise import SeededNoise
-from sf_core.sampling.rollout import rollout
+from sf_core.sampling.plan import Plan
+from sf_core.sampling.prompts import PromptSchedule
 from sf_core.tiny import detect
 from sf_core.video import save_video
+from sf_core.wan.model import Network
 
 EARLY, LATE = slice(50, 150), slice(-100, None)  # chunks that are compared
 
@@ -42,8 +44,8 @@ class Soak:
     def __init__(self, frames: int, sampling: Sampling, seed: int, folder: Path) -> None:
         self.folder = folder
         self.clips, prompts = ask(1, seed)
-        embeds = tiny.load_text_encoder().encode(prompts)
-        self.chunks = rollout(tiny.load_model(), sampling, embeds, SeededNoise(seed), frames, 8, 8)
+        prompted = PromptSchedule.of(tiny.load_text_encoder().encode(prompts))
+        self.generation = Generation(Network(tiny.load_model()), Plan(sampling, frames, 8, 8), prompted, seed)
         self.stream = DecoderStream(tiny.load_autoencoder())
         self.seconds: list[float] = []
         self.mebibytes: list[float] = []
@@ -51,8 +53,8 @@ class Soak:
 
     def frames(self) -> Iterator[Tensor]:
         started = time.process_time()
-        for chunk in self.chunks:
-            frames = self.stream.decode(chunk.latents)[0]
+        for _, x0 in self.generation.chunks():
+            frames = self.stream.decode(x0)[0]
             yield frames
             self.seconds.append(time.process_time() - started)  # writing the frames is in it
             self.mebibytes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

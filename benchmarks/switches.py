@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sf_core import tiny
 from sf_core.autoencoders.stream import DecoderStream
 from sf_core.cli.evaluate import WINDOW, ask
+from sf_core.pipeline import Generation
 from sf_core.sampling.config import PRESETS, Sampling
-from sf_core.sampling.noise import SeededNoise
-from sf_core.sampling.prompts import TRANSITIONS, Cue
-from sf_core.sampling.rollout import rollout
+from sf_core.sampling.plan import Plan
+from sf_core.sampling.prompts import TRANSITIONS, PromptSchedule, TimedPrompt
 from sf_core.tiny import detect
+from sf_core.wan.model import Network
 
 SWITCH, LATER = 21, 6  # latent frames: where the second prompt starts, and how long after it reading begins
 BLEND = 6  # latent frames, 1.5 s
@@ -45,10 +46,10 @@ def scores(count: int, sampling: Sampling, transition: str) -> tuple[dict[str, f
     """Share of second prompts followed, for each attribute, and the mean residual."""
     (_, first), (asked, second) = ask(count, seed=0), ask(count, seed=1)
     text, blend = tiny.load_text_encoder(), BLEND if transition == "blend" else 0
-    cues = [Cue(0, text.encode(first)), Cue(SWITCH, text.encode(second), transition, blend)]
-    frames = SWITCH + LATER + WINDOW // 4
-    chunks = rollout(tiny.load_model(), sampling, cues, SeededNoise(0), frames, 8, 8)
-    latents = torch.cat([chunk.latents for chunk in chunks], dim=2)[:, :, SWITCH + LATER - 1 :]
+    prompts = TimedPrompt(0, text.encode(first)), TimedPrompt(SWITCH, text.encode(second), transition, blend)
+    plan = Plan(sampling, SWITCH + LATER + WINDOW // 4, 8, 8, count)
+    generation = Generation(Network(tiny.load_model()), plan, PromptSchedule(prompts))
+    latents = generation.latents()[:, :, SWITCH + LATER - 1 :]
     video = DecoderStream(tiny.load_autoencoder()).decode(latents)[:, 1:]
     found = detect.matches(detect.read(video), asked)
     return {name: right.float().mean().item() for name, right in found.items()}, detect.residual(video, asked).mean()

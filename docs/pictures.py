@@ -19,10 +19,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from sf_core import tiny  # noqa: E402
-from sf_core.autoencoders.stream import DecoderStream  # noqa: E402
+from sf_core.autoencoders.stream import DecoderStream, latent_frames  # noqa: E402
+from sf_core.pipeline import Generation  # noqa: E402
 from sf_core.sampling.config import PRESETS  # noqa: E402
-from sf_core.sampling.noise import SeededNoise  # noqa: E402
-from sf_core.sampling.rollout import rollout  # noqa: E402
+from sf_core.sampling.plan import Plan  # noqa: E402
+from sf_core.sampling.prompts import PromptSchedule  # noqa: E402
+from sf_core.wan.model import Network  # noqa: E402
 from tests.host.server import WORKFLOWS, frames_of, load_prompt, running  # noqa: E402
 
 PROMPTS = [
@@ -48,11 +50,11 @@ SHOWN = {  # frames on a thumbnail; spread over a second where it is not named
 def clips(prompts: list[str], seed: int = 0) -> torch.Tensor:
     """Frames [B, T, 64, 64, 3] in 0..1 of all prompts."""
     torch.set_num_threads(1)
+    plan = Plan(PRESETS["tiny"], latent_frames(FRAMES), 8, 8, len(prompts))
     embeds = tiny.load_text_encoder().encode(prompts)
-    chunks = rollout(tiny.load_model(), PRESETS["tiny"], embeds, SeededNoise(seed), 1 + FRAMES // 4, 8, 8)
-    stream = DecoderStream(tiny.load_autoencoder())
+    generation = Generation(Network(tiny.load_model()), plan, PromptSchedule.of(embeds), seed)
     with torch.inference_mode():
-        return torch.cat([stream.decode(chunk.latents) for chunk in chunks], 1)
+        return torch.cat(list(generation.frames(DecoderStream(tiny.load_autoencoder()), FRAMES)), 1)
 
 
 def picture(frame: np.ndarray, side: int) -> Image.Image:

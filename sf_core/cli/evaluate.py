@@ -141,7 +141,10 @@ def generate(
     cache_dtype: torch.dtype | None = None,
     reencode: Reencode | None = None,
 ) -> Iterator[Tensor]:
-    """Videos of prompt embeddings [n, tokens, text_dim]: [<= BATCH, windows * WINDOW, 64, 64, 3] at a time, each batch with its own noise."""
+    """Videos of prompt embeddings [n, tokens, text_dim]: [<= BATCH, windows * WINDOW, 64, 64, 3] at a time.
+
+    Each batch has its own noise.
+    """
     latent = SIZE // SPACE
     frames = latent_frames(windows * WINDOW)
     for first in range(0, len(prompts), BATCH):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -31,6 +32,20 @@ def model(seed: int = CAUSAL) -> WanModel:
     wan = WanModel(CONFIG).requires_grad_(False)
     wan.load_state_dict(weights({name: tuple(t.shape) for name, t in wan.state_dict().items()}, seed))
     return wan
+
+
+class RecordedNoise:
+    """Noise that was drawn elsewhere: `initial` [B, C, F, H, W] of all generated frames and `again`, in call order."""
+
+    def __init__(self, initial: Tensor, again: Iterable[Tensor]) -> None:
+        self.initial, self.used = initial, 0
+        self.again: Iterator[Tensor] = iter(again)
+
+    def __call__(self, start: int, frames: int, step: int, shape: tuple[int, int, int, int]) -> Tensor:
+        if step > 0:
+            return next(self.again)
+        self.used += frames
+        return self.initial[:, :, self.used - frames : self.used]
 
 
 def frames_second(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from sf_core.wan.attention import KERNELS, attention_named, sdpa
+from sf_core.wan.attention import KERNELS, attention_kernel, sdpa
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -56,7 +56,7 @@ def install(monkeypatch):
 def test_kernels_agree_with_torchs(install, name, module, function):
     install(module, **function)
     q, k, v = tokens(0), tokens(1), tokens(2)
-    attention = attention_named(name, CUDA, torch.bfloat16)
+    attention = attention_kernel(name, CUDA, torch.bfloat16)
     torch.testing.assert_close(attention(q, k, v), sdpa(q, k, v))
     with pytest.raises(ValueError, match="Use sdpa"):
         attention(q, k, v, torch.ones(5, 5, dtype=torch.bool))
@@ -65,14 +65,14 @@ def test_kernels_agree_with_torchs(install, name, module, function):
 @pytest.mark.parametrize("name, package", [("flash", "pip install flash-attn"), ("sage", "pip install sageattention")])
 def test_a_missing_package_is_named(install, name, package):
     with pytest.raises(ImportError, match=package):
-        attention_named(name, CUDA, torch.bfloat16)
+        attention_kernel(name, CUDA, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("device, dtype", [(CPU, torch.bfloat16), (CUDA, torch.float32)])
 def test_only_torchs_runs_anywhere(name, device, dtype):
     if name == "sdpa":
-        assert attention_named(name, device, dtype) is sdpa
+        assert attention_kernel(name, device, dtype) is sdpa
         return
     with pytest.raises(ValueError, match="needs a CUDA GPU and bfloat16"):
-        attention_named(name, device, dtype)
+        attention_kernel(name, device, dtype)

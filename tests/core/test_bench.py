@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from sf_core.cli import bench
-from sf_core.cli.bench import JOBS, Job
+from sf_core.cli.bench import JOBS, Job, plan_of
 from sf_core.cli.main import main
 from sf_core.sampling.config import Sampling
 from sf_core.wan.config import WAN_1_3B, WanConfig
 from tests.core.test_cli import refused
 
 CONFIG = WanConfig(dim=24, heads=2, layers=1, ffn_dim=32, freq_dim=16, text_dim=8, text_len=6)
-SMALL = Job(CONFIG, Sampling(), 6, 32, 16)
+SMALL = Job(CONFIG, plan_of(6, 32, 16))
 RECOMPUTE = f"{Path(__file__).parents[2]}/benchmarks/recompute.py:Recompute"
 
 
@@ -31,15 +31,15 @@ def run(capsys, *options):
 
 
 def test_operations_of_a_full_size_forward():
-    one = Job(WAN_1_3B, Sampling(steps=(1000,)), 3, 832, 480)
+    one = Job(WAN_1_3B, plan_of(3, 832, 480, Sampling(steps=(1000,))))
     tokens = 3 * WAN_1_3B.tokens_per_frame(60, 104)
     assert tokens == 4680
     attention = 0.863e9 * (tokens + WAN_1_3B.text_len)
     assert one.flops() == pytest.approx(11.7e12 + attention, rel=0.01)
     # Two chunks: the first is committed too, the second sees twice as many tokens.
-    two = replace(one, frames=6)
+    two = one.with_frames(6)
     assert two.flops() == pytest.approx(3 * one.flops() + 0.863e9 * tokens, rel=0.001)
-    windowed = replace(two, sampling=Sampling(steps=(1000,), window=3))
+    windowed = replace(one, plan=plan_of(6, 832, 480, Sampling(steps=(1000,), window=3)))
     assert windowed.flops() == pytest.approx(3 * one.flops(), rel=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_clocks_wait_for_the_device(monkeypatch, kind):
 def test_it_computes_in_what_generate_computes_in(capsys, monkeypatch, options, device, dtype):
     jobs = []
     monkeypatch.setattr(bench, "measure", lambda job, *_: jobs.append(job) or {})
-    monkeypatch.setattr(bench, "device_named", torch.device)
+    monkeypatch.setattr(bench, "device", torch.device)
     run(capsys, "--json", "--device", device, *options)
     assert jobs[0].dtype == dtype
 

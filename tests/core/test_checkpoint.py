@@ -22,15 +22,17 @@ from sf_core.checkpoints.load import (
     describe,
     load_checkpoint,
     load_model,
-    memory_needed,
     plain_dtype,
 )
 from sf_core.checkpoints.tensorfiles import TensorFile
+from sf_core.memory import MemoryPlan
+from sf_core.pipeline import loaded_weight_bytes
 from sf_core.sampling.config import Sampling
 from sf_core.sampling.families import FAMILIES, PATTERNS, guess_family
-from sf_core.wan.attention import Sequence
+from sf_core.sampling.plan import Plan
+from sf_core.wan.attention import FullAttention
 from sf_core.wan.config import WanConfig
-from sf_core.wan.model import WanModel, encode_text, velocity
+from sf_core.wan.model import WanModel, encode_prompt, velocity
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = WanConfig(dim=128, ffn_dim=64, heads=1, layers=2, channels=16, freq_dim=16, text_dim=24)
@@ -340,8 +342,8 @@ def test_float8_without_scales_is_taken_at_its_word(tmp_path):
 def forward(model: WanModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(1, 16, 2, 4, 4, generator=generator)
-    text = encode_text(model, torch.randn(1, 3, SMALL.text_dim, generator=generator))
-    return velocity(model, x, 500.0, text, Sequence(SMALL, range(2), 4, 4))
+    text = encode_prompt(model, torch.randn(1, 3, SMALL.text_dim, generator=generator))
+    return velocity(model, x, 500.0, text, FullAttention(SMALL, range(2), 4, 4))
 
 
 def test_loaded_model_computes_what_the_saved_one_did(tmp_path):
@@ -415,29 +417,35 @@ def test_describe_agrees_with_loading(tmp_path):
 
 
 def test_memory_of_the_1_3b_model():
-    longlive = FAMILIES["longlive"].sampling
-    need = memory_needed(WanConfig(), longlive, weights=2_838_000_000, height=480, width=832)
+    plan = Plan(FAMILIES["longlive"].sampling, 21, 60, 104)
+    need = MemoryPlan(WanConfig(), plan, torch.bfloat16, weights=2_838_000_000).use
     assert need.cache == 12 * 2 * 30 * 1560 * 1536 * 2  # 3.2 GiB
-    assert need.text == 2 * 30 * 512 * 1536 * 2
+    assert need.prompt == 2 * 30 * 512 * 1536 * 2
     assert 400e6 < need.activations < 500e6
-    assert need.total == need.weights + need.cache + need.text + need.activations
+    assert need.total == need.weights + need.cache + need.prompt + need.activations
 
 
 def test_float8_cache_takes_half_and_a_scale_for_each_token_and_head():
-    longlive = FAMILIES["longlive"].sampling
-    need = memory_needed(WanConfig(), longlive, 0, 480, 832, cache_dtype=torch.float8_e4m3fn)
+    plan = Plan(FAMILIES["longlive"].sampling, 21, 60, 104, cache_dtype=torch.float8_e4m3fn)
+    need = MemoryPlan(WanConfig(), plan, torch.bfloat16).use
     assert need.cache == 12 * 2 * 30 * 1560 * (1536 + 12 * 4)
+
+
+def memory_use(about, height, width, sampling=None, frames=21, dtype=None):
+    """Memory of a video of so many pixels and latent frames, in the file's dtype unless told."""
+    plan, dtype = Plan(sampling or about.sampling, frames, height // 8, width // 8), dtype or plain_dtype(about.dtype)
+    return MemoryPlan(about.config, plan, dtype, loaded_weight_bytes(about, dtype)).use
 
 
 def test_memory_follows_size_window_and_precision(tmp_path):
     save_file(weights(), tmp_path / "longlive.safetensors")
     about = describe(tmp_path / "longlive.safetensors")
-    default = about.memory(64, 64)
-    assert default == about.memory(64, 64, sampling=replace(about.sampling, window=12))
-    assert about.memory(64, 64, sampling=replace(about.sampling, window=6)).cache == default.cache // 2
-    assert about.memory(64, 64, frames=3).cache == default.cache // 4
-    assert about.memory(128, 64).cache == 2 * default.cache
-    half = about.memory(64, 64, dtype=torch.bfloat16)
+    default = memory_use(about, 64, 64)
+    assert default == memory_use(about, 64, 64, sampling=replace(about.sampling, window=12))
+    assert memory_use(about, 64, 64, sampling=replace(about.sampling, window=6)).cache == default.cache // 2
+    assert memory_use(about, 64, 64, frames=3).cache == default.cache // 4
+    assert memory_use(about, 128, 64).cache == 2 * default.cache
+    half = memory_use(about, 64, 64, dtype=torch.bfloat16)
     assert (half.weights, half.cache) == (default.weights // 2, default.cache // 2)
 
 

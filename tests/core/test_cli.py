@@ -314,7 +314,7 @@ def test_incomplete_commands_are_refused(capsys, argv):
 
 
 def test_a_cache_that_cannot_fit_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "memory_of", lambda device: 2**24)
+    monkeypatch.setattr(generate, "available_memory", lambda device: 2**24)
     line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", "--window", "all", "--frames", "99999")
     assert "cpu has 16 MiB" in line and re.search(r"Use --window \d+ \(\d+ MiB\), or a smaller size", line), line
     assert os.listdir(tmp_path) == []

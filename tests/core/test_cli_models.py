@@ -13,22 +13,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sf_core import memory
-from sf_core import pipeline as models
+from sf_core import memory, pipeline
 from sf_core.autoencoders import taehv, wan_vae
 from sf_core.checkpoints.load import dequantised, load_checkpoint
 from sf_core.cli import generate
 from sf_core.cli.main import main
-from sf_core.pipeline import float8_model
+from sf_core.pipeline import FilePipeline, ModelFiles, Runtime, load_fp8_model
 from sf_core.sampling.families import FAMILIES
+from sf_core.sampling.noise import SeededNoise
+from sf_core.sampling.plan import Plan
 from sf_core.video import read_video
 from sf_core.wan.attention import sdpa
 from sf_core.wan.config import WanConfig
-from sf_core.wan.fp8 import FLOAT8, Fp8Linear
+from sf_core.wan.fp8 import E4M3, Fp8Linear
 from tests.core import test_checkpoint as checkpoints
 from tests.core import test_text as texts
 from tests.core import test_vae as vaes
 from tests.core.regenerate import weights
+from tests.core.rolling import roll_out
 from tests.core.test_cli import refused
 from tests.core.test_text import spiece, wan  # noqa: F401  fixtures
 
@@ -109,8 +111,7 @@ def test_frames_are_those_of_the_parts_put_together(make, files):
     _, frames, _ = make(*MODEL, *VAE)
     embeds = texts.load_text_encoder("umt5.safetensors").encode([PROMPT]).float()
     model, checkpoint = checkpoints.load_model("self_forcing_dmd.pt")
-    chunks = generate.rollout(model, checkpoint.sampling, embeds, generate.SeededNoise(0), 6, 6, 4)
-    latents = torch.cat([chunk.latents for chunk in chunks], 2)
+    latents = roll_out(model, checkpoint.sampling, embeds, SeededNoise(0), 6, 6, 4)
     expected = vaes.autoencoder(vaes.SMALL).decode(latents[:, :, :4])[0]
     torch.testing.assert_close(frames, expected, atol=1 / 255, rtol=0)
 
@@ -144,35 +145,41 @@ def test_a_lora_is_merged_into_the_model(make, files):
 
 
 def test_size_is_wans_unless_told(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "memory_of", lambda device: 1)
+    monkeypatch.setattr(generate, "available_memory", lambda device: 1)
     line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *MODEL, *VAE)
     assert "Got 832 x 480 pixels with a window of 21 latent frames" in line
 
 
 def test_text_encoder_is_gone_before_the_model_comes(make, monkeypatch):
-    encoders, load = [], models.load_text_encoder
-    monkeypatch.setattr(models, "load_text_encoder", lambda *args: encoders.append(load(*args)) or encoders[0])
-    wan_of = models.Files.wan
+    encoders, load = [], pipeline.load_text_encoder
+    monkeypatch.setattr(pipeline, "load_text_encoder", lambda *args: encoders.append(load(*args)) or encoders[0])
+    load_model = FilePipeline.load_model
 
-    def when_the_model_comes(source, request):
+    def when_the_model_comes(source):
         encoder = weakref.ref(encoders.pop())
         gc.collect()
         assert encoder() is None
-        return wan_of(source, request)
+        return load_model(source)
 
-    monkeypatch.setattr(models.Files, "wan", when_the_model_comes)
+    monkeypatch.setattr(FilePipeline, "load_model", when_the_model_comes)
     make(*MODEL, *TINY)
+
+
+def file_pipeline(vae, runtime=None, model="longlive.safetensors"):
+    """The pipeline of a model and an autoencoder in the working directory; its name says of which kind it is."""
+    files = ModelFiles(Path(model), Path("umt5.safetensors"), Path(vae), "tae" in vae)
+    return FilePipeline(files, runtime or Runtime("cpu"))
 
 
 def test_the_text_encoder_goes_where_it_fits_once_loaded(files, monkeypatch):
     loaded, gpu = texts.bytes_loaded("umt5.safetensors"), torch.device("cuda")
     assert loaded < 0.6 * Path("umt5.safetensors").stat().st_size  # float32 on the disk
-    source = models.Files(Path("longlive.safetensors"), Path("umt5.safetensors"), Path("taew2_1.safetensors"), True)
-    request = type("Request", (), {"device": gpu})
-    monkeypatch.setattr(models, "load_text_encoder", lambda path, tokenizer, device: torch.device(device))
+    source = file_pipeline("taew2_1.safetensors", Runtime(gpu))
+    monkeypatch.setattr(pipeline, "load_text_encoder", lambda path, tokenizer, device: torch.device(device))
     for room, device in ((loaded + 1, gpu), (loaded, torch.device("cpu")), (None, gpu)):
-        monkeypatch.setattr(models, "memory_of", lambda device, room=room: room and room + models.ROOM)
-        assert source.text_encoder(request) == device
+        there = room and room + pipeline.TEXT_ENCODER_WORK
+        monkeypatch.setattr(pipeline, "available_memory", lambda device, there=there: there)
+        assert source.load_text_encoder() == device
 
 
 def test_words_without_room_are_told(files, tmp_path, capsys):
@@ -195,9 +202,9 @@ def test_float8_is_near_and_not_the_same(make, model, option):
 
 def test_float8_file_stays_float8_and_means_the_same(files):
     checkpoint = load_checkpoint("self_forcing_fp8_scaled.safetensors")
-    model = float8_model(checkpoint, torch.device("cpu"), torch.float32)
+    model = load_fp8_model(checkpoint, torch.device("cpu"), torch.float32)
     layers = [layer for layer in model.blocks.modules() if isinstance(layer, Fp8Linear)]
-    assert len(layers) == 2 * 10 and all(layer.weight.dtype == FLOAT8 for layer in layers)
+    assert len(layers) == 2 * 10 and all(layer.weight.dtype == E4M3 for layer in layers)
     assert not any(isinstance(layer, torch.nn.Linear) for layer in model.blocks.modules())
     plain = checkpoints.WanModel(checkpoint.config)
     plain.load_state_dict(dequantised(checkpoint.state_dict, torch.float32))
@@ -207,10 +214,9 @@ def test_float8_file_stays_float8_and_means_the_same(files):
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_file_with_a_few_float8_layers(files, fp8):
     half = {name: tensor.bfloat16() for name, tensor in checkpoints.weights().items()}
-    save_file(half | {"blocks.1.ffn.0.weight": half["blocks.1.ffn.0.weight"].to(FLOAT8)}, files / "mixed.safetensors")
-    source = models.Files(files / "mixed.safetensors", files / "umt5.safetensors", files / "taew2_1.safetensors", True)
-    request = type("Request", (), {"device": torch.device("cpu"), "dtype": torch.bfloat16, "fp8": fp8})
-    layers = [layer for layer in source.wan(request).blocks.modules() if isinstance(layer, Fp8Linear)]
+    save_file(half | {"blocks.1.ffn.0.weight": half["blocks.1.ffn.0.weight"].to(E4M3)}, files / "mixed.safetensors")
+    source = file_pipeline("taew2_1.safetensors", Runtime("cpu", torch.bfloat16, fp8), "mixed.safetensors")
+    layers = [layer for layer in source.load_model().blocks.modules() if isinstance(layer, Fp8Linear)]
     assert len(layers) == (2 * 10 if fp8 else 1)
     (files / "mixed.safetensors").unlink()
 
@@ -223,8 +229,8 @@ def test_float8_file_makes_a_video(make):
 
 @pytest.mark.parametrize("model", [[], [*MODEL, *TINY]], ids=["built-in", "files"])
 def test_compiling_is_shown_and_changes_nothing(make, monkeypatch, model):
-    compiled, plain = [], generate.compile_stages("off")
-    monkeypatch.setattr(generate, "compile_stages", lambda mode: compiled.append(mode) or plain)
+    compiled, plain = [], generate.compile_ops("off")
+    monkeypatch.setattr(generate, "compile_ops", lambda mode: compiled.append(mode) or plain)
     _, exact, said = make(*model)
     assert "compiling" not in said
     _, frames, said = make(*model, "--compile", "max-autotune", name="compiled/")
@@ -240,7 +246,7 @@ def test_the_chosen_attention_is_used(make, monkeypatch, model):
         used.append(args)
         return sdpa(*args)
 
-    monkeypatch.setattr(generate, "attention_named", lambda name, device, dtype: counted if name == "sage" else sdpa)
+    monkeypatch.setattr(generate, "attention_kernel", lambda name, device, dtype: counted if name == "sage" else sdpa)
     _, exact, _ = make(*model)
     assert not used
     _, frames, _ = make(*model, "--attention", "sage", name="sage/")
@@ -258,25 +264,25 @@ def test_tiles_change_nothing(make):
 
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "memory_of", lambda device: 2 * 2**30)
-    monkeypatch.setattr(models, "load_text_encoder", pytest.fail)
+    monkeypatch.setattr(generate, "available_memory", lambda device: 2 * 2**30)
+    monkeypatch.setattr(pipeline, "load_text_encoder", pytest.fail)
     line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *MODEL, *VAE)
     assert re.search(r"decoder 8.*cpu has 2\.0 GiB\. Use --taehv instead of --vae \(1.2 GiB\)", line), line
     assert os.listdir(tmp_path) == []
 
 
 def test_out_of_memory_frees_everything_and_says_what_helps(files, tmp_path, capsys, monkeypatch):
-    alive, wan_of = [], models.Files.wan
+    alive, load_model = [], FilePipeline.load_model
 
-    def remembered(source, request):
-        model = wan_of(source, request)
+    def remembered(source):
+        model = load_model(source)
         alive.append(weakref.ref(model))
         return model
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(models.Files, "wan", remembered)
+    monkeypatch.setattr(FilePipeline, "load_model", remembered)
     monkeypatch.setattr(wan_vae.DecoderStream, "decode", full)
     line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *SIZE, *MODEL, *VAE)
     assert "Got out of memory on cpu" in line and "--taehv instead of --vae (" in line
@@ -285,38 +291,38 @@ def test_out_of_memory_frees_everything_and_says_what_helps(files, tmp_path, cap
     assert os.listdir(tmp_path) == []
 
 
-def plan(**changes):
-    longlive = FAMILIES["longlive"].sampling
-    facts = {"sampling": longlive, "weights": 2_837_993_600, "frames": 21, "dtype": torch.bfloat16} | changes
-    return memory.Plan(WanConfig(), height=480, width=832, **{"decoder": memory.WAN_VAE} | facts)
+def plan(sampling=FAMILIES["longlive"].sampling, cache_dtype=None, **changes):
+    video = Plan(sampling, 21, 60, 104, cache_dtype=cache_dtype)
+    facts = {"weights": 2_837_993_600, "decoder": memory.WAN_VAE} | changes
+    return memory.MemoryPlan(WanConfig(), video, torch.bfloat16, **facts)
 
 
 def test_full_size_plans():
     whole = plan()
     assert 9.5 < whole.total / 2**30 < 11
     assert whole.weights_fp8 < 0.52 * whole.weights
-    small = plan(decoder=memory.TAEHV, fp8=True, cache_dtype=FLOAT8)
+    small = plan(decoder=memory.TAEHV, fp8=True, cache_dtype=E4M3)
     assert small.total < 5 * 2**30
 
 
 def test_sinks_that_move_along_are_counted():
     moving = plan(sampling=FAMILIES["longlive-infinity"].sampling)
-    assert moving.model.cache - plan().model.cache == 3 * 30 * 1560 * 1536 * 2  # keys of three frames
+    assert moving.use.cache - plan().use.cache == 3 * 30 * 1560 * 1536 * 2  # keys of three frames
 
 
 @pytest.mark.parametrize("limit", [9.5, 8, 7, 5, 3.5])
 def test_every_option_that_is_suggested_fits(limit):
     room = int(limit * 2**30)
-    sentence = memory.advice(plan(), room)
+    sentence = memory.advise(plan(), room)
     told = [float(number) for number in re.findall(r"\(([\d.]+) GiB\)", sentence)]
     assert told and all(number <= limit + 0.05 for number in told), sentence
 
 
 def test_single_options_first_then_together_then_a_smaller_size():
     alone = "Use --tile 256 (7.2 GiB), --taehv instead of --vae (6.5 GiB), or a smaller size."
-    assert memory.advice(plan(), 8 * 2**30) == alone
-    assert "--fp8-cache + --fp8 + --taehv instead of --vae (" in memory.advice(plan(), 4 * 2**30)
-    assert re.match(r"Use a smaller size: even .* is too much", memory.advice(plan(), 2**30))
+    assert memory.advise(plan(), 8 * 2**30) == alone
+    assert "--fp8-cache + --fp8 + --taehv instead of --vae (" in memory.advise(plan(), 4 * 2**30)
+    assert re.match(r"Use a smaller size: even .* is too much", memory.advise(plan(), 2**30))
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
@@ -413,7 +419,7 @@ def test_info_refuses_other_files_in_one_line(odd_files, capsys, argv, remedy):
 def test_lighttae_reads_the_latents_of_the_wan_vae():
     autoencoder = taehv.TAEHV.from_state_dict(taehv_state())
     latents = torch.randn(1, 16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
-    light = models.LightDecoderStream(autoencoder).decode(latents)
+    light = pipeline.LightDecoderStream(autoencoder).decode(latents)
     assert torch.equal(light, taehv.DecoderStream(autoencoder).decode(wan_vae.from_model_space(latents)))
 
 
@@ -422,12 +428,11 @@ def test_a_clip_is_encoded_in_pieces_to_the_latents_of_the_whole(files, monkeypa
     tiny, light = "tae" in kind, kind == "lighttae"
     name = {"taehv": "taew2_1.safetensors", "lighttae": "lighttaew2_1.safetensors"}.get(kind, "Wan2.1_VAE.pth")
     save_file(taehv_state(), files / "lighttaew2_1.safetensors")
-    source = models.Files(Path("longlive.safetensors"), Path("umt5.safetensors"), Path(name), tiny)
     tile = 8 if "tiles" in kind else None
-    request = type("Request", (), {"device": torch.device("cpu"), "dtype": torch.float32, "tile": tile})
+    source = file_pipeline(name, Runtime("cpu", torch.float32, tile=tile))
     frames = torch.rand(1, 41, 64 if tile else 16, 16, 3, generator=torch.Generator().manual_seed(0))
 
-    whole, given = source.autoencoder(request), []
+    whole, given = source.load_autoencoder(), []
     if tiny:
         expected = whole.encode(torch.cat([frames[:, :1].expand(-1, 3, -1, -1, -1), frames], 1))
         expected = wan_vae.to_model_space(expected) if light else expected
@@ -436,15 +441,14 @@ def test_a_clip_is_encoded_in_pieces_to_the_latents_of_the_whole(files, monkeypa
     for stream in (wan_vae.EncoderStream, taehv.EncoderStream):
         encode = stream.encode
         monkeypatch.setattr(stream, "encode", lambda s, x, run=encode: given.append(x.shape[1]) or run(s, x))
-    latents = source.encode(request, frames)
+    latents = source.encode(source.load_autoencoder(), frames)
     assert torch.equal(latents, expected) and latents.shape[2] == 11
-    assert max(given) == models.TOGETHER and sum(given) == 41 + 3 * tiny
+    assert max(given) == pipeline.PIECE and sum(given) == 41 + 3 * tiny
 
 
 def test_the_file_name_tells_lighttae_from_taew(files):
-    kinds = {"lighttaew2_1.safetensors": models.LightDecoderStream, "taew.safetensors": taehv.DecoderStream}
+    kinds = {"lighttaew2_1.safetensors": pipeline.LightDecoderStream, "taew.safetensors": taehv.DecoderStream}
     for name, kind in kinds.items():
         save_file(taehv_state(), files / name)
-        source = models.Files(files / "longlive.safetensors", files / "umt5.safetensors", files / name, True)
-        request = type("Request", (), {"device": torch.device("cpu"), "dtype": torch.float32, "tile": None})
-        assert type(source.decoder(request)) is kind
+        source = file_pipeline(name)
+        assert type(source.decoder_stream(source.load_autoencoder())) is kind

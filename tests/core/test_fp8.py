@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sf_core.wan.fp8 import FLOAT8, Fp8Linear, multiplies_float8, quantise, quantised
+from sf_core.wan.fp8 import E4M3, Fp8Linear, multiplies_float8, quantise_model, quantise_rows
 from tests.core.goldens import model
 from tests.core.test_rollout import PROMPT, WAN, roll
 
@@ -16,8 +16,8 @@ def error(got, expected):
 
 def test_rows_keep_their_own_range():
     x = torch.randn(3, 64) * torch.tensor([[1e-4], [1.0], [1e4]])
-    numbers, scale = quantised(x)
-    assert numbers.dtype == FLOAT8
+    numbers, scale = quantise_rows(x)
+    assert numbers.dtype == E4M3
     back = numbers.float() * scale
     for row, expected in zip(back, x):
         assert error(row, expected) < 0.04
@@ -25,7 +25,7 @@ def test_rows_keep_their_own_range():
 
 
 def test_zeros_stay_zeros():
-    numbers, scale = quantised(torch.zeros(2, 16))
+    numbers, scale = quantise_rows(torch.zeros(2, 16))
     assert (numbers.float() * scale == 0).all()
 
 
@@ -60,7 +60,7 @@ def test_which_devices_multiply_float8(monkeypatch, platform, capability, able):
 
 
 def test_blocks_are_quantised_and_what_touches_latents_is_not():
-    wan = quantise(model())
+    wan = quantise_model(model())
     inside = [module for module in wan.blocks.modules() if isinstance(module, (torch.nn.Linear, Fp8Linear))]
     assert len(inside) == 2 * 10 and all(isinstance(module, Fp8Linear) for module in inside)
     outside = (wan.head, wan.text_embedding, wan.time_embedding, wan.time_projection, wan.patch_embedding)
@@ -68,18 +68,18 @@ def test_blocks_are_quantised_and_what_touches_latents_is_not():
 
 
 def test_a_video_from_float8_weights_is_near_the_exact_one():
-    exact, near = roll(9), roll(9, wan=quantise(copy.deepcopy(WAN)))
+    exact, near = roll(9), roll(9, wan=quantise_model(copy.deepcopy(WAN)))
     assert 0 < error(near, exact) < 0.1
 
 
 def test_block_weights_take_a_quarter_of_float32():
     wan = model().blocks
     before = sum(p.nbytes for p in wan.parameters())
-    quantise(type("Wan", (), {"blocks": wan}))
+    quantise_model(type("Wan", (), {"blocks": wan}))
     after = sum(t.nbytes for t in (*wan.parameters(), *wan.buffers()))
     assert after < 0.3 * before
 
 
 def test_prompts_are_read_with_float8_layers_too():
-    wan = quantise(copy.deepcopy(WAN))
+    wan = quantise_model(copy.deepcopy(WAN))
     assert roll(3, wan=wan, prompt=PROMPT.bfloat16(), dtype=torch.float32).isfinite().all()

@@ -5,24 +5,22 @@ import re
 import pytest
 import torch
 
+from benchmarks.recompute import block_causal_mask
 from sf_core.sampling.config import Sampling
-from sf_core.sampling.noise import RecordedNoise
-from sf_core.sampling.prompts import Cue
-from sf_core.sampling.rollout import rollout
+from sf_core.sampling.prompts import TimedPrompt
 from sf_core.sampling.schedule import (
     add_noise,
     few_steps,
-    loss_weights,
     shift_sigma,
     sigma_at,
     sigma_table,
-    velocity_from_x0,
     x0_from_velocity,
 )
-from sf_core.wan.attention import Sequence, block_causal_mask
-from sf_core.wan.cache import RollingCache
-from sf_core.wan.model import encode_text, velocity
-from tests.core.goldens import CONFIG, HEIGHT, REAL_SCORE, TOKENS, WIDTH, frames_second, golden, model
+from sf_core.wan.attention import FullAttention
+from sf_core.wan.cache import CacheShape, RollingCache
+from sf_core.wan.model import encode_prompt, velocity
+from tests.core.goldens import CONFIG, HEIGHT, REAL_SCORE, TOKENS, WIDTH, RecordedNoise, frames_second, golden, model
+from tests.core.rolling import roll_out
 
 TOLERANCE = 2e-5
 
@@ -73,15 +71,14 @@ def replay(tensors, case, sampling, prompt=None):
         prompt = tensors.get(f"{case}.prompt_embeds", tensors.get(f"{case}.prompt_embeds0"))
     prefix = tensors.get(f"{case}.initial_latent")
     prefix = None if prefix is None else frames_second(prefix)
-    chunks = rollout(model(), sampling, prompt, noise, frames, HEIGHT, WIDTH, prefix=prefix)
-    return frames_second(torch.cat([chunk.latents for chunk in chunks], 2)), expected
+    return frames_second(roll_out(model(), sampling, prompt, noise, frames, HEIGHT, WIDTH, prefix=prefix)), expected
 
 
 @torch.no_grad()
 def test_cached_forwards_and_what_they_leave_in_the_cache():
     wan = model()
-    text = encode_text(wan, FORWARDS["kv.context"])
-    cache = RollingCache(CONFIG, 2, HEIGHT, WIDTH, slots=9)
+    text = encode_prompt(wan, FORWARDS["kv.context"])
+    cache = RollingCache(CONFIG, CacheShape(2, HEIGHT, WIDTH, slots=9))
     for call, start in enumerate((0, 3, 3, 6)):
         out = velocity(wan, FORWARDS[f"kv.x{call}"], FORWARDS[f"kv.t{call}"], text, cache.chunk(start, 3))
         close(out, FORWARDS[f"kv.out{call}"])
@@ -96,8 +93,8 @@ def test_cached_forwards_and_what_they_leave_in_the_cache():
 @torch.no_grad()
 def test_cached_forwards_frame_by_frame():
     wan = model()
-    text = encode_text(wan, FORWARDS["single.context"])
-    cache = RollingCache(CONFIG, 1, HEIGHT, WIDTH, slots=4)
+    text = encode_prompt(wan, FORWARDS["single.context"])
+    cache = RollingCache(CONFIG, CacheShape(1, HEIGHT, WIDTH, slots=4))
     for call in range(4):
         x, t = FORWARDS[f"single.x{call}"], FORWARDS[f"single.t{call}"]
         close(velocity(wan, x, t, text, cache.chunk(call, 1)), FORWARDS[f"single.out{call}"])
@@ -120,8 +117,8 @@ def test_block_causal_forward(case, chunks, window):
     mask = block_causal_mask(chunks, TOKENS, window)
     assert torch.equal(mask, frame_mask(case))
     wan = model()
-    see = Sequence(CONFIG, range(sum(chunks)), HEIGHT, WIDTH, mask=mask)
-    text = encode_text(wan, FORWARDS["train.context"])
+    see = FullAttention(CONFIG, range(sum(chunks)), HEIGHT, WIDTH, mask=mask)
+    text = encode_prompt(wan, FORWARDS["train.context"])
     close(velocity(wan, FORWARDS[f"{case}.x"], FORWARDS[f"{case}.t"], text, see), FORWARDS[f"{case}.out"])
 
 
@@ -134,8 +131,8 @@ def test_teacher_forcing_forward(case):
     t = FORWARDS[f"{case}.t"]
     x = torch.cat((FORWARDS[f"{case}.clean_x"], FORWARDS[f"{case}.x"]), 2)  # clean frames first, then noisy ones
     t = torch.cat((FORWARDS.get(f"{case}.aug_t", torch.zeros_like(t)), t), 1)
-    see = Sequence(CONFIG, [*range(9), *range(9)], HEIGHT, WIDTH, mask=frame_mask(case))
-    out = velocity(wan, x, t, encode_text(wan, FORWARDS["train.context"]), see)
+    see = FullAttention(CONFIG, [*range(9), *range(9)], HEIGHT, WIDTH, mask=frame_mask(case))
+    out = velocity(wan, x, t, encode_prompt(wan, FORWARDS["train.context"]), see)
     close(out[:, :, 9:], FORWARDS[f"{case}.out"])
 
 
@@ -143,8 +140,8 @@ def test_teacher_forcing_forward(case):
 def test_bidirectional_forward():
     wan = model(REAL_SCORE)
     x, t = FORWARDS["bidir.x"], FORWARDS["bidir.t"]
-    see = Sequence(CONFIG, range(x.shape[2]), HEIGHT, WIDTH)
-    out = velocity(wan, x, t[:, None], encode_text(wan, FORWARDS["train.context"]), see)
+    see = FullAttention(CONFIG, range(x.shape[2]), HEIGHT, WIDTH)
+    out = velocity(wan, x, t[:, None], encode_prompt(wan, FORWARDS["train.context"]), see)
     close(out, FORWARDS["bidir.out"])
 
 
@@ -181,8 +178,8 @@ def test_longlive_window(case):
 )
 def test_longlive_prompt_switch(case, starts, transition):
     prompts = [LONGLIVE[f"{case}.prompt_embeds{i}"] for i in range(len(starts))]
-    cues = [Cue(start, embeds, transition) for start, embeds in zip(starts, prompts)]
-    close(*replay(LONGLIVE, case, Sampling(window=9, sink=3), cues))
+    timed = [TimedPrompt(start, embeds, transition) for start, embeds in zip(starts, prompts)]
+    close(*replay(LONGLIVE, case, Sampling(window=9, sink=3), timed))
 
 
 @pytest.mark.parametrize("shift", [1, 3, 5, 8])
@@ -194,7 +191,6 @@ def test_sigma_table_and_warped_steps(shift):
     every = torch.tensor([few_steps((float(t),), shift)[0].timestep for t in range(1, 1001)])
     ascending = whole if whole[-1] > whole[0] else whole.flip(0)
     close(every, ascending[1:], 1e-3)
-    close(torch.tensor(loss_weights(shift)), SCHEDULER[f"shift{shift}.training_weights"], 2e-5)
 
 
 def test_noise_is_added_at_the_nearest_entry_of_the_table():
@@ -202,9 +198,6 @@ def test_noise_is_added_at_the_nearest_entry_of_the_table():
     close(add_noise(SCHEDULER["add_noise.x"], SCHEDULER["add_noise.noise"], sigma), SCHEDULER["add_noise.out"])
     x, flow = SCHEDULER["add_noise.out"], SCHEDULER["flow"]
     close(x0_from_velocity(x, flow, sigma), SCHEDULER["x0_from_flow"])
-    x0, expected = SCHEDULER["x0_from_flow"], SCHEDULER["flow_from_x0"]
-    # Divided by sigmas down to 0.005, the last bit of x0 shows: relative there.
-    torch.testing.assert_close(velocity_from_x0(x, x0, sigma), expected, rtol=1e-4, atol=TOLERANCE)
 
 
 def test_noise_in_bfloat16_is_the_float32_result_rounded():

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from sf_core.sampling.config import Sampling
-from sf_core.sampling.noise import RecordedNoise
 from sf_core.sampling.schedule import sigma_at
 from sf_core.training.methods.losses import (
     Level,
@@ -16,10 +15,20 @@ from sf_core.training.methods.losses import (
     generator_gan,
     score_identity,
 )
-from sf_core.training.methods.self_rollout import Walk, roll_out
-from sf_core.training.network import Network, stages_for
-from sf_core.wan.model import EAGER
-from tests.core.goldens import FAKE_SCORE, HEIGHT, REAL_SCORE, WIDTH, frames_second, golden, golden_facts, model
+from sf_core.training.methods.self_rollout import ExitSchedule, self_rollout
+from sf_core.training.network import plain_attention, training_network
+from sf_core.wan.model import Network
+from tests.core.goldens import (
+    FAKE_SCORE,
+    HEIGHT,
+    REAL_SCORE,
+    WIDTH,
+    RecordedNoise,
+    frames_second,
+    golden,
+    golden_facts,
+    model,
+)
 
 TRAINING = golden("g7_training")
 FACTS = golden_facts("g7_training")
@@ -31,14 +40,18 @@ CONTEXT_SIGMA = sigma_at(0, 5)  # the published training adds the table's least 
 class Misread(Network):
     """A score as the published code reads it: by the table of shift 8, where noise was added by that of shift 5."""
 
-    def velocity(self, x, t, embeds, attend):
+    def velocity(self, x, t, prompt, attend):
         off = torch.tensor([sigma_at(one.item(), 8) / sigma_at(one.item(), 5) for one in t[:, 0]])
-        return super().velocity(x, t, embeds, attend) * off.view(-1, 1, 1, 1, 1)
+        return super().velocity(x, t, prompt, attend) * off.view(-1, 1, 1, 1, 1)
+
+
+def misread(wan):
+    return Misread(wan, attention=plain_attention)
 
 
 def scores():
     guidance = 4.0  # published as prompt + 3 (prompt - null)
-    return ScorePair(Misread(model(REAL_SCORE)), Misread(model(FAKE_SCORE)), guidance)
+    return ScorePair(misread(model(REAL_SCORE)), misread(model(FAKE_SCORE)), guidance)
 
 
 def recorded(case):
@@ -65,9 +78,9 @@ def last_noise(case):
 
 
 def roll(case, exit_step, wan, training=True, recompute=False):
-    network = Network(wan, stages=stages_for(sharded=False, recompute=recompute))
-    walk = Walk((exit_step,) * 7, context_sigma=CONTEXT_SIGMA)
-    return roll_out(network, Sampling(), PROMPTS.embeds, recorded(case), SIZE, walk, training)
+    network = training_network(wan, recompute=recompute)
+    schedule = ExitSchedule((exit_step,) * 7, context_sigma=CONTEXT_SIGMA)
+    return self_rollout(network, Sampling(), PROMPTS.embeds, recorded(case), SIZE, schedule, training)
 
 
 def relative(got, expected):
@@ -134,7 +147,7 @@ def close_to_kept(gradient, case):
 def test_critic_loss_on_a_self_rollout():
     wan = model(FAKE_SCORE).requires_grad_(True)
     made = roll("critic", FACTS["critic"]["exit"], model(), training=False)
-    loss = critic_flow(Misread(wan), made, PROMPTS.embeds, level("critic", last_noise("critic")))
+    loss = critic_flow(misread(wan), made, PROMPTS.embeds, level("critic", last_noise("critic")))
     loss.backward()
     assert loss.item() == pytest.approx(FACTS["critic_loss"]["loss"], rel=1e-5)
     norm = torch.cat([p.grad.flatten() for p in wan.parameters()]).norm().item()
@@ -148,8 +161,10 @@ def test_rollout_with_an_exit_step_per_chunk():
         key=lambda name: int(name.split("randn_like")[1]),
     )
     noise = RecordedNoise(clip("train_rollout.noise"), [frames_second(TRAINING[name][None]) for name in names])
-    walk = Walk(tuple(TRAINING["train_rollout_perblock.exit"].int().tolist()), context_sigma=CONTEXT_SIGMA)
-    made = roll_out(Network(model(), stages=EAGER), Sampling(), PROMPTS.embeds, noise, SIZE, walk, training=False)
+    exits = tuple(TRAINING["train_rollout_perblock.exit"].int().tolist())
+    schedule = ExitSchedule(exits, context_sigma=CONTEXT_SIGMA)
+    network = training_network(model())
+    made = self_rollout(network, Sampling(), PROMPTS.embeds, noise, SIZE, schedule, training=False)
     torch.testing.assert_close(made, clip("train_rollout_perblock.out"), rtol=0, atol=2e-5)
 
 

@@ -4,6 +4,8 @@ import ast
 import json
 import re
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,37 @@ HOST_MODULES = {
 }  # fmt: skip
 HOST_OWNED = {"torch", "torchvision", "torchaudio", "xformers", "triton", "sageattention", "flash-attn"}
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml"}
+ENGINE = ROOT / "sf_core"
+LAYERS = (  # of the engine, the lowest first: each imports from those before it
+    {"", "device", "video", "autoencoders"},  # "": the package itself, which knows its version
+    {"wan"},
+    {"sampling"},
+    {"checkpoints", "tiny", "text_encoder"},
+    {"memory"},
+    {"pipeline"},
+    {"training", "cli"},
+    {"__main__"},
+)
+BESIDE = {  # imports within a layer
+    ("autoencoders", "device"),
+    ("video", "device"),
+    ("text_encoder", "checkpoints"),
+    ("cli", "training"),
+    ("cli", ""),
+}
+MOST_PARAMETERS, MOST_LINES = 8, 45
 
 
 def python_files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """wan.model of sf_core/wan/model.py, wan of sf_core/wan/__init__.py."""
+    return ".".join(path.relative_to(ENGINE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+ENGINE_MODULES = {module_name(path): path for path in python_files("sf_core")}
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
@@ -37,6 +66,25 @@ def imports(path: Path) -> list[tuple[int, str]]:
 def outside(path: Path) -> set[str]:
     """Top-level names of the modules a file takes from outside the pack."""
     return {module.split(".")[0] for level, module in imports(path) if level == 0}
+
+
+def inside(path: Path) -> set[str]:
+    """Modules of the engine that a file of it imports, in functions too, as dotted names below sf_core."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*path.relative_to(ENGINE).parts[: -node.level], *filter(None, [node.module])])
+            names = {f"{base}.{alias.name}".strip(".") for alias in node.names}
+            found |= {name if name in ENGINE_MODULES else base for name in names}
+    return found
+
+
+def functions(folder: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """(where it stands, its syntax) of every function in a folder, those within others too."""
+    for path in python_files(folder):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{path.relative_to(ROOT).as_posix()}:{node.lineno} {node.name}", node
 
 
 def requirement_names(text: str) -> set[str]:
@@ -71,6 +119,47 @@ def test_engine_does_not_reach_out_of_its_folder():
     for path in python_files("sf_core"):
         depth = len(path.relative_to(ROOT / "sf_core").parts)
         assert all(level <= depth for level, _ in imports(path)), path
+
+
+@pytest.mark.parametrize("name", ENGINE_MODULES)
+def test_a_part_of_the_engine_imports_lower_ones_alone(name):
+    level = {part: number for number, layer in enumerate(LAYERS) for part in layer}
+    part = name.split(".")[0]
+    for imported in inside(ENGINE_MODULES[name]):
+        other = imported.split(".")[0]
+        assert other == part or level[other] < level[part] or (part, other) in BESIDE, imported
+
+
+def test_no_modules_of_the_engine_import_each_other_in_a_circle():
+    TopologicalSorter({name: inside(path) - {name} for name, path in ENGINE_MODULES.items()}).prepare()
+
+
+def test_the_engine_has_few_modules_that_belong_to_no_part():
+    alone = {"__init__", "__main__", "device", "memory", "pipeline", "text_encoder", "video"}
+    assert {path.stem for path in ENGINE.glob("*.py")} <= alone
+
+
+@pytest.mark.parametrize("folder", ["sf_core", "nodes"])
+def test_no_function_takes_more_than_eight_things(folder):
+    """But a node's `execute`, which is called with its inputs."""
+    offenders = []
+    for where, node in functions(folder):
+        listed = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+        names = [one.arg for one in listed if one is not None and one.arg not in ("self", "cls")]
+        if len(names) > MOST_PARAMETERS and not (folder == "nodes" and node.name == "execute"):
+            offenders.append(f"{where}: {len(names)}")
+    assert not offenders
+
+
+@pytest.mark.parametrize("folder", ["sf_core", "nodes"])
+def test_no_function_is_longer_than_a_page(folder):
+    """But lists of a node's inputs, or of a command's options."""
+    offenders = []
+    for where, node in functions(folder):
+        lines = node.end_lineno - node.lineno + 1
+        if lines > MOST_LINES and not re.fullmatch("define_schema|_?add_[a-z]+", node.name):
+            offenders.append(f"{where}: {lines}")
+    assert not offenders
 
 
 def test_requirements_cover_what_the_pack_imports():

@@ -7,14 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.recompute import block_causal_mask
 from sf_core.sampling.config import PRESETS, Sampling
+from sf_core.sampling.context import Context, allocate_cache
 from sf_core.sampling.noise import SeededNoise
-from sf_core.sampling.prompts import Cue
-from sf_core.sampling.rollout import Course, Denoiser, plan_spans, rollout, whole_chunks
-from sf_core.wan.attention import Sequence, attention_by_rows, block_causal_mask, sdpa
-from sf_core.wan.cache import RollingCache
+from sf_core.sampling.plan import Plan, cut_into_chunks, round_up_to_chunks
+from sf_core.sampling.prompts import PromptSchedule, TimedPrompt
+from sf_core.sampling.rollout import denoise
+from sf_core.wan.attention import FullAttention, attention_by_rows, sdpa
+from sf_core.wan.cache import CacheShape, RollingCache
 from sf_core.wan.config import WAN_1_3B, WanConfig
-from sf_core.wan.model import EAGER, WanLayers, WanModel, encode_text, velocity
+from sf_core.wan.model import EAGER, Network, WanLayers, WanModel, encode_prompt, velocity
+from tests.core.rolling import roll_chunks, roll_out
 
 SMALL = WanConfig(dim=24, heads=2, layers=2, ffn_dim=32, channels=4, freq_dim=16, text_dim=8, text_len=6)
 HEIGHT, WIDTH = 4, 6
@@ -33,8 +37,7 @@ PROMPT = torch.randn(1, 5, SMALL.text_dim, generator=torch.Generator().manual_se
 
 
 def roll(frames, sampling=None, seed=0, prompt=PROMPT, wan=WAN, size=(HEIGHT, WIDTH), **options):
-    chunks = rollout(wan, sampling or Sampling(), prompt, SeededNoise(seed), frames, *size, **options)
-    return torch.cat([chunk.latents for chunk in chunks], 2)
+    return roll_out(wan, sampling or Sampling(), prompt, SeededNoise(seed), frames, *size, **options)
 
 
 def equal(a, b):
@@ -48,11 +51,11 @@ def test_cached_chunk_by_chunk_is_the_block_causal_forward(chunks, batch):
     frames = sum(chunks)
     generator = torch.Generator().manual_seed(frames)
     x = torch.randn(batch, SMALL.channels, frames, HEIGHT, WIDTH, generator=generator)
-    text = encode_text(WAN, PROMPT.expand(batch, -1, -1))
+    text = encode_prompt(WAN, PROMPT.expand(batch, -1, -1))
     tokens = SMALL.tokens_per_frame(HEIGHT, WIDTH)
-    see = Sequence(SMALL, range(frames), HEIGHT, WIDTH, mask=block_causal_mask(chunks, tokens))
+    see = FullAttention(SMALL, range(frames), HEIGHT, WIDTH, mask=block_causal_mask(chunks, tokens))
     whole = velocity(WAN, x, 500, text, see)
-    cache = RollingCache(SMALL, batch, HEIGHT, WIDTH, slots=frames)
+    cache = RollingCache(SMALL, CacheShape(batch, HEIGHT, WIDTH, slots=frames))
     start, pieces = 0, []
     for n in chunks:
         pieces.append(velocity(WAN, x[:, :, start : start + n], 500, text, cache.chunk(start, n)))
@@ -69,7 +72,7 @@ def test_cached_chunk_by_chunk_is_the_block_causal_forward(chunks, batch):
 @torch.no_grad()
 def test_the_ring_holds_what_a_list_of_frames_would(chunks, sink, spare):
     window = sink + max(chunks) + spare
-    cache = RollingCache(SMALL, 1, HEIGHT, WIDTH, slots=window, sink=sink)
+    cache = RollingCache(SMALL, CacheShape(1, HEIGHT, WIDTH, slots=window, sink=sink))
     tokens, start, seen = cache.tokens, 0, []
 
     def spy(q, k, v, mask):
@@ -90,15 +93,15 @@ def test_the_ring_holds_what_a_list_of_frames_would(chunks, sink, spare):
 
 @settings(max_examples=20)
 @given(chunks=st.lists(st.integers(1, 3), min_size=2, max_size=6), sink=st.integers(0, 2), spare=st.integers(0, 3))
-def test_with_gradients_a_chunk_sees_the_same_window(chunks, sink, spare):
+def test_with_gradients_and_read_only_a_chunk_sees_the_same_window(chunks, sink, spare):
     window = sink + max(chunks) + spare
-    cache = RollingCache(SMALL, 1, HEIGHT, WIDTH, slots=window, sink=sink)
+    cache = RollingCache(SMALL, CacheShape(1, HEIGHT, WIDTH, slots=window, sink=sink))
     x = torch.randn(1, SMALL.channels, sum(chunks), HEIGHT, WIDTH, generator=torch.Generator().manual_seed(len(chunks)))
-    text, start = encode_text(WAN, PROMPT), 0
+    text, start = encode_prompt(WAN, PROMPT), 0
     for n in chunks:
         piece = x[:, :, start : start + n]
         with torch.enable_grad():
-            beside = velocity(WAN, piece, 500, text, cache.chunk(start, n))
+            beside = velocity(WAN, piece, 500, text, cache.chunk(start, n).read_only())
         with torch.no_grad():
             equal(beside, velocity(WAN, piece, 500, text, cache.chunk(start, n)))
         start += n
@@ -113,9 +116,9 @@ def test_a_window_as_long_as_the_video_changes_nothing(window):
 @given(frames=st.integers(1, 12), more=st.integers(1, 6), sink=st.integers(0, 2), pinned=st.booleans())
 def test_the_first_frames_do_not_depend_on_the_length(frames, more, sink, pinned):
     sampling = Sampling(window=6, sink=sink, pinned=pinned)
-    whole_chunks = frames - frames % sampling.chunk
+    whole = frames - frames % sampling.chunk
     short, long = roll(frames, sampling), roll(frames + more, sampling)
-    equal(short[:, :, :whole_chunks], long[:, :, :whole_chunks])
+    equal(short[:, :, :whole], long[:, :, :whole])
 
 
 @settings(max_examples=25)
@@ -128,15 +131,26 @@ def test_the_first_frames_do_not_depend_on_the_length(frames, more, sink, pinned
 )
 def test_a_cache_that_keeps_everything_shows_the_same_window(frames, chunk, sink, spare, again):
     sampling = Sampling(chunk=chunk, sink=sink, window=sink + chunk + spare)
-    stages = EAGER._replace(again=again)
+    network = Network(WAN, ops=EAGER._replace(recomputes=again))
     expected = roll(frames, sampling)
     for gradient in (False, True):  # inside the cache, and beside it
-        equal(roll(frames, sampling, stages=stages, course=lambda span: Course(gradient=gradient)), expected)  # noqa: B023
+        equal(gone_through(network, Plan(sampling, frames, HEIGHT, WIDTH), gradient), expected)
+
+
+def gone_through(network, plan, gradient):
+    """A rollout as training makes it: with `gradient` the last step of a chunk only reads the cache."""
+    context, made = Context(network, plan, PromptSchedule.of(PROMPT)), []
+    for chunk in plan.chunks:
+        context.enter(chunk)
+        noise = context.noise(SeededNoise(0), chunk)
+        made.append(denoise(context, plan.steps(chunk), noise, gradient=gradient))
+        context.append(chunk, made[-1])
+    return torch.cat(made, 2)
 
 
 def test_a_cache_that_keeps_everything_cannot_move_sinks():
     with pytest.raises(ValueError, match="pinned sinks with gradient checkpointing.*Turn off one"):
-        roll(6, Sampling(sink=1, window=6, pinned=True), stages=EAGER._replace(again=True))
+        roll(6, Sampling(sink=1, window=6, pinned=True), ops=EAGER._replace(recomputes=True))
 
 
 def test_a_prefix_continues_as_if_it_had_been_generated():
@@ -152,7 +166,7 @@ def test_a_video_continued_from_its_whole_history_is_the_video_made_at_once(chun
     first = roll(20, sampling)
     assert torch.equal(first, whole[:, :, :20])
     # Equal but for the last bits: where the ring begins anew a slot differs, and with it the order of a sum.
-    equal(roll(40, sampling, prefix=first, whole_prefix=True), whole)
+    equal(roll(40, sampling, prefix=first, full_history=True), whole)
 
 
 @pytest.mark.parametrize(
@@ -161,15 +175,15 @@ def test_a_video_continued_from_its_whole_history_is_the_video_made_at_once(chun
 def test_so_it_is_with_context_noise_and_with_first_steps_of_their_own(changes):
     sampling = Sampling(window=9, sink=1, **changes)
     whole = roll(24, sampling)
-    equal(roll(24, sampling, prefix=whole[:, :, :18], whole_prefix=True), whole)
+    equal(roll(24, sampling, prefix=whole[:, :, :18], full_history=True), whole)
 
 
 def test_a_long_prefix_is_read_as_far_as_the_first_new_chunk_sees():
     sampling = Sampling(window=9, sink=1)
-    read = [span.start for span in plan_spans(24, sampling, prefix=18) if span.read and span.given]
+    read = [chunk.start for chunk in cut_into_chunks(24, sampling, prefix=18) if chunk.cached and chunk.given]
     assert read == [0, 12, 15]  # the sink's chunk, and the 5 frames beside sink and new chunk
-    assert all(span.read for span in plan_spans(24, sampling, prefix=9))
-    assert all(span.read for span in plan_spans(24, sampling, prefix=18, whole_prefix=True))
+    assert all(chunk.cached for chunk in cut_into_chunks(24, sampling, prefix=9))
+    assert all(chunk.cached for chunk in cut_into_chunks(24, sampling, prefix=18, full_history=True))
 
 
 def test_what_of_a_prefix_is_not_read_does_not_matter_but_comes_out():
@@ -179,7 +193,7 @@ def test_what_of_a_prefix_is_not_read_does_not_matter_but_comes_out():
     ours, theirs = (roll(24, sampling, prefix=given) for given in (prefix, other))
     assert torch.equal(ours[:, :, :18], prefix) and torch.equal(theirs[:, :, :18], other)
     assert torch.equal(ours[:, :, 18:], theirs[:, :, 18:])
-    near = roll(24, sampling, prefix=prefix, whole_prefix=True)
+    near = roll(24, sampling, prefix=prefix, full_history=True)
     assert 0 < (near - ours)[:, :, 18:].norm() < 0.5 * near[:, :, 18:].norm()
 
 
@@ -191,16 +205,16 @@ OTHER = torch.randn(1, 4, SMALL.text_dim, generator=torch.Generator().manual_see
 def test_a_new_prompt_in_or_after_a_long_prefix_reads_the_newest_frames(sink, start, monkeypatch):
     sampling, prefix = Sampling(window=9, sink=sink), roll(30)
     read = []
-    commit = Denoiser.commit
+    commit = Context._commit
 
     def spy(self, x0, timestep, attend):
         if x0.shape[2] > sampling.chunk:  # a chunk is committed alone, a window in one piece
             read.append((attend.frames, x0))
         commit(self, x0, timestep, attend)
 
-    monkeypatch.setattr(Denoiser, "commit", spy)
-    whole = roll(36, sampling, prompt=[Cue(0, PROMPT), Cue(start, OTHER)], prefix=prefix)
-    if not next(span for span in plan_spans(36, sampling, 30) if span.start == start).read:
+    monkeypatch.setattr(Context, "_commit", spy)
+    whole = roll(36, sampling, prompt=[TimedPrompt(0, PROMPT), TimedPrompt(start, OTHER)], prefix=prefix)
+    if not next(chunk for chunk in cut_into_chunks(36, sampling, 30) if chunk.start == start).cached:
         assert not read  # what is read later is read under the new prompt anyway
         return
     ((frames, latents),) = read
@@ -218,7 +232,8 @@ def test_reencode_goes_on_from_a_long_prefix(sink):
 
 def asked_for(prefix, sampling):
     """The frame that is made a still first: three before the first chunk that is read and finds the window full."""
-    first = next(span for span in plan_spans(36, sampling, prefix) if span.read and span.end > sampling.window)
+    chunks = cut_into_chunks(36, sampling, prefix)
+    first = next(chunk for chunk in chunks if chunk.cached and chunk.end > sampling.window)
     return first.start - 3
 
 
@@ -293,28 +308,32 @@ def test_the_first_chunk_may_take_other_steps():
     roll(
         6,
         Sampling(steps=(1000, 500), first_steps=(1000, 750, 500, 250)),
-        on_step=lambda progress: calls.append((progress.span.index, progress.step, progress.steps, progress.total)),
+        on_step=lambda progress: calls.append((progress.chunk.index, progress.step, progress.steps, progress.total)),
     )
     assert calls == [(0, 1, 4, 6), (0, 2, 4, 6), (0, 3, 4, 6), (0, 4, 4, 6), (1, 1, 2, 6), (1, 2, 2, 6)]
 
 
-def test_the_last_chunk_is_not_committed(monkeypatch):
+def test_the_last_chunk_is_not_committed():
     calls = []
-    monkeypatch.setattr("sf_core.sampling.rollout.velocity", lambda *args: calls.append(args[2]) or velocity(*args))
-    roll(9)
-    assert len(calls) == 3 * 4 + 2
+
+    def call(part, module, *args):
+        calls.append(part)
+        return part(module, *args)
+
+    roll(9, ops=EAGER._replace(call=call))
+    assert calls.count(velocity) == 3 * 4 + 2
 
 
 def test_the_cache_is_allocated_once_and_as_small_as_the_window():
-    cache = RollingCache.for_rollout(SMALL, Sampling(window=6, sink=1), 99, batch=2, height=HEIGHT, width=WIDTH)
+    size = (HEIGHT, WIDTH)
+    cache = allocate_cache(SMALL, Plan(Sampling(window=6, sink=1), 99, *size, batch=2), torch.float32, "cpu")
     assert cache.nbytes == 2 * 6 * SMALL.cache_bytes_per_frame(HEIGHT, WIDTH, 4)
-    assert RollingCache.for_rollout(SMALL, Sampling(), 4, batch=1, height=HEIGHT, width=WIDTH).slots == 4
+    assert allocate_cache(SMALL, Plan(Sampling(), 4, *size), torch.float32, "cpu").slots == 4
 
 
 def test_a_float8_cache_takes_half_the_memory_and_moves_the_video_little():
-    size = {"batch": 1, "height": HEIGHT, "width": WIDTH}
-    half = RollingCache.for_rollout(WAN_1_3B, Sampling(window=2, chunk=1), 9, dtype=torch.bfloat16, **size)
-    eighth = RollingCache.for_rollout(WAN_1_3B, Sampling(window=2, chunk=1), 9, dtype=torch.float8_e4m3fn, **size)
+    plan = Plan(Sampling(window=2, chunk=1), 9, HEIGHT, WIDTH)
+    half, eighth = (allocate_cache(WAN_1_3B, plan, dtype, "cpu") for dtype in (torch.bfloat16, torch.float8_e4m3fn))
     assert eighth.nbytes / half.nbytes == pytest.approx(0.5, abs=0.02)  # the scales: 4 bytes for 128 numbers
     plain, eighth = roll(12), roll(12, cache_dtype=torch.float8_e4m3fn)
     assert (plain - eighth).norm() / plain.norm() < 0.02
@@ -323,14 +342,14 @@ def test_a_float8_cache_takes_half_the_memory_and_moves_the_video_little():
 @torch.no_grad()
 def test_the_hundred_thousandth_chunk_costs_what_the_tenth_costs():
     x = torch.randn(1, SMALL.channels, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
-    text, seen = encode_text(WAN, PROMPT), []
+    text, seen = encode_prompt(WAN, PROMPT), []
 
     def spy(q, k, v, mask):
         seen.append(k.shape[2])
         return sdpa(q, k, v)
 
     def cost(number):
-        cache = RollingCache(SMALL, 1, HEIGHT, WIDTH, slots=9, sink=1, pinned=True, first=3 * (number - 10))
+        cache = RollingCache(SMALL, CacheShape(1, HEIGHT, WIDTH, slots=9, sink=1, pinned=True), first=3 * (number - 10))
         seen.clear()
         for chunk in range(number - 10, number):
             velocity(WAN, x, 500, text, cache.chunk(3 * chunk, 3, spy))
@@ -347,10 +366,10 @@ def test_the_hundred_thousandth_chunk_costs_what_the_tenth_costs():
 def test_far_positions_change_next_to_nothing():
     # Rotary attention knows distances only; float32 angles would have lost them at this position.
     x = torch.randn(1, SMALL.channels, 6, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
-    text = encode_text(WAN, PROMPT)
+    text = encode_prompt(WAN, PROMPT)
 
     def last(first):
-        cache = RollingCache(SMALL, 1, HEIGHT, WIDTH, slots=6, first=first)
+        cache = RollingCache(SMALL, CacheShape(1, HEIGHT, WIDTH, slots=6), first=first)
         with torch.no_grad():
             velocity(WAN, x[:, :, :3], 0, text, cache.chunk(first, 3))
             return velocity(WAN, x[:, :, 3:], 500, text, cache.chunk(first + 3, 3))
@@ -420,14 +439,12 @@ def test_global_randomness_is_left_alone():
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn])
 def test_nothing_in_the_loop_waits_for_the_gpu(cache_dtype):
     wan = small_model().cuda()
-    chunks = rollout(
-        wan, Sampling(window=6, sink=1, pinned=True), PROMPT.cuda(), SeededNoise(0), 15, HEIGHT, WIDTH,
-        cache_dtype=cache_dtype,
-    )  # fmt: skip
+    sampling = Sampling(window=6, sink=1, pinned=True)
+    chunks = roll_chunks(wan, sampling, PROMPT.cuda(), SeededNoise(0), 15, HEIGHT, WIDTH, cache_dtype=cache_dtype)
     next(chunks)  # the first allocates
     torch.cuda.set_sync_debug_mode("error")
     try:
-        latents = [chunk.latents for chunk in chunks]
+        latents = [x0 for _, x0 in chunks]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cat(latents, 2).isfinite().all()
@@ -440,10 +457,10 @@ def test_seeds_give_different_videos_and_the_same_seed_the_same():
         SeededNoise(-1)
 
 
-def test_spans_feed_the_odd_prefix_chunk_first():
-    sizes = [(span.frames, span.given) for span in plan_spans(12, Sampling(), prefix=4)]
+def test_chunks_feed_the_odd_prefix_chunk_first():
+    sizes = [(chunk.frames, chunk.given) for chunk in cut_into_chunks(12, Sampling(), prefix=4)]
     assert sizes == [(1, True), (3, True), (3, False), (3, False), (2, False)]
-    sizes = [span.frames for span in plan_spans(8, Sampling(first_chunk=1))]
+    sizes = [chunk.frames for chunk in cut_into_chunks(8, Sampling(first_chunk=1))]
     assert sizes == [1, 3, 3, 1]
 
 
@@ -452,7 +469,7 @@ def test_spans_feed_the_odd_prefix_chunk_first():
     [(1, None, 0, 3), (7, None, 0, 9), (9, None, 0, 9), (1, 1, 0, 1), (2, 1, 0, 4), (5, None, 1, 7), (6, None, 3, 6)],
 )
 def test_whole_chunks(frames, first_chunk, prefix, whole):
-    assert whole_chunks(frames, Sampling(first_chunk=first_chunk), prefix) == whole
+    assert round_up_to_chunks(frames, Sampling(first_chunk=first_chunk), prefix) == whole
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from sf_core.autoencoders.stream import DecoderStream
 from sf_core.cli.evaluate import ask
 from sf_core.sampling.config import PRESETS, Sampling
 from sf_core.sampling.noise import SeededNoise
-from sf_core.sampling.prompt_text import Entrance, Prompt, cues, entrance, parse, starts
-from sf_core.sampling.rollout import plan_spans, rollout
+from sf_core.sampling.plan import cut_into_chunks
+from sf_core.sampling.prompt_text import Prompt, StartTime, parse, parse_start, place, schedule
 from sf_core.tiny import detect
+from tests.core.rolling import roll_out
 
 STORY = """
 0: a red circle moves right
@@ -23,24 +24,24 @@ STORY = """
 
 @60 blend 1.5s: a yellow triangle
 """
-SPANS = plan_spans(21, Sampling())  # chunks begin at 0, 3, ... 18
+CHUNKS = cut_into_chunks(21, Sampling())  # chunks begin at 0, 3, ... 18
 
 
 def test_a_line_says_when_and_how_a_prompt_comes_in():
     assert parse(STORY) == (
         Prompt("a red circle moves right"),
-        Prompt("a blue square: big", Entrance(16, said="4s")),
-        Prompt("a green star", Entrance(34, transition="cut", said="8.5s")),
-        Prompt("a yellow triangle", Entrance(60, True, "blend", 6, "@60")),
+        Prompt("a blue square: big", StartTime(16, said="4s")),
+        Prompt("a green star", StartTime(34, transition="cut", said="8.5s")),
+        Prompt("a yellow triangle", StartTime(60, True, "blend", 6, "@60")),
     )
 
 
 def test_seconds_are_counted_at_the_fps():
-    assert parse("0: a\n4s: b", fps=24)[1].entrance.start == 24
+    assert parse("0: a\n4s: b", fps=24)[1].start.at == 24
 
 
 def test_spaces_capitals_and_line_ends_do_not_matter():
-    second = Prompt("b", Entrance(16, transition="cut", said="4S"))
+    second = Prompt("b", StartTime(16, transition="cut", said="4S"))
     assert parse("  0 :  a\r\n\r\n\t4S  CUT :b\r\n") == (Prompt("a"), second)
 
 
@@ -112,30 +113,30 @@ def test_any_text_is_prompts_in_order_or_an_error_with_a_remedy(text):
     except ValueError as error:
         assert re.match("Got .* in line [0-9]+, column [0-9]+ of the prompt; ", str(error), re.S)
         return
-    assert prompts[0].entrance == Entrance(said=prompts[0].entrance.said)
+    assert prompts[0].start == StartTime(said=prompts[0].start.said)
     assert prompts == (Prompt(text),) or all(prompt.text.strip() for prompt in prompts)
 
 
-def test_an_entrance_is_what_stands_before_the_colon():
-    assert entrance("4s") == Entrance(16, said="4s")
-    assert entrance("@60 blend 1.5s") == Entrance(60, True, "blend", 6, "@60")
-    assert entrance("4s cut", fps=24) == Entrance(24, transition="cut", said="4s")
+def test_a_start_is_what_stands_before_the_colon():
+    assert parse_start("4s") == StartTime(16, said="4s")
+    assert parse_start("@60 blend 1.5s") == StartTime(60, True, "blend", 6, "@60")
+    assert parse_start("4s cut", fps=24) == StartTime(24, transition="cut", said="4s")
 
 
 @pytest.mark.parametrize(
     ("text", "column", "message"),
     [("", 1, "has a time"), ("0", 1, "a later time"), ("4", 1, "Write 4s"), ("4s fade", 4, "one of recache")],
 )
-def test_other_entrances_are_refused_where_they_are_wrong(text, column, message):
+def test_other_starts_are_refused_where_they_are_wrong(text, column, message):
     with pytest.raises(ValueError, match=f"line 1, column {column} .*{message}"):
-        entrance(text)
+        parse_start(text)
 
 
 # --- Among chunks ----------------------------------------------------------------------------------------------------
 
 
 def begin(text):
-    return starts([prompt.entrance for prompt in parse(text)], SPANS)
+    return place([prompt.start for prompt in parse(text)], CHUNKS)
 
 
 def test_a_prompt_starts_with_the_next_chunk():
@@ -163,12 +164,12 @@ def test_built_in_model_follows_a_new_prompt_within_two_chunks_and_the_old_one_u
     _, first = ask(n, 0)
     after, then = ask(n, 1)
     wan, text, vae = tiny.load_model(), tiny.load_text_encoder(), tiny.load_autoencoder()
-    shots = [(Entrance(), text.encode(first)), (Entrance(switch // 3, chunks=True), text.encode(then))]
+    shots = [(StartTime(), text.encode(first)), (StartTime(switch // 3, in_chunks=True), text.encode(then))]
 
     def video(prompt, frames):
-        return torch.cat([chunk.latents for chunk in rollout(wan, sampling, prompt, noise, frames, 8, 8)], 2)
+        return roll_out(wan, sampling, prompt, noise, frames, 8, 8)
 
-    switched = video(cues(shots, plan_spans(frames, sampling)), frames)
+    switched = video(schedule(shots, cut_into_chunks(frames, sampling)).prompts, frames)
     assert torch.equal(switched[:, :, :switch], video(text.encode(first), switch))
     later = DecoderStream(vae).decode(switched[:, :, switch + 5 :])[:, 1:]  # two chunks on, one period of all motions
     found = detect.matches(detect.read(later), after)

@@ -12,8 +12,8 @@ from sf_core.cli import evaluate
 from sf_core.cli.main import main
 from sf_core.sampling.config import PRESETS
 from sf_core.sampling.noise import SeededNoise
-from sf_core.sampling.rollout import rollout
 from sf_core.tiny import data, detect
+from tests.core.rolling import roll_out
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def test_a_video_that_starts_from_a_picture_shows_it_and_follows_the_prompt(text
     clips, prompts = evaluate.ask(16, seed=2)
     vae, picture = tiny.load_autoencoder(), data.render(clips, 1)  # [B, 1, 64, 64, 3]
     prompt, noise = text.encode(prompts), SeededNoise(0)
-    chunks = rollout(tiny.load_model(), PRESETS["tiny"], prompt, noise, 10, 8, 8, prefix=vae.encode(picture))
-    frames = vae.decode(torch.cat([chunk.latents for chunk in chunks], 2))[:, : evaluate.WINDOW]
+    latents = roll_out(tiny.load_model(), PRESETS["tiny"], prompt, noise, 10, 8, 8, prefix=vae.encode(picture))
+    frames = vae.decode(latents)[:, : evaluate.WINDOW]
     assert (frames[:, 0] - picture[:, 0]).abs().mean() < 0.03
     shares = {name: found.float().mean() for name, found in detect.matches(detect.read(frames), clips).items()}
     assert min(shares["colour"], shares["background"]) >= 0.9 and min(shares["shape"], shares["motion"]) >= 0.75

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from sf_core.checkpoints.load import describe, load_model
 from sf_core.cli.main import main
+from sf_core.sampling import context
 from sf_core.sampling.noise import SeededNoise
-from sf_core.sampling.rollout import rollout
 from sf_core.tiny import load_autoencoder
 from sf_core.training import metrics
 from sf_core.training.config import METHODS, SHIPPED, ModelConfig, read_config
@@ -31,9 +31,9 @@ from sf_core.training.step_random import StepRandom
 from sf_core.training.train import make_method
 from sf_core.training.trainer import Trainer, TrainingStopped
 from sf_core.video import save_video
-from sf_core.wan.cache import RollingCache
 from sf_core.wan.config import WanConfig
 from sf_core.wan.model import WanModel
+from tests.core.rolling import roll_chunks, roll_out
 from tests.core.runs import SAMPLING, config, losses, trained, written
 
 CPU = torch.device("cpu")
@@ -128,8 +128,8 @@ def test_an_update_makes_gradients_of_its_own_weights_alone(runs, method, monkey
 
 def test_teacher_forced_chunks_see_the_clips_of_their_captions(runs, monkeypatch):
     method = make_method(config("dmd", runs / "forced", loss={"context": "teacher-forced"}), Group(), CPU)
-    seen, roll_out = [], dmd.roll_out
-    monkeypatch.setattr(dmd, "roll_out", lambda *args: seen.append((args[2], args[-1])) or roll_out(*args))
+    seen, self_rollout = [], dmd.self_rollout
+    monkeypatch.setattr(dmd, "self_rollout", lambda *args: seen.append((args[2], args[-1])) or self_rollout(*args))
     random = StepRandom(0, 0, (0, 1, 2, 3))
     method.generator_step(random, 0.0)
     (embeds, context), batch = seen[0], method.data.batch(random, "generator", 2, plain=True)
@@ -272,18 +272,16 @@ def test_samples_are_made_one_at_a_time_and_decoded_where_they_are_told(runs, mo
     prompts = ["a red circle moves right", "a blue star"]
     settings = config("dmd", runs / "sampled", recompute=True, sampling={**SAMPLING, "window": 2})
     method, caches, decoded = make_method(settings, Group(), CPU), [], []
-    decode, for_rollout = method.encoders.decode, RollingCache.for_rollout
+    decode, cache = method.encoders.decode, context.RollingCache
     monkeypatch.setattr(method.encoders, "decode", lambda latents: decoded.append(latents.clone()) or decode(latents))
-    monkeypatch.setattr(
-        RollingCache, "for_rollout", lambda *args, **size: caches.append(size) or for_rollout(*args, **size)
-    )
+    monkeypatch.setattr(context, "RollingCache", lambda config, *args: caches.append(args[0]) or cache(config, *args))
     videos = method.sample(prompts, 4)
-    assert [(size["batch"], size["keep"]) for size in caches] == [(1, False)] * 2 and not decoded
+    assert [(shape.batch, shape.slots) for shape in caches] == [(1, 2)] * 2 and not decoded
     assert [video.shape for video in videos] == [(13, 64, 64, 3)] * 2
     for number, prompt in enumerate(prompts):
         embeds, noise = method.encoders.embeds([prompt]), StepRandom(0, 0, (0, 1)).noise("sample").seeds[number]
-        made = rollout(method.student.wan, settings.sampling, embeds.detach(), SeededNoise(noise), 4, *method.size)
-        expected = torch.cat([chunk.latents for chunk in made], 2)
+        sampling, noise = settings.sampling, SeededNoise(noise)
+        expected = roll_out(method.student.wan, sampling, embeds.detach(), noise, 4, *method.size)
         torch.testing.assert_close(decoded[number], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -524,7 +522,7 @@ def test_a_damaged_checkpoint_is_refused(runs, capsys):
 
 
 def test_too_little_memory_is_told_before_the_first_step(runs, capsys, monkeypatch):
-    monkeypatch.setattr("sf_core.training.memory.memory_of", lambda device: 10_000)
+    monkeypatch.setattr("sf_core.training.memory.available_memory", lambda device: 10_000)
     line = refused(capsys, written("dmd", runs / "small"))
     assert "GiB of memory; this run takes" in line and "Use recompute: true" in line
 
@@ -660,8 +658,8 @@ def test_a_model_is_known_by_its_file(runs):
     assert about.sampling.chunk == 1 and "metadata" in about.note
     wan, _ = load_model(runs / "known" / MODEL, dtype=torch.float32)
     prompt = torch.zeros(1, 4, wan.config.text_dim)
-    chunks = list(rollout(wan, about.sampling, prompt, SeededNoise(0), 2, 8, 8))
-    assert len(chunks) == 2 and torch.isfinite(chunks[-1].latents).all()
+    chunks = list(roll_chunks(wan, about.sampling, prompt, SeededNoise(0), 2, 8, 8))
+    assert len(chunks) == 2 and torch.isfinite(chunks[-1][1]).all()
 
 
 def test_the_manuals_examples_run(runs, monkeypatch):

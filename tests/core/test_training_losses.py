@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from benchmarks.recompute import block_causal_mask
 from sf_core.sampling.config import Sampling
 from sf_core.sampling.schedule import add_noise
 from sf_core.training.config import GanConfig, LoraConfig
@@ -24,9 +25,9 @@ from sf_core.training.methods.dmd import GeneratedClips
 from sf_core.training.methods.gan import GAN
 from sf_core.training.methods.losses import Level, Levels, Prompts, gradient_penalty
 from sf_core.training.methods.ode import ODE
-from sf_core.training.network import Network, plain_attention, stages_for
+from sf_core.training.network import clip_attention, plain_attention, predict_velocity, training_network
 from sf_core.training.step_random import StepRandom
-from sf_core.wan.attention import Sequence, block_causal_mask
+from sf_core.wan.attention import FullAttention
 from tests.core.test_self_rollout import CHUNK, CONFIG, HEIGHT, PROMPT, WIDTH, new_model
 
 CPU = torch.device("cpu")
@@ -82,15 +83,15 @@ def test_a_block_mask_takes_little_memory_at_full_size():
 def test_teacher_forcing_sees_what_the_cache_holds():
     """A noisy chunk beside clean ones is denoised as in a rollout whose cache holds the clean ones."""
     from sf_core.training.methods.diffusion import velocity_given_context
-    from sf_core.wan.cache import RollingCache
-    from sf_core.wan.model import encode_text, velocity
+    from sf_core.wan.cache import CacheShape, RollingCache
+    from sf_core.wan.model import encode_prompt, velocity
 
     wan = new_model()
     clean, noisy = torch.randn(2, len(PROMPT), CONFIG.channels, 4, *SIZE).unbind(0)
     sigma, zero = torch.full((len(PROMPT), 4), 0.7), torch.zeros(len(PROMPT), 4)
     attend = chunk_attention(CONFIG, chunk_indices(4, SAMPLING), SIZE, True, CPU)
-    beside = velocity_given_context(Network(wan), clean, zero, noisy, sigma, PROMPT, attend)
-    cache, text = RollingCache(CONFIG, len(PROMPT), *SIZE, slots=4), encode_text(wan, PROMPT)
+    beside = velocity_given_context(training_network(wan), clean, zero, noisy, sigma, PROMPT, attend)
+    cache, text = RollingCache(CONFIG, CacheShape(len(PROMPT), *SIZE, slots=4)), encode_prompt(wan, PROMPT)
     velocity(wan, clean[:, :, :2], 0.0, text, cache.chunk(0, 2))
     cached = velocity(wan, noisy[:, :, 2:], 700.0, text, cache.chunk(2, 2))
     torch.testing.assert_close(beside[:, :, 2:], cached, rtol=0, atol=2e-5)
@@ -196,17 +197,17 @@ def test_a_trajectory_with_one_even_step_is_eulers():
 
 def test_the_discriminator_reads_the_critics_own_tokens():
     torch.manual_seed(0)
-    network, judge = Network(new_model()), Discriminator(CONFIG, (0.5, 1.0))
+    network, judge = training_network(new_model()), Discriminator(CONFIG, (0.5, 1.0))
     clips = torch.randn(2, CONFIG.channels, 2, *SIZE, requires_grad=True)
     t = torch.full((2, 1), 500.0)
     features, v = judge.features(network, clips, t, PROMPT)
-    torch.testing.assert_close(v, network.velocity(clips, t, PROMPT, network.whole(clips)))
+    torch.testing.assert_close(v, predict_velocity(network, clips, t, PROMPT, clip_attention(network, clips)))
     assert [tuple(tokens.shape) for tokens in features] == [(2, 2 * TOKENS, CONFIG.dim)] * 2
     logits = judge(features)
     assert logits.shape == (2,)
     logits[0].backward()
     assert clips.grad[0].abs().sum() > 0 and clips.grad[1].abs().sum() == 0
-    again, _ = judge.features(Network(new_model(), stages=stages_for(False, True)), clips, t, PROMPT)
+    again, _ = judge.features(training_network(new_model(), recompute=True), clips, t, PROMPT)
     torch.testing.assert_close(judge(again), logits)
 
 
@@ -240,17 +241,21 @@ def test_merged_adapters_compute_the_same():
     trained = {name for name, p in wan.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 3 * CONFIG.layers and all(name.endswith((".up", ".down")) for name in trained)
     plain = new_model()
-    x, see = torch.randn(1, CONFIG.channels, 2, *SIZE), Sequence(CONFIG, range(2), *SIZE)
+    x, see = torch.randn(1, CONFIG.channels, 2, *SIZE), FullAttention(CONFIG, range(2), *SIZE)
     t, prompt = torch.full((1, 1), 500.0), PROMPT[:1]
+
+    def forward(wan):
+        return predict_velocity(training_network(wan), x, t, prompt, see)
+
     with torch.no_grad():
-        torch.testing.assert_close(Network(wan).velocity(x, t, prompt, see), Network(plain).velocity(x, t, prompt, see))
+        torch.testing.assert_close(forward(wan), forward(plain))
         for name, p in wan.named_parameters():
             if name.endswith(".up"):
                 p.normal_()
-        adapted = Network(wan).velocity(x, t, prompt, see)
+        adapted = forward(wan)
         plain.load_state_dict(merge_adapters(wan.state_dict(), config))
-        torch.testing.assert_close(Network(plain).velocity(x, t, prompt, see), adapted, rtol=0, atol=1e-5)
-    assert (adapted - Network(new_model()).velocity(x, t, prompt, see)).abs().max() > 1e-3
+        torch.testing.assert_close(forward(plain), adapted, rtol=0, atol=1e-5)
+    assert (adapted - forward(new_model())).abs().max() > 1e-3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -122,7 +122,7 @@ def test_one_gpu_of_80_gb_is_enough_for_adapters_as_its_configuration_says():
 def test_processes_on_one_cpu_share_its_memory(monkeypatch):
     config = read_config("tiny-dmd", (*TINY,))
     enough = plan_memory(config, 2, CPU).total * 1.5
-    monkeypatch.setattr("sf_core.training.memory.memory_of", lambda device: enough)
+    monkeypatch.setattr("sf_core.training.memory.available_memory", lambda device: enough)
     check_memory(config, 1, CPU)
     with pytest.raises(MemoryError, match="Use recompute: true"):
         check_memory(config, 2, CPU)
