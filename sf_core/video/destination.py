@@ -47,7 +47,9 @@ def check_folder(path: str | Path) -> None:
     folder, length = target.parent, len(os.fsencode(target.name))
     longest = _longest(folder)
     if length > longest:
-        raise OSError(f"Got a name of {length} bytes, {target.name[:24]!r}...; {longest} are allowed. Use a shorter one.")
+        raise OSError(
+            f"Got a name of {length} bytes, {target.name[:24]!r}...; {longest} are allowed. Use a shorter one."
+        )
     if not folder.is_dir():
         raise FileNotFoundError(f"Got {str(path)!r}, but there is no folder {str(folder)!r}. Make it first.")
     try:

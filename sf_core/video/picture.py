@@ -198,4 +198,6 @@ def told_full(path: str | Path, kept: str = "") -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise OSError(errno.ENOSPC, f"Got a full disk while writing {str(path)!r}. {kept}Make room and run again.") from None
+        raise OSError(
+            errno.ENOSPC, f"Got a full disk while writing {str(path)!r}. {kept}Make room and run again."
+        ) from None

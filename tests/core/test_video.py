@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sf_core.video import destination
-from sf_core.video import check_destination, contact_sheet, fitted, read_video, save_video
+from sf_core.video import check_destination, contact_sheet, destination, fitted, read_video, save_video
 
 NAMES = ["clip.mp4", "clip.webm", "clip.gif", "clip/"]
 LOSS = {"clip.mp4": 0.02, "clip.webm": 0.02, "clip.gif": 0.01, "clip/": 1 / 255}  # mean error
