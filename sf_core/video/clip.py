@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .picture import fitted, frame_of, is_animated, open_picture, oriented, read_picture
+from .picture import fitted, frame_of, is_animated, open_picture, oriented, read_picture, told_damaged
 
 SAME_RATE = 0.05  # of a rate; nobody sees it, and containers round
 ROUNDING = 1e-3  # seconds: a tick of the coarsest containers
@@ -124,7 +124,7 @@ def open_clip(path: str | Path) -> Clip:
     image = open_picture(path)
     if image is None:
         return _open_film(path)
-    with image:
+    with image, told_damaged(path):
         if is_animated(image):
             times = [(start, end) for start, end, _ in _animation(path, decode=False)]
             return Clip(path, "animation", *image.size, times[-1][1], len(times) / times[-1][1])
@@ -205,17 +205,12 @@ def _natural(file: Path) -> tuple:
 
 def _animation(path: Path, decode: bool = True) -> Iterator[Timed]:
     """Frames of an animated GIF, WebP, PNG or AVIF with the times at which browsers show them."""
-    with open_picture(path) as image:
+    with open_picture(path) as image, told_damaged(path):
         time = 0.0
         for number in range(1 if getattr(image, "default_image", False) else 0, image.n_frames):
-            try:
-                image.seek(number)
-                if decode or image.format == "WEBP":  # whose times come with the pixels
-                    image.load()
-            except EOFError:
-                return
-            except (OSError, SyntaxError, ValueError) as error:
-                raise OSError(f"Got {path}, damaged at frame {number}: {error}. Give a whole file.") from None
+            image.seek(number)
+            if decode or image.format != "GIF":  # whose times alone can be read without the pixels
+                image.load()
             held = image.info.get("duration") or 100  # ms; 100 is what browsers take
             held = 100 if image.format == "GIF" and held <= 10 else held
             yield time, time + held / 1000, frame_of(image) if decode else None

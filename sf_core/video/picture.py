@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # the pages of other formats are not frames of a film
 STUBS = {"MPEG", "BUFR", "GRIB", "HDF5", "WMF"}  # Pillow tells them by their first bytes and cannot decode them
 HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+AVIF = {b"avif", b"avis"}
 PLUGINS = {"HEIC": "pillow-heif", "AVIF": "pillow-avif-plugin"}
 INTEGERS = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -33,22 +35,21 @@ def open_picture(path: Path) -> Image.Image | None:
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
     if brand in HEIC:
         _register_heif(path)
-    elif brand and brand not in (b"avif", b"avis"):
+    elif brand and brand not in AVIF:
         return None
     Image.init()
     formats = [name for name in Image.OPEN if name not in STUBS]
-    try:
-        return Image.open(path, formats=formats)
-    except UnidentifiedImageError:
-        for kind, mine in (("AVIF", brand in (b"avif", b"avis")), ("HEIC", brand in HEIC)):
-            if mine:
-                raise OSError(
-                    f"Got {path}, a picture in {kind}, which this Pillow cannot read. Needed is a plugin. Install it "
-                    f"(pip install {PLUGINS[kind]}), or save the picture as PNG."
-                ) from None
-        return None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _damaged(path, error) from None
+    with told_damaged(path):
+        try:
+            return Image.open(path, formats=formats)
+        except UnidentifiedImageError:
+            kind = "AVIF" if brand in AVIF else "HEIC" if brand in HEIC else None
+            if kind is None:
+                return None
+            raise OSError(
+                f"Got {path}, a picture in {kind}, which this Pillow cannot read. Needed is a plugin. Install it "
+                f"(pip install {PLUGINS[kind]}), or save the picture as PNG."
+            ) from None
 
 
 def _register_heif(path: Path) -> None:
@@ -62,8 +63,19 @@ def _register_heif(path: Path) -> None:
     pillow_heif.register_heif_opener()
 
 
-def _damaged(path: Path, error: Exception) -> OSError:
-    return OSError(f"Got {path}, a picture that cannot be read: {error}. Needed is a whole one. Save it again as PNG.")
+@contextmanager
+def told_damaged(path: Path) -> Iterator[None]:
+    """Turns what Pillow raises for a damaged picture into a sentence. Raises OSError."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise OSError(f"Got {path}, which is too large: {error}. Save a smaller copy.") from None
+    except (OSError, SyntaxError, EOFError, ValueError, IndexError, TypeError, struct.error) as error:
+        if isinstance(error, OSError) and str(error).startswith("Got "):
+            raise
+        raise OSError(
+            f"Got {path}, a picture that cannot be read: {error}. Needed is a whole one. Save it again as PNG."
+        ) from None
 
 
 def is_animated(image: Image.Image) -> bool:
@@ -72,11 +84,9 @@ def is_animated(image: Image.Image) -> bool:
 
 def read_picture(path: Path, image: Image.Image) -> Tensor:
     """Frame [H, W, 3] of an opened picture, float32 in 0..1. Raises OSError for a damaged one."""
-    try:
+    with told_damaged(path):
         deep = _deep(path, image)
         return frame_of(image) if deep is None else deep
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise _damaged(path, error) from None
 
 
 def frame_of(image: Image.Image) -> Tensor:

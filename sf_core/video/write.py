@@ -120,8 +120,8 @@ def _full(error: OSError, left: Path, target: Path, count: int, keep: bool) -> O
     _move(left, name)
     return OSError(
         errno.ENOSPC,
-        f"Got a full disk after {count} frames, of which {size:.1f} MiB are kept in {str(name)!r}. A longer video needs "
-        "more in proportion. Make room, or write to another disk",
+        f"Got a full disk after {count} frames, of which {size:.1f} MiB are kept in {str(name)!r}. A longer video "
+        "needs more in proportion. Make room, or write to another disk",
     )
 
 
