@@ -140,7 +140,7 @@ def recover(folder: str | Path) -> list[Path]:
             try:
                 if match["suffix"] in PLAYABLE:
                     _remux(left, name)
-                    left.unlink()
+                    left.unlink(missing_ok=True)
                 elif _size(left):
                     os.replace(left, name)
                 else:
@@ -198,9 +198,18 @@ def _remux(source: Path, target: Path) -> None:
                     count += 1
         if not count:
             raise OSError("it holds no frames")
-        os.replace(hidden, target)
+        with av.open(_url(hidden)) as new:  # some versions of PyAV copy no decoder settings: then it stays as it is
+            whole = next(iter(_decoded(new)), None) is not None
+        os.replace(hidden if whole else source, target)
     finally:
         hidden.unlink(missing_ok=True)
+
+
+def _decoded(file: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+    try:
+        yield from file.decode(video=0)
+    except av.FFmpegError:
+        return
 
 
 def _free_name(path: Path) -> Path:
