@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import av
@@ -54,13 +55,12 @@ def open_picture(path: Path) -> Image.Image | None:
 
 def _register_heif(path: Path) -> None:
     try:
-        import pillow_heif
+        import_module("pillow_heif").register_heif_opener()
     except ImportError:
         raise OSError(
             f"Got {path}, a picture in HEIC, which Pillow reads with a plugin. Needed is pillow-heif. Install it "
             "(pip install pillow-heif), or save the picture as PNG."
         ) from None
-    pillow_heif.register_heif_opener()
 
 
 @contextmanager

@@ -471,9 +471,13 @@ def _check_even(image: np.ndarray) -> None:
 
 
 def _move(partial: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    os.replace(partial, target)
+    if not target.is_dir():
+        os.replace(partial, target)
+        return
+    aside = target.with_name(f".{_short(target.name)}.replaced-{os.getpid()}")
+    os.rename(target, aside)
+    os.rename(partial, target)
+    shutil.rmtree(aside)
 
 
 def _remove(partial: Path) -> None:
