@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sf_core import video
-from sf_core.video import check_destination, contact_sheet, fitted, read_video, save_video
+from sf_core.video import check_destination, contact_sheet, destination, fitted, read_video, save_video
 
 NAMES = ["clip.mp4", "clip.webm", "clip.gif", "clip/"]
 LOSS = {"clip.mp4": 0.02, "clip.webm": 0.02, "clip.gif": 0.01, "clip/": 1 / 255}  # mean error
@@ -210,7 +209,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
     def refuse(dir):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(video.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(destination.tempfile, "TemporaryFile", refuse)
     with pytest.raises(PermissionError, match="Read-only file system.*another folder"):
         check_destination(tmp_path / "clip.mp4")
 
