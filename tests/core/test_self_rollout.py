@@ -173,7 +173,9 @@ def test_a_restricted_window_hides_the_first_chunk_from_the_last():
 def test_exit_steps_are_shared_or_one_per_chunk():
     sampling = Sampling(chunk=CHUNK)
     shared = [RolloutConfig(frames=8).draw(sampling, StepRandom(0, step, (0,)), "") for step in range(40)]
-    single = [RolloutConfig(frames=8, exits="per-chunk").draw(sampling, StepRandom(0, step, (0,)), "") for step in range(40)]
+    single = [
+        RolloutConfig(frames=8, exits="per-chunk").draw(sampling, StepRandom(0, step, (0,)), "") for step in range(40)
+    ]
     assert all(len(set(drawn.exits)) == 1 and len(drawn.exits) == 4 for drawn in shared)
     assert {drawn.exits[0] for drawn in shared} == {0, 1, 2, 3}
     assert sum(len(set(drawn.exits)) > 1 for drawn in single) > 30
@@ -182,7 +184,9 @@ def test_exit_steps_are_shared_or_one_per_chunk():
 @pytest.mark.parametrize("exits", ["shared", "per-chunk"])
 def test_a_first_chunk_with_steps_of_its_own_exits_at_any_of_them(exits):
     sampling = Sampling(chunk=CHUNK, first_steps=(1000, 800, 600, 400, 300, 200))
-    schedules = [RolloutConfig(frames=8, exits=exits).draw(sampling, StepRandom(0, step, (0,)), "") for step in range(80)]
+    schedules = [
+        RolloutConfig(frames=8, exits=exits).draw(sampling, StepRandom(0, step, (0,)), "") for step in range(80)
+    ]
     assert {drawn.exits[0] for drawn in schedules} == set(range(6))
     assert {drawn.exits[1] for drawn in schedules} == set(range(4))
     roll(new_model(), sampling, ExitSchedule((5, 3, 3)), training=False)
