@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..sf_core.sampling.prompt_text import parse, parse_start
+from ..sf_core.sampling.prompt_text import explain_unscheduled, parse, parse_start
 from ..sf_core.sampling.prompts import TRANSITIONS
 from . import inputs
 from .host.conditioning import start_later, take_scheduled
+from .host.progress import say
 
 
 class SelfForcingPrompt(io.ComfyNode):
@@ -38,6 +39,7 @@ class SelfForcingPrompt(io.ComfyNode):
                 ),
             ],
             outputs=[io.Conditioning.Output(tooltip="Prompt for Self Forcing Sampler or a stock sampler.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -45,6 +47,8 @@ class SelfForcingPrompt(io.ComfyNode):
         if not text.strip():
             raise ValueError("Got an empty prompt; the model needs words to follow. Write what the video shows.")
         first, *later = parse(text, fps)
+        if hint := explain_unscheduled(text):
+            say(cls, hint)
         conditioning = encode(clip, first.text)
         if later:
             entries = [start_later(encode(clip, prompt.text), prompt.start) for prompt in later]

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from .sampling.prompt_text import Prompt, parse, schedule
 from .sampling.prompts import REREADING, PromptSchedule
 from .sampling.rollout import OnStep, rollout
 from .text_encoder import bytes_loaded, load_text_encoder
+from .video import Clip
 from .wan.attention import Attention, sdpa
 from .wan.config import WanConfig
 from .wan.fp8 import E4M3, Fp8Linear, quantise_block, quantise_model
@@ -75,15 +77,40 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class ClipFrames:
+    """Frames of a clip in a file, read as they are asked for, so that memory does not grow with it.
+
+    size, fps, most  see `video.Clip.frames`
+    on_frames        called with the number of frames that each piece adds
+    """
+
+    clip: Clip
+    size: tuple[int, int]
+    fps: float
+    most: int | None = None
+    on_frames: Callable[[int], object] | None = None
+
+    def __len__(self) -> int:
+        return self.clip.count(self.fps, self.most)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Pieces [n, H, W, 3] in 0..1. Raises OSError and ValueError as `Clip.frames` does."""
+        for piece in self.clip.frames(self.size, self.fps, self.most):
+            if self.on_frames:
+                self.on_frames(len(piece))
+            yield piece
+
+
+@dataclass(frozen=True)
 class Request:
     """A video to make: `frames` pixel frames of `width` x `height` pixels, multiples of 16.
 
     prompt, fps         a prompt, or several with their times, and the rate at which those are counted
     sampling            how the model is sampled
-    start               frames [T, H, W, 3] in 0..1 that the video begins with; cut to whole latent frames
+    start               frames [T, H, W, 3] in 0..1, or of a file, that the video begins with, in whole latent frames
     keep_start          whether the start is a part of the frames that come out
     full_history        the start is a video that was generated: all of it is read, however long
-    source, strength    frames [T, H, W, 3] of a video to make another of, and how much of it gives way, in (0, 1]
+    source, strength    frames, likewise, of a video to make another of, and how much of it gives way, in (0, 1]
     negative, guidance  a prompt to lead away from, where guidance (CFG) is not 1
     reencode            first-frame re-encode, for models of short clips
     """
@@ -95,10 +122,10 @@ class Request:
     sampling: Sampling
     fps: int = 16
     seed: int = 0
-    start: Tensor | None = None
+    start: Tensor | ClipFrames | None = None
     keep_start: bool = True
     full_history: bool = False
-    source: Tensor | None = None
+    source: Tensor | ClipFrames | None = None
     strength: float = 1.0
     negative: str = ""
     guidance: float = 1.0
@@ -116,6 +143,9 @@ class Request:
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
+        """Raises ValueError for an empty prompt, and for a schedule that is none."""
+        if not self.prompt.strip():
+            raise ValueError("Got an empty prompt; the model needs words to follow. Write what the video shows.")
         return parse(self.prompt, self.fps)
 
     @property
@@ -231,8 +261,8 @@ class Pipeline(ABC):
         """
         runtime, timer = self.runtime, timer or Timer(self.runtime.device)
         plan = request.plan(runtime.cache_dtype)
-        begin = request.start if request.start is None else request.start[: pixel_frames(request.prefix)]
-        prefix, source = (self._encode_clip(clip, timer) for clip in (begin, _fit_length(request.source, plan.frames)))
+        prefix = self._encode_clip(request.start, pixel_frames(request.prefix), timer)
+        source = self._encode_clip(request.source, pixel_frames(plan.frames), timer)
         with timer.measure("load"):
             autoencoder, text = self.load_autoencoder(), self.load_text_encoder()
             decoder = self.decoder_stream(autoencoder)
@@ -253,12 +283,12 @@ class Pipeline(ABC):
         generation, decoder = self.prepare(request)
         return drop_frames((piece[0] for piece in generation.frames(decoder, request.frames)), request.skipped)
 
-    def _encode_clip(self, clip: Tensor | None, timer: Timer) -> Tensor | None:
-        """Latents [1, C, F, H, W] of frames [T, H, W, 3]; the encoder is freed again."""
+    def _encode_clip(self, clip: Tensor | ClipFrames | None, length: int, timer: Timer) -> Tensor | None:
+        """Latents [1, C, F, H, W] of frames, cut or with the last one repeated to `length`; the encoder is freed."""
         if clip is None:
             return None
         with timer.measure("encode"):
-            latents = self.encode(self.load_autoencoder(), clip[None])
+            latents = self.encode(self.load_autoencoder(), fit_length(clip, length))
         release_memory(self.runtime.device)
         return latents
 
@@ -293,8 +323,8 @@ class Pipeline(ABC):
         """Latents in model space -> frames, streaming. Raises ValueError for tiles that it does not have."""
 
     @abstractmethod
-    def encode(self, autoencoder: nn.Module, frames: Tensor) -> Tensor:
-        """Frames [1, 1 + 4k, H, W, 3] in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU."""
+    def encode(self, autoencoder: nn.Module, pieces: Iterator[Tensor]) -> Tensor:
+        """Pieces [1, n, H, W, 3] of 1 + 4k frames in 0..1 -> latents [1, C, 1 + k, H, W] in model space, on the CPU."""
 
     @abstractmethod
     def encode_still(self, autoencoder: nn.Module, latents: Tensor) -> Tensor:
@@ -346,8 +376,8 @@ class TinyPipeline(Pipeline):
         _refuse_tiles(self.runtime.tile, "the built-in decoder")
         return DecoderStream(autoencoder.to(self.runtime.device, self.runtime.dtype))
 
-    def encode(self, autoencoder: nn.Module, frames: Tensor) -> Tensor:
-        return autoencoder.encode(frames)
+    def encode(self, autoencoder: nn.Module, pieces: Iterator[Tensor]) -> Tensor:
+        return autoencoder.encode(torch.cat(list(pieces), 1))
 
     def encode_still(self, autoencoder: nn.Module, latents: Tensor) -> Tensor:
         return autoencoder.still(latents)
@@ -430,19 +460,20 @@ class FilePipeline(Pipeline):
             return LightDecoderStream(autoencoder) if self.is_light else DecoderStream(autoencoder)
         return wan_vae.DecoderStream(autoencoder, _check_tile(self.runtime.tile, autoencoder.margin))
 
-    def encode(self, autoencoder: nn.Module, frames: Tensor) -> Tensor:
-        """No more than `PIECE` frames are on the device at a time."""
+    def encode(self, autoencoder: nn.Module, pieces: Iterator[Tensor]) -> Tensor:
+        """One piece is on the device at a time."""
+        first = next(pieces)
         if self.files.is_taehv:
             stream = EncoderStream(autoencoder)
-            stream.encode(frames[:, :1].expand(-1, 3, -1, -1, -1))  # its first latent is of 4 frames too: a still
+            stream.encode(first[:, :1].expand(-1, 3, -1, -1, -1))  # its first latent is of 4 frames too: a still
         else:
             stream = wan_vae.EncoderStream(autoencoder, _check_tile(self.runtime.tile, autoencoder.margin))
-        latents = torch.cat([stream.encode(piece).cpu() for piece in frames.split(PIECE, 1)], 2)
+        latents = torch.cat([stream.encode(piece).cpu() for piece in chain([first], pieces)], 2)
         return wan_vae.to_model_space(latents) if self.files.is_taehv and self.is_light else latents
 
     def encode_still(self, autoencoder: nn.Module, latents: Tensor) -> Tensor:
         last = self.decoder_stream(autoencoder).decode(latents[:, :, -4:])[:, -1:]
-        return self.encode(autoencoder, last).to(latents)
+        return self.encode(autoencoder, iter([last])).to(latents)
 
     def encode_negative(self, text: nn.Module, prompt: str) -> Tensor:
         return text.encode([prompt])
@@ -464,6 +495,21 @@ def drop_frames(pieces: Iterator[Tensor], count: int) -> Iterator[Tensor]:
         if len(piece) > count:
             yield piece[count:]
         count = max(0, count - len(piece))
+
+
+def fit_length(frames: Tensor | ClipFrames, length: int) -> Iterator[Tensor]:
+    """Pieces [1, n, H, W, 3] of frames, cut to `length` in all, or with the last frame repeated up to it."""
+    last = None
+    for piece in frames.split(PIECE) if isinstance(frames, Tensor) else frames.pieces():
+        piece = piece[:length]
+        last, length = piece[-1:], length - len(piece)
+        yield piece[None]
+        if not length:
+            return
+    while length:
+        count = min(PIECE, length)
+        yield last.expand(count, -1, -1, -1)[None]
+        length -= count
 
 
 def loaded_weight_bytes(description: Description, dtype: torch.dtype) -> int:
@@ -516,15 +562,6 @@ def _load_autoencoder(kind: type[nn.Module], path: Path, channels: int) -> nn.Mo
             "Use the Wan 2.1 VAE, or taew2_1."
         )
     return decoder
-
-
-def _fit_length(clip: Tensor | None, frames: int) -> Tensor | None:
-    """A clip [T, H, W, 3] for `frames` latent frames: its last frame repeated, or cut."""
-    if clip is None:
-        return None
-    length = pixel_frames(frames)
-    missing = clip[-1:].expand(max(0, length - len(clip)), -1, -1, -1)
-    return torch.cat((clip, missing))[:length]
 
 
 def _check_tile(tile: int | None, margin: int) -> int | None:

@@ -20,7 +20,7 @@ from latent_preview import MAX_PREVIEW_RESOLUTION
 from torch import Tensor
 
 from ...sf_core.autoencoders.stream import latent_frames, pixel_frames
-from ...sf_core.video import save_video
+from ...sf_core.video import check_destination, save_video
 from ..inputs import StreamInputs
 from .decoding import StreamingDecoder, check_channels, streaming_decoder
 from .generation import HostGeneration, TailBuffer
@@ -115,6 +115,8 @@ class LiveVideo:
 
     def run(self, file: Path | None) -> None:
         """Makes the video. With a file, what was made stays there whatever happens."""
+        if file is not None:
+            check_destination(file)
         kept = self.images.total - self.images.first
         check_frames(kept, self.generation.pixels, "Give file a name, and set keep to 81.")
         self.decoder.load(self.reserve_bytes)

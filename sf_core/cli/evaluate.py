@@ -30,7 +30,7 @@ from ..sampling.schedule import add_noise
 from ..tiny import detect
 from ..tiny.autoencoder import SPACE, TinyAutoencoder, psnr
 from ..tiny.data import SIZE, Clips, caption, draw, render
-from ..video import contact_sheet
+from ..video import contact_sheet, save_picture
 from ..wan.attention import FullAttention
 from ..wan.fp8 import E4M3, quantise_model
 from ..wan.model import Network, WanModel, encode_prompt, velocity
@@ -217,4 +217,4 @@ def table(result: dict) -> str:
 def write_sheet(videos: Tensor, path: Path) -> None:
     """Every fourth frame of each video [B, T, H, W, 3], a row each, under its number."""
     numbers = range(0, videos.shape[1], 4)
-    contact_sheet(videos[:, ::4].flatten(0, 1), [*numbers] * len(videos), len(numbers)).save(path)
+    save_picture(path, contact_sheet(videos[:, ::4].flatten(0, 1), [*numbers] * len(videos), len(numbers)))

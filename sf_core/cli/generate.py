@@ -28,13 +28,22 @@ from ..device import (
     within_memory,
 )
 from ..memory import MemoryPlan, advise, format_bytes
-from ..pipeline import FilePipeline, ModelFiles, Pipeline, Request, Runtime, TinyPipeline, drop_frames
+from ..pipeline import ClipFrames, FilePipeline, ModelFiles, Pipeline, Request, Runtime, TinyPipeline, drop_frames
 from ..sampling.config import PRESETS, override
 from ..sampling.families import FAMILIES
 from ..sampling.noise import MAX_SEED
-from ..sampling.prompt_text import place
+from ..sampling.prompt_text import explain_unscheduled, place
 from ..sampling.rollout import OnStep, Progress
-from ..video import check_destination, check_folder, contact_sheet, read_video, save_video
+from ..video import (
+    check_destination,
+    check_folder,
+    check_outputs,
+    contact_sheet,
+    gif_rate,
+    open_clip,
+    save_picture,
+    save_video,
+)
 from ..wan.attention import KERNELS, attention_kernel
 from ..wan.compile import MODES, compile_ops
 from ..wan.fp8 import E4M3
@@ -158,7 +167,7 @@ def read_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
     size = {"height": args.height or pipeline.height, "width": args.width or pipeline.width}
     clips = {"start": (args.start, None), "source": (args.source, args.frames)}
     given = {
-        name: _read_clip(path, most, tuple(size.values()), args.fps) for name, (path, most) in clips.items() if path
+        name: _open_clip(path, most, tuple(size.values()), args.fps) for name, (path, most) in clips.items() if path
     }
     return pipeline.request(
         args.prompt if args.prompt_file is None else _read_prompt(args.prompt_file),
@@ -177,13 +186,23 @@ def read_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
     )
 
 
-def _read_clip(path: Path, most: int | None, size: tuple[int, int], fps: float) -> Tensor:
-    """The frames [T, H, W, 3] of an image or video, at the size and rate of the video to make."""
+def _open_clip(path: Path, most: int | None, size: tuple[int, int], fps: float) -> ClipFrames:
+    """The frames of an image or video, at the size and rate of the video to make; read when they are encoded."""
     try:
-        return read_video(path, most, size, fps)
+        clip = open_clip(path)
     except OSError as error:
-        reason = error.strerror or "it is no image or video that can be read"
-        raise OSError(f"Got {path}, but {reason.lower()}. Give an image, a video, or a folder of PNGs.") from None
+        raise OSError(_explain(path, error)) from None
+    bar = tqdm(unit=" frames", desc=f"reading {path.name}", file=sys.stderr, leave=False, delay=2)
+    frames = ClipFrames(clip, size, fps, most, bar.update)
+    bar.total = len(frames)
+    return frames
+
+
+def _explain(path: Path, error: OSError) -> str:
+    if str(error).startswith("Got "):
+        return str(error)
+    reason = error.strerror or "it is no image or video that can be read"
+    return f"Got {path}, but {reason.lower()}. Give an image, a video, or a folder of pictures."
 
 
 def _read_prompt(path: Path) -> str:
@@ -206,21 +225,31 @@ def _preview(args: argparse.Namespace) -> str | None:
     return path
 
 
+def _check_files(args: argparse.Namespace, preview: str | None) -> None:
+    """Refuses outputs that cannot be written, or would replace an input or each other."""
+    names = ("start", "source", "prompt_file", "model", "vae", "taehv", "text_encoder", "tokenizer", "lora")
+    inputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    check_outputs({"--out": args.out, "--preview": preview}, inputs)
+    check_destination(args.out)
+    if preview:
+        check_folder(preview)
+
+
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> str:
-    started, timer = time.perf_counter(), Timer(args.device)
+    started, timer, preview = time.perf_counter(), Timer(args.device), _preview(args)
+    _check_files(args, preview)
     pipeline = read_pipeline(args)
-    request, preview = read_request(args, pipeline), _preview(args)
-    check_destination(args.out)
-    if preview:
-        check_folder(preview)
+    request = read_request(args, pipeline)
     if pipeline.note:
         _note(f"{pipeline.name}: {pipeline.note}")
     _note_starts(request)
     if args.seed < 0:
         _note(f"seed {request.seed}")
+    if args.out.lower().endswith(".gif") and gif_rate(args.fps) != args.fps:
+        _note(f"a GIF holds no {args.fps} frames per second; this one plays at {gif_rate(args.fps):.4g}")
     if args.device.type == "cpu" and isinstance(pipeline, TinyPipeline):
         torch.set_num_threads(1)  # the built-in model is so small that two threads are slower
     with timer.measure("load"):
@@ -234,7 +263,7 @@ def run(args: argparse.Namespace) -> str:
     )
     timer.seconds["write"] -= timer.seconds["rollout"] + timer.seconds["decode"]
     if preview:
-        contact_sheet(torch.stack(list(tiles.values())), tiles).save(preview)
+        save_picture(preview, contact_sheet(torch.stack(list(tiles.values())), tiles))
     timer.seconds["total"] = time.perf_counter() - started
     report = _report(request, args, preview, timer)
     return json.dumps(report, indent=2) if args.json else _sentence(report)
@@ -308,6 +337,8 @@ def _describe_use(plan: MemoryPlan) -> str:
 
 def _note_starts(request: Request) -> None:
     """Says when prompts after the first take effect. Raises ValueError if their times do not fit the video."""
+    if hint := explain_unscheduled(request.prompt):
+        _note(hint)
     frames = place([prompt.start for prompt in request.prompts], request.plan().chunks)
     for prompt, latent in list(zip(request.prompts, frames))[1:]:
         frame = 4 * latent - 3

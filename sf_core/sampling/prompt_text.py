@@ -5,9 +5,9 @@
     8s cut: a green star bounces
     @60 blend 1.5s: a big yellow star orbits
 
-Before the colon stand the time (0, seconds, or after how many chunks: @60) and, where it is not to be recache, the
-transition: renew, cut, or blend and how long it takes. prompts.py says what they do. All else is words. A text without
-such a line is one prompt, whatever colons it has.
+Before the colon stand the time (0, seconds, minutes and seconds as 0:30, or after how many chunks: @60) and, where it
+is not to be recache, the transition: renew, cut, or blend and how long it takes. prompts.py says what they do. All else
+is words. A text without such a line is one prompt, whatever colons it has.
 
     parse(text, fps)        -> prompts, each with its start time
     schedule(prompts, chunks, negative, guidance)    -> what `rollout` takes, once it is known where chunks begin
@@ -27,7 +27,13 @@ from .prompts import TRANSITIONS, PromptSchedule, TimedPrompt
 DEFAULT = "recache"
 MOST = 1_000_000  # seconds or chunks
 SECONDS, CHUNKS = re.compile(r"(0(?=$)|[0-9]*\.?[0-9]+(?=s$))s?", re.I), re.compile("@([0-9]+)")
-TIMED = re.compile(rf"\s*(?:0|[0-9]*\.?[0-9]+s|@[0-9]+)(?:\s*:(?![0-9])|\s+(?:{'|'.join(TRANSITIONS)})\b)", re.I)
+CLOCK = re.compile(r"(?:([0-9]{1,2}):)?([0-9]{1,3}):([0-9]{2}(?:\.[0-9]+)?)")
+NAMED = f"(?:{'|'.join(name for name in TRANSITIONS if name != 'blend')}|blend(?:\\s+[0-9.]+s?)?)"
+TIME = r"\s*(?:0|[0-9]*\.?[0-9]+s|@[0-9]+)"
+TIMED = re.compile(rf"{TIME}(?:\s+{NAMED})?\s*:(?![0-9])", re.I)  # how a line of a schedule begins
+CLOCKED = re.compile(rf"\s*(?P<time>{CLOCK.pattern})(?=\s|:|$)(?P<rest>\s+{NAMED}(?=\s*:))?\s*:?", re.I)
+LIKE_TIMED = re.compile(rf"(?:{TIME}|\s*{CLOCK.pattern})(?=\s|:|$)", re.I)
+DECADE = re.compile(r"\s*(?:1[0-9]|20)?[2-9]0s\b", re.I)
 TIMES = "Write seconds as 4s or 1.5s, a number of chunks as @60, and the beginning as 0."
 
 
@@ -74,14 +80,40 @@ def parse(text: str, fps: float = 16.0) -> tuple[Prompt, ...]:
 
     Raises ValueError, with line and column, for what is not a schedule although a line of it begins with a time.
     """
-    lines = text.split("\n")
-    if not any(TIMED.match(line) for line in lines):
+    if not is_schedule(text):
         return (Prompt(text),)
     prompts: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(text), 1):
         if line.strip():
             prompts.append(_prompt(line, number, fps, prompts))
     return tuple(prompts)
+
+
+def is_schedule(text: str) -> bool:
+    """Whether a text is prompts with their times: a line of it begins with a time and a colon, or the first at 0:00.
+
+    A single line that begins with a decade ("1950s: a diner") is a prompt.
+    """
+    lines = [line for line in _lines(text) if line.strip()]
+    if not lines or (len(lines) == 1 and DECADE.match(lines[0])):
+        return False
+    clock = CLOCKED.match(lines[0])
+    return any(TIMED.match(line) for line in lines) or bool(clock and not _clock_seconds(clock["time"]))
+
+
+def explain_unscheduled(text: str) -> str | None:
+    """Why a text that looks like a schedule is taken for one prompt; None for one that does not."""
+    if is_schedule(text) or not any(LIKE_TIMED.match(line) for line in _lines(text)):
+        return None
+    return (
+        "a line of the prompt begins with a time, but is taken for words. A schedule has a line for each prompt, the "
+        "first of which begins with 0: and the others with a time such as 4s:"
+    )
+
+
+def _lines(text: str) -> list[str]:
+    """Lines, in which the first colon may be a full-width one."""
+    return [re.sub("^([^:\uff1a]*)\uff1a", r"\1:", line) for line in text.split("\n")]
 
 
 def parse_start(text: str, fps: float = 16.0) -> StartTime:
@@ -105,7 +137,7 @@ def _words(text: str, line: int) -> list[Word]:
 
 def _prompt(line: str, number: int, fps: float, before: list[Prompt]) -> Prompt:
     """The prompt that stands in a line."""
-    head, colon, text = line.partition(":")
+    head, colon, text = _split(line)
     words = _words(head, number)
     if not words:
         raise Word(":", number, len(head) + 1).error(f"a time comes before the colon. {TIMES}")
@@ -122,12 +154,27 @@ def _prompt(line: str, number: int, fps: float, before: list[Prompt]) -> Prompt:
     return prompt
 
 
+def _split(line: str) -> tuple[str, str, str]:
+    """What comes before the colon, the colon, and the words. After a time like 0:30 it may be left out."""
+    clock = CLOCKED.match(line)
+    if clock is None:
+        return line.partition(":")
+    return clock[0].rstrip().removesuffix(":"), ":", line[clock.end() :]
+
+
+def _clock_seconds(text: str) -> float:
+    hours, minutes, seconds = CLOCK.fullmatch(text).groups(default="0")
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
 def _time(word: Word, fps: float) -> tuple[int, bool]:
     """(latent frame, False) or (number of chunks, True)."""
     if match := CHUNKS.fullmatch(word.text):
         return int(_number(word, match[1])), True
     if match := SECONDS.fullmatch(word.text):
         return latent_frame(_number(word, match[1]), fps), False
+    if CLOCK.fullmatch(word.text):
+        return latent_frame(_number(word, str(_clock_seconds(word.text))), fps), False
     if re.fullmatch("[0-9]+", word.text):
         raise word.error(f"a time has a unit. Write {word.text}s for seconds or @{word.text} for chunks.")
     raise word.error(f"where one line starts with a time, all do. {TIMES}")

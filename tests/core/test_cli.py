@@ -120,7 +120,7 @@ def test_guidance_leads_away_from_the_negative_prompt(make):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--start", "missing.png"], "Got missing.png, but no such file"),
+        (["--start", "missing.png"], "Got missing.png, which is not there"),
         (["--start", "README.md"], "no image or video that can be read"),
         (["--source", "missing.mp4"], "Got missing.mp4"),
         (["--strength", "0"], "above 0 and at most 1"),

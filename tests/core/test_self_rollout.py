@@ -210,7 +210,7 @@ def test_every_sample_draws_alone_and_every_step_anew():
     assert torch.equal(together.noise("n")(0, 2, 1, shape)[1:2], alone.noise("n")(0, 2, 1, shape))
     assert not torch.equal(together.normal("x", 4), StepRandom(7, 4, (0, 1, 2)).normal("x", 4))
     assert not torch.equal(together.normal("x", 4), together.normal("y", 4))
-    assert together.shared("exit", 1000) == alone.shared("exit", 1000)
+    assert together.batch_integers("exit", 1000) == alone.batch_integers("exit", 1000)
 
 
 def test_an_unknown_kind_of_exit_is_refused():

@@ -13,7 +13,7 @@ from sf_core.cli.evaluate import ask
 from sf_core.sampling.config import PRESETS, Sampling
 from sf_core.sampling.noise import SeededNoise
 from sf_core.sampling.plan import cut_into_chunks
-from sf_core.sampling.prompt_text import Prompt, StartTime, parse, parse_start, place, schedule
+from sf_core.sampling.prompt_text import Prompt, StartTime, explain_unscheduled, parse, parse_start, place, schedule
 from sf_core.tiny import detect
 from tests.core.rolling import roll_out
 
@@ -58,10 +58,46 @@ def test_spaces_capitals_and_line_ends_do_not_matter():
         "two lines\nof one prompt: no times",
         "@home: a robot",
         "http://example.org",
+        "1920s cut glass, a red circle",
+        "80s blend of a red circle and neon",
+        "1950s: a red circle in a diner",
+        "90s: skaters",
+        "4:3, a fox\n16:9, a wolf",
     ],
 )
 def test_a_text_without_times_is_one_prompt(text):
     assert parse(text) == (Prompt(text),)
+
+
+@pytest.mark.parametrize(
+    ("text", "frames"),
+    [
+        ("0\uff1aa\n1s\uff1ab", [0, 4]),
+        ("0:00 a\n0:01 b", [0, 4]),
+        ("0:00: a\n0:01.5 cut: b\n01:30: c", [0, 6, 360]),
+        ("00:00:00 a\n00:01:30 b", [0, 360]),
+        ("0: a\n0:02: b", [0, 8]),
+        ("0s: a\n2s\uff1a b: c", [0, 8]),
+    ],
+)
+def test_times_are_read_as_people_write_them(text, frames):
+    prompts = parse(text)
+    assert [prompt.start.at for prompt in prompts] == frames
+    assert [prompt.text[0] for prompt in prompts] == list("abc"[: len(frames)])
+    assert explain_unscheduled(text) is None
+
+
+def test_a_clock_may_have_a_transition_and_seconds_a_fraction():
+    second = parse("0:00 a\n0:01.5 cut: b")[1]
+    assert (second.start.at, second.start.transition, second.text) == (6, "cut", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "looks"), [("0:30 on a clock\nand birds", True), ("1950s: a diner", True), ("a fox", False)]
+)
+def test_what_looks_like_a_schedule_and_is_none_is_said(text, looks):
+    assert parse(text) == (Prompt(text),)
+    assert ("begins with a time" in (explain_unscheduled(text) or "")) == looks
 
 
 def test_times_may_be_words_of_a_prompt():
