@@ -145,7 +145,10 @@ class Request:
     def prompts(self) -> tuple[Prompt, ...]:
         """Raises ValueError for an empty prompt, and for a schedule that is none."""
         if not self.prompt.strip():
-            raise ValueError("Got an empty prompt; the model needs words to follow. Write what the video shows.")
+            raise ValueError(
+                "Got an empty prompt; the model needs words to follow. Write what the video shows, such as a red "
+                "circle moves right."
+            )
         return parse(self.prompt, self.fps)
 
     @property

@@ -121,7 +121,7 @@ def test_guidance_leads_away_from_the_negative_prompt(make):
     ("options", "message"),
     [
         (["--start", "missing.png"], "Got missing.png, which is not there"),
-        (["--start", "README.md"], "no image or video that can be read"),
+        (["--start", "README.md"], "Got README.md, which is neither a video nor a picture that can be read"),
         (["--source", "missing.mp4"], "Got missing.mp4"),
         (["--strength", "0"], "above 0 and at most 1"),
         (["--strength", "much"], "above 0 and at most 1"),
