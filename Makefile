@@ -6,15 +6,16 @@
 # Each sets itself up in .venv. What can be overridden, as in `make demo TORCH=torch==2.9.1`:
 #   PYTHON       the Python that makes the environment (default: the first of 3.10 to 3.13 on PATH)
 #   VENV         an environment to use instead of .venv; `make clean` leaves it alone
-#   TORCH        what is installed if the environment has no torch. CPU builds are looked for at TORCH_INDEX;
-#                where that cannot be reached, Linux gets PyPI's CUDA build (several GB), as with
-#                TORCH_INDEX=https://pypi.org/simple
+#   TORCH        what is installed if the environment has no torch: a build for the CPU, looked for at TORCH_INDEX;
+#                where that cannot be reached, Linux gets the one with CUDA (several GB)
+#   CUDA         1 for the torch with CUDA: make demo CUDA=1
 #   HOST_PYTHON  the Python that has ComfyUI's requirements and pytest
 
 PYTHON =
 VENV = .venv
 TORCH = torch==2.13.0
 TORCH_INDEX = https://download.pytorch.org/whl/cpu
+CUDA =
 COMFYUI_PATH = ../..
 RUN = $(VENV)/bin/python
 HOST_PYTHON = $(RUN)
@@ -38,7 +39,7 @@ clean:
 $(VENV)/.runtime: requirements.txt
 	PYTHON="$(PYTHON)" sh scripts/make_venv.sh "$(VENV)"
 	"$(RUN)" -c "import torch" 2>/dev/null || \
-		"$(RUN)" -m pip install --no-deps --retries 1 --extra-index-url "$(TORCH_INDEX)" "$(TORCH)"
+		"$(RUN)" -m pip install --no-deps --retries 1 $(if $(CUDA),,--extra-index-url "$(TORCH_INDEX)") "$(TORCH)"
 	"$(RUN)" -m pip install -r requirements.txt torch
 	touch "$@"
 

@@ -14,14 +14,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-
-def upload(x: Tensor, device: torch.device | str) -> Tensor:
-    """A small tensor from the CPU, on `device`. A plain copy to a GPU would wait for all work that is queued there."""
-    if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
 try:
     import resource
 except ImportError:  # Windows
@@ -44,6 +36,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
+    """A small tensor from the CPU, on `device`. A plain copy to a GPU would wait for all work that is queued there."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -1,4 +1,14 @@
-"""Streaming decoders and encoders: layers that remember a frame, run over a clip handed in piece by piece."""
+"""Streaming decoders and encoders: layers that remember a frame, run over a clip handed in piece by piece.
+
+A `Stream` owns what the layers remember and always steps by the same number of frames. Tensor shapes are therefore the
+same however the clip is cut, and so, to the bit, are the results; memory does not grow with the clip either.
+
+    DecoderStream.decode(latents) -> frames         EncoderStream.encode(frames) -> latents         reset()
+
+is the one protocol; wan_vae.py has streams of its own behind it.
+
+B batch, T pixel frames, F latent frames, C channels, H W latent size.
+"""
 
 from __future__ import annotations
 

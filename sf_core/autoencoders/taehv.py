@@ -1,10 +1,8 @@
-"""TAEHV: a tiny video autoencoder, and the machinery that runs such a thing over a clip handed in piece by piece.
+"""TAEHV: a tiny video autoencoder.
 
 Every layer works on single frames, except three: `MemBlock` also sees its own previous input frame, `TPool` merges
-frames, `TGrow` splits them. So a clip can be cut anywhere between latents if each MemBlock remembers one frame.
-
-A `Stream` owns those memories and always steps by the same number of frames. Tensor shapes are therefore the same
-however the clip is cut, and so, to the bit, are the results; memory does not grow with the clip either.
+frames, `TGrow` splits them. So a clip can be cut anywhere between latents if each MemBlock remembers one frame; a
+`Stream` (stream.py) owns those memories.
 
 Architecture: github.com/madebyollin/taehv (taew2_1 for the latents of Wan 2.1, taew2_2 and taew2_2_super for those of
 Wan 2.2 5B).

@@ -1,6 +1,6 @@
-"""What a model is (`WanConfig`) and how it is sampled (`Sampling`), as frozen dataclasses with named presets.
+"""Sampling settings of a causal model: one frozen dataclass, with named presets.
 
-Both check themselves when they are made, so nothing further in asks again.
+It checks itself when it is made, so nothing further in asks again.
 """
 
 from __future__ import annotations
