@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from . import memory, tiny
 from .autoencoders import taehv, wan_vae
 from .autoencoders.stream import DecoderStream, EncoderStream, latent_frames, pixel_frames
+from .checkpoints.autoencoder import load_autoencoder
 from .checkpoints.load import Checkpoint, Description, dequantised, describe, load_checkpoint, load_model
-from .checkpoints.tensorfiles import map_tensors, read_header
 from .device import Timer, available_memory, default_device, default_dtype, release_memory
 from .memory import DecoderMemory, MemoryPlan
 from .sampling.config import PRESETS, Sampling
@@ -451,7 +451,7 @@ class FilePipeline(Pipeline):
 
     def load_autoencoder(self) -> wan_vae.WanVAE | taehv.TAEHV:
         kind = taehv.TAEHV if self.files.is_taehv else wan_vae.WanVAE
-        autoencoder = _load_autoencoder(kind, self.files.vae, self.config.channels)
+        autoencoder = load_autoencoder(kind, self.files.vae, self.config.channels)
         return autoencoder.to(self.runtime.device, self.runtime.dtype)
 
     def decoder_stream(self, autoencoder: nn.Module) -> Stream:
@@ -547,21 +547,6 @@ def load_fp8_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
 def _is_fp8_linear(name: str, tensor: Tensor) -> bool:
     """Whether a weight is one that `Fp8Linear` holds."""
     return name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2 and tensor.dtype is E4M3
-
-
-def _load_autoencoder(kind: type[nn.Module], path: Path, channels: int) -> nn.Module:
-    """The autoencoder in a file, for latents of `channels`. Raises ValueError if there is none."""
-    file = read_header(path)
-    try:
-        decoder = kind.from_state_dict(map_tensors(file, file.tensors))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if decoder.channels != channels:
-        raise ValueError(
-            f"{path}: Got an autoencoder for latents of {decoder.channels} channels; the model makes {channels}. "
-            "Use the Wan 2.1 VAE, or taew2_1."
-        )
-    return decoder
 
 
 def _check_tile(tile: int | None, margin: int) -> int | None:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .identify import FLOAT8, TEACHERS, WRAPPERS, metadata_entry, wan_name
+from .identify import FLOAT8, TEACHERS, WRAPPERS, metadata_entry, wan_name, wrong_file
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
 NEEDED = "a LoRA made for this model is needed"
@@ -159,7 +159,7 @@ def _layers(tensors: dict[str, Tensor], title: str) -> tuple[dict[str, dict[str,
     if not tensors:
         raise CheckpointError(f"{title}, with no tensors in it", NEEDED, "Choose the file with the LoRA")
     if not layers:
-        raise CheckpointError(f"{title}, with {min(tensors)} in it, which is no part of a LoRA", NEEDED, "Choose one")
+        raise wrong_file(title, tensors, NEEDED, "Choose the LoRA's own file, such as LongLive's lora.pt")
     return layers, others
 
 

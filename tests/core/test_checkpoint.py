@@ -651,7 +651,7 @@ BAD = {
     "flux.safetensors": (lambda p: named(p, "double_blocks.0.img_attn.qkv.weight"), "an image model"),
     "wan_2.1_vae.safetensors": (
         lambda p: named(p, "encoder.conv1.weight", "decoder.middle.0.residual.0.gamma", "decoder.head.0.gamma"),
-        "the Wan VAE",
+        "the Wan 2.1 VAE",
     ),
     "vae-ft-mse.safetensors": (lambda p: named(p, "decoder.mid.block_1.conv1.weight"), "an image VAE"),
     "taew2_1.safetensors": (lambda p: named(p, "encoder.0.weight", "decoder.3.conv.0.weight"), "a TAEHV"),

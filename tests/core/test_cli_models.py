@@ -335,11 +335,20 @@ WRONG = {
     "a model for the text encoder": (["--text-encoder", "longlive.safetensors"], "Wan diffusion model"),
     "no tokenizer": (["--text-encoder", "alone/models_t5_umt5-xxl-enc-bf16.pth"], "Give as tokenizer"),
     "no autoencoder file": (["--vae", "none.pth"], "does not exist"),
-    "a TAEHV for the VAE": (["--vae", "taew2_1.safetensors"], "taew2_1.safetensors: Got .* Wan2.1_VAE.pth"),
-    "a VAE for the TAEHV": (["--taehv", "Wan2.1_VAE.pth"], "do not make up a TAEHV"),
+    "a TAEHV for the VAE": (
+        ["--vae", "taew2_1.safetensors"],
+        "Got taew2_1.*, a TAEHV; the Wan 2.1 VAE is .*models/vae_approx",
+    ),
+    "a VAE for the TAEHV": (
+        ["--taehv", "Wan2.1_VAE.pth"],
+        "the Wan 2.1 VAE; a TAEHV .* is needed.*models/vae[.]",
+    ),
     "a TAEHV of Wan 2.2": (["--taehv", "taew2_2.safetensors"], "48 channels; the model makes 16"),
     "a text file for the autoencoder": (["--vae", "notes.txt"], "a text file"),
-    "a model for the LoRA": (["--lora", "longlive.safetensors"], "no part of a LoRA"),
+    "a model for the LoRA": (
+        ["--lora", "longlive.safetensors"],
+        "a Wan diffusion model; a LoRA .* is needed",
+    ),
     "an unknown family": (["--family", "stable-forcing"], "known are self-forcing"),
     "tiles with TAEHV": (["--taehv", "taew2_1.safetensors", "--tile", "256"], "Leave --tile out"),
     "tiles that are too small": (["--vae", "Wan2.1_VAE.pth", "--tile", "32"], "Use 64 or more"),

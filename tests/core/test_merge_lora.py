@@ -226,7 +226,7 @@ BAD = {
     "another model": (other_layers, "layers that the model does not have"),
     "no up": (lambda p: without(p, "lora_B.weight"), "ffn.0 lacks its lora_B"),
     "no down": (lambda p: without(p, "lora_A.weight"), "ffn.0 lacks its lora_A"),
-    "a model": (lambda p: save_file(BASE, p), "which is no part of a LoRA"),
+    "a model": (lambda p: save_file(BASE, p), "a Wan diffusion model; a LoRA .* belongs in models/diffusion_models"),
     "DoRA": (lambda p: save_file(written() | {f"{LAYERS[0]}.dora_scale": torch.ones(2)}, p), "LoraLoaderModelOnly"),
     "two": (lambda p: save_file(written() | written(prefix="other."), p), "two LoRAs"),
     "nothing": (lambda p: save_file({}, p), "no tensors"),

@@ -393,7 +393,7 @@ def t5(wan):
 OTHER_FILES = {
     "a Wan diffusion model": {"patch_embedding.weight": torch.ones(1), "blocks.0.self_attn.q.weight": torch.ones(1)},
     "a CLIP encoder": {"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.ones(1)},
-    "the Wan VAE": {"decoder.middle.0.residual.0.gamma": torch.ones(1)},
+    "the Wan 2.1 VAE": {"decoder.middle.0.residual.0.gamma": torch.ones(1)},
     "a language model": {"model.layers.0.self_attn.q_proj.weight": torch.ones(1)},
     "a LoRA": {"lora_unet_blocks_0.lora_down.weight": torch.ones(1)},
     r"no text encoder known here \(its first tensors: x\)": {"x": torch.ones(1)},
