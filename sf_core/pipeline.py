@@ -398,7 +398,7 @@ class ModelFiles:
     vae            a Wan VAE or, with `is_taehv`, a TAEHV
     tokenizer      where the text encoder's file lacks it
     family         how the model is sampled; None: guessed
-    lora           merged into the model, `lora_strength` times
+    loras          merged into the model in this order: (file, strength)
     """
 
     model: Path
@@ -407,8 +407,7 @@ class ModelFiles:
     is_taehv: bool = False
     tokenizer: Path | None = None
     family: str | None = None
-    lora: Path | None = None
-    lora_strength: float = 1.0
+    loras: tuple[tuple[Path, float], ...] = ()
 
 
 class FilePipeline(Pipeline):
@@ -419,7 +418,7 @@ class FilePipeline(Pipeline):
     def __init__(self, files: ModelFiles, runtime: Runtime | None = None) -> None:
         super().__init__(runtime)
         self.files = files
-        self.description = describe(files.model, files.family, files.lora, files.lora_strength)
+        self.description = describe(files.model, files.family, files.loras)
         self.name, self.note, self.sampling = str(files.model), self.description.note, self.description.sampling
         self.config = self.description.config
         self.decoder_memory = memory.TAEHV if files.is_taehv else memory.WAN_VAE
@@ -438,10 +437,9 @@ class FilePipeline(Pipeline):
         if self.description.dtype is E4M3:
             wan = load_fp8_model(load_checkpoint(files.model, files.family), device, dtype)  # takes no LoRA
             return quantise_model(wan) if self.runtime.fp8 else wan  # what the file has in another dtype
-        lora = {"lora": files.lora, "strength": files.lora_strength}
         if self.runtime.fp8:
-            return quantise_onto(load_model(files.model, family=files.family, **lora)[0], device, dtype)
-        return load_model(files.model, device, dtype, files.family, **lora)[0]
+            return quantise_onto(load_model(files.model, family=files.family, loras=files.loras)[0], device, dtype)
+        return load_model(files.model, device, dtype, files.family, files.loras)[0]
 
     def load_text_encoder(self) -> nn.Module:
         """UMT5, on the device if it fits there, else on the CPU."""
@@ -451,7 +449,7 @@ class FilePipeline(Pipeline):
 
     def load_autoencoder(self) -> wan_vae.WanVAE | taehv.TAEHV:
         kind = taehv.TAEHV if self.files.is_taehv else wan_vae.WanVAE
-        autoencoder = load_autoencoder(kind, self.files.vae, self.config.channels)
+        autoencoder = load_autoencoder(self.files.vae, kind, self.config.channels)
         return autoencoder.to(self.runtime.device, self.runtime.dtype)
 
     def decoder_stream(self, autoencoder: nn.Module) -> Stream:

@@ -52,7 +52,8 @@ class CheckpointSource:
 
     def checkpoint(self) -> Checkpoint:
         """Raises CheckpointError for files that hold no causal Wan text-to-video model, or a LoRA of another."""
-        return load_checkpoint(self.path, self.family, self.lora, self.strength)
+        loras = () if self.lora is None else ((self.lora, self.strength),)
+        return load_checkpoint(self.path, self.family, loras)
 
 
 def load_model(source: CheckpointSource, disable_dynamic: bool = False) -> ModelPatcher:

@@ -138,10 +138,45 @@ def test_a_lora_is_merged_into_the_model(make, files):
     torch.save({"generator_lora": pair}, files / "lora.pt")
     _, plain, _ = make(*MODEL, *TINY)
     report, frames, said = make(*MODEL, *TINY, "--lora", "lora.pt", "--lora-strength", "0.5", name="lora/")
-    assert report["lora"] == {"file": "lora.pt", "strength": 0.5} and "With lora.pt merged into it" in said
+    assert report["loras"] == [{"file": "lora.pt", "strength": 0.5}] and "With lora.pt merged into it" in said
     assert not torch.equal(frames, plain)
     _, same, _ = make(*MODEL, *TINY, "--lora", "lora.pt", "--lora-strength", "0", name="none/")
     assert torch.equal(same, plain)
+
+
+@pytest.fixture
+def two_loras(files):
+    for name, layer in (("one.pt", "blocks.0.ffn.0"), ("two.pt", "blocks.1.ffn.0")):
+        generator = torch.Generator().manual_seed(len(layer))
+        pair = {"A": torch.randn(2, 128, generator=generator), "B": torch.randn(64, 2, generator=generator)}
+        torch.save({f"base_model.model.{layer}.lora_{part}.weight": t for part, t in pair.items()}, files / name)
+    return ("--lora", "one.pt", "--lora", "two.pt")
+
+
+def test_several_loras_are_merged_each_with_its_strength(make, two_loras):
+    report, both, said = make(*MODEL, *TINY, *two_loras, "--lora-strength", "0.5")
+    assert report["loras"] == [{"file": "one.pt", "strength": 0.5}, {"file": "two.pt", "strength": 1.0}]
+    assert "With one.pt merged into it, strength 0.5. With two.pt merged into it, strength 1." in said
+    _, first, _ = make(*MODEL, *TINY, *two_loras, "--lora-strength", "0.5", "--lora-strength", "0", name="first/")
+    _, alone, _ = make(*MODEL, *TINY, *two_loras[:2], "--lora-strength", "0.5", name="alone/")
+    assert torch.equal(first, alone) and not torch.equal(both, alone)
+    report, _, _ = make(*MODEL, *TINY, name="none/")
+    assert report["loras"] == []
+
+
+@pytest.mark.parametrize("strengths, loras", [(3, 2), (1, 0)])
+def test_more_strengths_than_loras_are_refused(two_loras, tmp_path, capsys, strengths, loras):
+    given = [*two_loras[: 2 * loras], *["--lora-strength", "1"] * strengths]
+    line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *SIZE, *MODEL, *TINY, *given)
+    assert f"Got --lora-strength {strengths} times for {loras} LoRAs" in line
+
+
+def test_no_lora_is_replaced_by_an_output(two_loras, files, capsys):
+    (files / "clip.mp4").write_bytes((files / "two.pt").read_bytes())
+    given = ("--lora", "one.pt", "--lora", "clip.mp4")
+    line = refused(capsys, "generate", PROMPT, "--out", "clip.mp4", *SIZE, *MODEL, *TINY, *given)
+    assert "would replace --lora 2 'clip.mp4'" in line
+    (files / "clip.mp4").unlink()
 
 
 def test_size_is_wans_unless_told(files, tmp_path, capsys, monkeypatch):
