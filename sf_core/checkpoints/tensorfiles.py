@@ -106,7 +106,7 @@ def _shards(path: Path) -> tuple[Path, ...]:
     """All files of the model that `path` (a file, a shard, an index or a folder) stands for."""
     if path.is_dir():
         return _of_folder(path)
-    if not path.is_file():
+    if not _is_file(path):
         raise CheckpointError(f"{path}, which does not exist", "a checkpoint is needed", "Check the path")
     if path.name.endswith(".index.json"):
         return _of_index(path)
@@ -145,13 +145,20 @@ def _of_index(index: Path) -> tuple[Path, ...]:
 
 def _all_there(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     names = sorted(names)
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if missing := [name for name in names if not _is_file(folder / name)]:
         raise CheckpointError(
-            f"{len(names) - len(missing)} of {len(names)} shards; {missing[0]} is missing",
+            f"{len(names) - len(missing)} of {len(names)} shards; {missing[0][:100]} is missing",
             "all shards of a model must lie in one folder",
             "Download the missing ones",
         )
     return tuple(folder / name for name in names)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 # --- One file --------------------------------------------------------------------------------------------------------

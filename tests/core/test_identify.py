@@ -85,7 +85,7 @@ FILES = {
         "a HunyuanVideo model",
         "diffusion_models",
     ),
-    "ControlNet": (["control_model.input_blocks.0.0.bias", "control_model.label_emb.0.0.bias"], "a Contr", "controlnet"),
+    "ControlNet": (["control_model.input_blocks.0.0.bias", "control_model.label_emb.0.0.bias"], "a Contr", "contr"),
     "ControlNet of Diffusers": (
         ["controlnet_cond_embedding.conv_in.weight", "time_embedding.linear_1.bias"],
         "a ControlNet",
