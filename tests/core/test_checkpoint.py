@@ -731,6 +731,16 @@ BAD = {
 }
 
 
+def test_a_shard_of_an_impossible_name_is_missing(tmp_path):
+    for name in ("x" * 5000, "a\0b", "..", ""):
+        (tmp_path / "model.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(CheckpointError, match="Got 0 of 1 shards") as caught:
+            describe(tmp_path / "model.index.json")
+        assert len(str(caught.value)) < 300
+    with pytest.raises(CheckpointError, match="which does not exist"):
+        describe(tmp_path / ("x" * 5000))
+
+
 def tensors_alive() -> int:
     gc.collect()
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())

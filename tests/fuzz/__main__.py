@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 
-from tests.fuzz.run import KINDS, run
+from tests.fuzz.run import KINDS, Failure, run
+
+
+def show(failure: Failure, kind: str) -> None:
+    sys.stdout.write(f"{failure.text}\nagain: python -m tests.fuzz {kind} --count 1 --seed {failure.seed}\n\n")
+    sys.stdout.flush()
 
 
 def main() -> int:
@@ -20,9 +25,7 @@ def main() -> int:
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(KINDS[args.kind], args.count, args.seed, Path(folder))
-    for failure in result.failures:
-        sys.stdout.write(f"{failure.text}\nagain: python -m tests.fuzz {args.kind} --count 1 --seed {failure.seed}\n\n")
+        result = run(KINDS[args.kind], args.count, args.seed, Path(folder), lambda failure: show(failure, args.kind))
     sys.stdout.write(
         f"{args.count} {args.kind}: {result.taken} taken, {result.refused} refused, {len(result.failures)} failed, "
         f"slowest {result.slowest[0]:.2f} s (seed {result.slowest[1]}), {time.monotonic() - started:.0f} s in all\n"

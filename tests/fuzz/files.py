@@ -38,6 +38,8 @@ def files(folder: Path) -> Callable[[Random], object]:
     }
     save_file(checkpoints.weights(WAN), folder / "base.safetensors", checkpoints.CAUSAL)
     originals = [(kind, state, metadata) for kind, state, metadata in states()]
+    save_file(umt5(), folder / "umt5.safetensors")
+    bytes_loaded(folder / "umt5.safetensors")  # imports transformers, which no case is to wait for
 
     def case(random: Random) -> object:
         kind, state, metadata = random.choice(originals)

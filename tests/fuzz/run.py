@@ -38,8 +38,14 @@ class TooSlow(BaseException):
     """No Exception, so that nothing that is tested catches it."""
 
 
-def run(kind: Callable[[Path], Case], count: int, seed: int, folder: Path) -> Result:
-    """Cases with the seeds seed, seed + 1, ..., in a folder of their own."""
+def run(
+    kind: Callable[[Path], Case],
+    count: int,
+    seed: int,
+    folder: Path,
+    on_failure: Callable[[Failure], object] | None = None,
+) -> Result:
+    """Cases with the seeds seed, seed + 1, ..., in a folder of their own; `on_failure` is told of each at once."""
     case, result = kind(folder), Result()
     for number in range(seed, seed + count):
         started = time.monotonic()
@@ -53,6 +59,8 @@ def run(kind: Callable[[Path], Case], count: int, seed: int, folder: Path) -> Re
                 result.refused += 1
             else:
                 result.failures.append(Failure(number, "".join(traceback.format_exception(error))))
+                if on_failure:
+                    on_failure(result.failures[-1])
         result.slowest = max(result.slowest, (time.monotonic() - started, number))
     return result
 
