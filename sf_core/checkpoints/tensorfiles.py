@@ -13,6 +13,7 @@ Reading goes in two steps, so that a wrong file is known from its header before 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -104,9 +105,9 @@ def map_tensors(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
 
 def _shards(path: Path) -> tuple[Path, ...]:
     """All files of the model that `path` (a file, a shard, an index or a folder) stands for."""
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib's raises for a name that no file can have
         return _of_folder(path)
-    if not _is_file(path):
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}, which does not exist", "a checkpoint is needed", "Check the path")
     if path.name.endswith(".index.json"):
         return _of_index(path)
@@ -145,20 +146,13 @@ def _of_index(index: Path) -> tuple[Path, ...]:
 
 def _all_there(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     names = sorted(names)
-    if missing := [name for name in names if not _is_file(folder / name)]:
+    if missing := [name for name in names if not os.path.isfile(folder / name)]:
         raise CheckpointError(
             f"{len(names) - len(missing)} of {len(names)} shards; {missing[0][:100]} is missing",
             "all shards of a model must lie in one folder",
             "Download the missing ones",
         )
     return tuple(folder / name for name in names)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # no name that a file can have
-        return False
 
 
 # --- One file --------------------------------------------------------------------------------------------------------
