@@ -245,7 +245,7 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
     if "constants.pkl" in contents:
         raise unreadable(path, "a TorchScript program, which is not run", "Get the file with the weights alone")
     try:
-        return dict(_flatten(torch.load(path, map_location=device, mmap=True, weights_only=True)))
+        tensors = dict(_flatten(torch.load(path, map_location=device, mmap=True, weights_only=True)))
     except pickle.UnpicklingError as error:
         objects = re.findall(r"GLOBAL (\S+)", str(error))
         what = f"Python objects ({objects[0]})" if objects else "more than tensors"
@@ -257,7 +257,18 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
     except Exception as error:  # noqa: BLE001  a damaged pickle can raise anything
         mapped = "unable to mmap" not in str(error)
         refusal = unreadable(path, "a damaged .pt file", DOWNLOAD_AGAIN) if mapped else _too_large(path)
+    else:
+        return _dense(tensors, path)
     raise refusal  # not above, where torch's error would come along and keep the file mapped
+
+
+def _dense(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors, if none is sparse. Raises CheckpointError."""
+    if sparse := [name for name, tensor in tensors.items() if tensor.layout is not torch.strided]:
+        raise CheckpointError(
+            f"{path.name}, whose {sparse[0]} is a sparse tensor", "dense ones are needed", "Save it with `to_dense()`"
+        )
+    return tensors
 
 
 def _flatten(tree: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

@@ -714,6 +714,10 @@ BAD = {
     ),
     "archive.zip": (archive, "a zip archive without tensors"),
     "script.pt": (script, "a TorchScript program"),
+    "sparse.pt": (
+        lambda p: torch.save(weights() | {"head.modulation": weights()["head.modulation"].to_sparse()}, p),
+        "whose head.modulation is a sparse tensor",
+    ),
     "bomb.pt": (bomb, "Python objects"),
     "bomb.ckpt": (lambda p: bomb(p, bare=True), "a bare Python pickle"),
     "gguf.gguf": (lambda p: text(p, b"GGUF\3\0\0\0"), "a GGUF file"),
