@@ -247,6 +247,12 @@ def _weight_named(layer: str, model: Mapping[str, Tensor]) -> str | None:
 
 def _check(adapter: Adapter | Difference, name: str, weight: Tensor, title: str) -> None:
     """Raises CheckpointError if an adapter does not go with the weight."""
+    parts = [part for part in vars(adapter).values() if isinstance(part, Tensor)]
+    if odd := [part for part in parts if not part.is_floating_point()]:
+        dtype = str(odd[0].dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{title}, whose part for {name} is {dtype}", "floating point is needed", "Get that version"
+        )
     if isinstance(adapter, Difference):
         fits, adds = adapter.change.numel() == weight.numel(), str(list(adapter.change.shape))
     else:

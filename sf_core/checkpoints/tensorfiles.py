@@ -258,12 +258,14 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
         mapped = "unable to mmap" not in str(error)
         refusal = unreadable(path, "a damaged .pt file", DOWNLOAD_AGAIN) if mapped else _too_large(path)
     else:
-        return _dense(tensors, path)
+        return _dense(tensors, path, device)
     raise refusal  # not above, where torch's error would come along and keep the file mapped
 
 
-def _dense(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors, if none is sparse. Raises CheckpointError."""
+def _dense(tensors: dict[str, Tensor], path: Path, device: str) -> dict[str, Tensor]:
+    """The tensors, if none is sparse or was saved without its numbers. Raises CheckpointError."""
+    if empty := [name for name, tensor in tensors.items() if tensor.device.type != device]:
+        raise unreadable(path, f"whose {empty[0]} was saved from the meta device, without its numbers", DOWNLOAD_AGAIN)
     if sparse := [name for name, tensor in tensors.items() if tensor.layout is not torch.strided]:
         raise CheckpointError(
             f"{path.name}, whose {sparse[0]} is a sparse tensor", "dense ones are needed", "Save it with `to_dense()`"

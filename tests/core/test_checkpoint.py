@@ -735,6 +735,12 @@ BAD = {
 }
 
 
+def test_a_tensor_without_numbers_is_refused(tmp_path):
+    torch.save(weights() | {"head.modulation": weights()["head.modulation"].to("meta")}, tmp_path / "meta.pt")
+    with pytest.raises(CheckpointError, match="Got meta.pt, whose head.modulation was saved from the meta device"):
+        load_checkpoint(tmp_path / "meta.pt")
+
+
 def test_a_shard_of_an_impossible_name_is_missing(tmp_path):
     for name in ("x" * 5000, "a\0b", "..", ""):
         (tmp_path / "model.index.json").write_text(json.dumps({"weight_map": {"x": name}}))

@@ -230,6 +230,10 @@ BAD = {
     "a model": (lambda p: save_file(BASE, p), "a Wan diffusion model; a LoRA .* belongs in models/diffusion_models"),
     "DoRA": (lambda p: save_file(written() | {f"{LAYERS[0]}.dora_scale": torch.ones(2)}, p), "LoraLoaderModelOnly"),
     "two": (lambda p: save_file(written() | written(prefix="other."), p), "two LoRAs"),
+    "integers": (
+        lambda p: save_file({k: t.to(torch.int8) for k, t in written().items()}, p),
+        "is int8; floating point",
+    ),
     "nothing": (lambda p: save_file({}, p), "no tensors"),
     "no file": (lambda p: None, "does not exist"),
 }
