@@ -199,6 +199,9 @@ def _umt5(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         )
     if not all(name in weights for name in SIZED):
         raise _another(tensors, path)
+    for name in SIZED:
+        if weights[name].ndim != 2 or not weights[name].numel():
+            raise ValueError(f"Got {path}, whose {name} is no matrix but {list(weights[name].shape)}. {NEEDED}")
     return weights
 
 

@@ -137,7 +137,9 @@ def _of_folder(folder: Path) -> tuple[Path, ...]:
 def _of_index(index: Path) -> tuple[Path, ...]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        names = set()
+    if not names:
         raise CheckpointError(
             f"{index.name}, which does not list any shards", "an index needs a `weight_map`", "Name a shard instead"
         ) from None

@@ -731,6 +731,7 @@ BAD = {
     "docs_folder": (lambda p: folder(p, "README.md"), "with no weights in it"),
     "crowded_folder": (lambda p: folder(p, "a.safetensors", "b.safetensors"), "with 2 files"),
     "shards": (lambda p: shards(p, missing=2), "2 of 3 shards"),
+    "bare.index.json": (lambda p: text(p, b'{"weight_map": {}}'), "which does not list any shards"),
     "broken.index.json": (lambda p: text(p, b"{}"), "which does not list any shards"),
 }
 

@@ -433,6 +433,14 @@ def test_integer_weights_are_refused(tmp_path, wan, spiece):
         load(tmp_path / "int8.safetensors")
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (0, 4), (4, 0)])
+def test_sizes_that_cannot_be_told_are_refused(tmp_path, wan, spiece, shape):
+    for name in text.SIZED:
+        comfy_file(tmp_path / "odd.safetensors", wan, spiece, **{name: torch.ones(shape)})
+        with pytest.raises(ValueError, match=f"whose {re.escape(name)} is no matrix"):
+            bytes_loaded(tmp_path / "odd.safetensors")
+
+
 def test_block_scales_are_refused(tmp_path, wan, spiece):
     weights = scaled_fp8(hugging_face(wan), "weight_scale")
     weights["encoder.block.1.layer.0.SelfAttention.k.weight_scale"] = torch.ones(HEADS * HEAD_DIM, 2)

@@ -223,7 +223,9 @@ def tensors(random: Random, state: dict, plain: bool) -> tuple[dict]:
     for _ in range(random.choice((0, 0, 1, 1, 3))):
         if not state:
             break
-        name = random.choice(list(state))
+        name = random.choice([name for name, value in state.items() if is_plain(value)] or [""])
+        if not name:
+            break
         tensor, how = state.pop(name), random.randrange(8)
         if how == 1:
             state[rename(random, name)] = tensor
@@ -244,6 +246,11 @@ def tensors(random: Random, state: dict, plain: bool) -> tuple[dict]:
         elif how == 7:
             state[name], state[rename(random, name)] = tensor, tensor.clone()
     return (state,)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value can be damaged further."""
+    return type(value) is Tensor and value.layout is torch.strided and value.numel() < 10**6 and not value.is_quantized
 
 
 def rename(random: Random, name: str) -> str:
@@ -272,7 +279,7 @@ def strange(random: Random, tensor: Tensor) -> object:
     """What stands in a pickle where a tensor should: other tensors, and no tensors."""
     return random.choice(
         (
-            lambda: tensor.to_sparse(),
+            lambda: tensor.float().to_sparse(),
             lambda: tensor.float().flatten()[:1].expand(10**9),
             lambda: torch.zeros(1).expand(2**40, 2),
             lambda: tensor.float().to(torch.complex64),
