@@ -191,7 +191,8 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if len(header) == length:
         try:
             entries = json.loads(header)
-            metadata = dict(entries.pop("__metadata__", {}))
+            about = dict(entries.pop("__metadata__", {}))
+            metadata = {name: text for name, text in about.items() if isinstance(text, str)}
             tensors = {name: _meta(entry) for name, entry in entries.items()}
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         except (ValueError, LookupError, TypeError, RuntimeError, AttributeError, RecursionError):
