@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from . import memory, tiny
 from .autoencoders import taehv, wan_vae
 from .autoencoders.stream import DecoderStream, EncoderStream, latent_frames, pixel_frames
+from .checkpoints.autoencoder import load_autoencoder
 from .checkpoints.load import Checkpoint, Description, dequantised, describe, load_checkpoint, load_model
-from .checkpoints.tensorfiles import map_tensors, read_header
 from .device import Timer, available_memory, default_device, default_dtype, release_memory
 from .memory import DecoderMemory, MemoryPlan
 from .sampling.config import PRESETS, Sampling
@@ -401,7 +401,7 @@ class ModelFiles:
     vae            a Wan VAE or, with `is_taehv`, a TAEHV
     tokenizer      where the text encoder's file lacks it
     family         how the model is sampled; None: guessed
-    lora           merged into the model, `lora_strength` times
+    loras          merged into the model in this order: (file, strength)
     """
 
     model: Path
@@ -410,8 +410,7 @@ class ModelFiles:
     is_taehv: bool = False
     tokenizer: Path | None = None
     family: str | None = None
-    lora: Path | None = None
-    lora_strength: float = 1.0
+    loras: tuple[tuple[Path, float], ...] = ()
 
 
 class FilePipeline(Pipeline):
@@ -422,7 +421,7 @@ class FilePipeline(Pipeline):
     def __init__(self, files: ModelFiles, runtime: Runtime | None = None) -> None:
         super().__init__(runtime)
         self.files = files
-        self.description = describe(files.model, files.family, files.lora, files.lora_strength)
+        self.description = describe(files.model, files.family, files.loras)
         self.name, self.note, self.sampling = str(files.model), self.description.note, self.description.sampling
         self.config = self.description.config
         self.decoder_memory = memory.TAEHV if files.is_taehv else memory.WAN_VAE
@@ -441,10 +440,9 @@ class FilePipeline(Pipeline):
         if self.description.dtype is E4M3:
             wan = load_fp8_model(load_checkpoint(files.model, files.family), device, dtype)  # takes no LoRA
             return quantise_model(wan) if self.runtime.fp8 else wan  # what the file has in another dtype
-        lora = {"lora": files.lora, "strength": files.lora_strength}
         if self.runtime.fp8:
-            return quantise_onto(load_model(files.model, family=files.family, **lora)[0], device, dtype)
-        return load_model(files.model, device, dtype, files.family, **lora)[0]
+            return quantise_onto(load_model(files.model, family=files.family, loras=files.loras)[0], device, dtype)
+        return load_model(files.model, device, dtype, files.family, files.loras)[0]
 
     def load_text_encoder(self) -> nn.Module:
         """UMT5, on the device if it fits there, else on the CPU."""
@@ -454,7 +452,7 @@ class FilePipeline(Pipeline):
 
     def load_autoencoder(self) -> wan_vae.WanVAE | taehv.TAEHV:
         kind = taehv.TAEHV if self.files.is_taehv else wan_vae.WanVAE
-        autoencoder = _load_autoencoder(kind, self.files.vae, self.config.channels)
+        autoencoder = load_autoencoder(self.files.vae, kind, self.config.channels)
         return autoencoder.to(self.runtime.device, self.runtime.dtype)
 
     def decoder_stream(self, autoencoder: nn.Module) -> Stream:
@@ -550,21 +548,6 @@ def load_fp8_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
 def _is_fp8_linear(name: str, tensor: Tensor) -> bool:
     """Whether a weight is one that `Fp8Linear` holds."""
     return name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2 and tensor.dtype is E4M3
-
-
-def _load_autoencoder(kind: type[nn.Module], path: Path, channels: int) -> nn.Module:
-    """The autoencoder in a file, for latents of `channels`. Raises ValueError if there is none."""
-    file = read_header(path)
-    try:
-        decoder = kind.from_state_dict(map_tensors(file, file.tensors))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if decoder.channels != channels:
-        raise ValueError(
-            f"{path}: Got an autoencoder for latents of {decoder.channels} channels; the model makes {channels}. "
-            "Use the Wan 2.1 VAE, or taew2_1."
-        )
-    return decoder
 
 
 def _check_tile(tile: int | None, margin: int) -> int | None:

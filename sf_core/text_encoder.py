@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoints.identify import LORA, STRANGERS
+from .checkpoints.identify import T5, identify_tensors
 from .checkpoints.tensorfiles import TensorFile, map_tensors, read_header
 
 TEXT_LEN = 512
@@ -62,15 +62,6 @@ SIZED = (
     "encoder.block.0.layer.0.SelfAttention.q.weight",
     "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
 )
-
-# What else a file may be, told by its tensors' names; the first that fits counts.
-OTHER_KINDS = {
-    LORA.pattern: "a LoRA",
-    r"patch_embedding\.weight": "a Wan diffusion model",
-    r"\.SelfAttention\.": "a T5 or UMT5 that is not complete",
-    r"(^|\.)model\.layers\.": "a language model",
-    **{pattern: kind for pattern, kind, _ in STRANGERS},
-}
 
 # ftfy straightens these for Wan; of what it does to well-formed text, the tokenizer's own normaliser does the rest.
 STRAIGHT = {
@@ -207,7 +198,10 @@ def _umt5(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             f"position bias. {NEEDED}"
         )
     if not all(name in weights for name in SIZED):
-        raise ValueError(f"Got {path}, which is {_kind(tensors)}. {NEEDED}")
+        raise _another(tensors, path)
+    for name in SIZED:
+        if weights[name].ndim != 2 or not weights[name].numel():
+            raise ValueError(f"Got {path}, whose {name} is no matrix but {list(weights[name].shape)}. {NEEDED}")
     return weights
 
 
@@ -217,12 +211,16 @@ def _transformers_name(name: str) -> str:
     return name
 
 
-def _kind(names: Iterable[str]) -> str:
+def _another(names: Iterable[str], path: Path) -> ValueError:
+    """The error for a file that is no UMT5: it says what it is, and where it belongs."""
     names = list(names)
-    for pattern, kind in OTHER_KINDS.items():
-        if any(re.search(pattern, name) for name in names):
-            return kind
-    return f"no text encoder known here (its first tensors: {', '.join(names[:3]) or 'none'})"
+    what, folder = identify_tensors(names) or (None, None)
+    if what == T5:
+        return ValueError(f"Got {path}, which is a T5 or UMT5 that is not complete. {NEEDED}")
+    if what:
+        return ValueError(f"Got {path}, which is {what} and belongs in {folder}. {NEEDED}")
+    first = ", ".join(names[:3]) or "none"
+    return ValueError(f"Got {path}, which is no text encoder known here (its first tensors: {first}). {NEEDED}")
 
 
 def _layers(weights: dict[str, Tensor]) -> int:

@@ -24,6 +24,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ...sf_core.autoencoders.taehv import TAEHV
+from ...sf_core.checkpoints.autoencoder import load_autoencoder
 from ...sf_core.checkpoints.identify import is_scale, metadata_entry
 from ...sf_core.checkpoints.load import Checkpoint, dequantised, load_checkpoint, plain_dtype
 from ...sf_core.checkpoints.tensorfiles import map_tensors, read_header
@@ -51,7 +52,8 @@ class CheckpointSource:
 
     def checkpoint(self) -> Checkpoint:
         """Raises CheckpointError for files that hold no causal Wan text-to-video model, or a LoRA of another."""
-        return load_checkpoint(self.path, self.family, self.lora, self.strength)
+        loras = () if self.lora is None else ((self.lora, self.strength),)
+        return load_checkpoint(self.path, self.family, loras)
 
 
 def load_model(source: CheckpointSource, disable_dynamic: bool = False) -> ModelPatcher:
@@ -188,15 +190,11 @@ def load_taehv(path: Path) -> comfy.sd.VAE:
     ComfyUI takes a float16 TAEHV of 16 channels for HunyuanVideo's. taew2_1 reads and writes Wan's latents as the model
     sees them; lighttaew2_1 those of the Wan VAE itself, and has the same layers: its name tells.
     """
-    file = read_header(path)
-    state = map_tensors(file, file.tensors)
-    try:
-        network = TAEHV.from_state_dict(state)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from None
-    if (network.channels, network.space) != (16, 8) or "decoder.22.bias" not in state:
+    network = load_autoencoder(path, TAEHV, channels=16)
+    state = network.state_dict()
+    if network.space != 8 or "decoder.22.bias" not in state:
         raise ValueError(
-            f"Got {path.name}, a TAEHV for latents of {network.channels} channels; Wan 2.1 models need one for 16. "
+            f"Got {path.name}, a TAEHV of another model; Wan 2.1 models need one of theirs. "
             "Use taew2_1 or lighttaew2_1."
         )
     vae = comfy.sd.VAE(dict(state))

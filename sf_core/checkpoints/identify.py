@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -228,21 +229,103 @@ def _check_scale(name: str, scale: Tensor, weight: Tensor, title: str) -> None:
 
 LORA = re.compile(r"(^|[._])lora[._]|lokr_w|hada_w|\.diff(_b)?$")
 
-# A name in the file (as a pattern), what the file is, where it belongs.
-STRANGERS = (
-    (
-        r"(^|\.)(token_embedding\.weight|shared\.weight|encoder\.block\.0\.layer\.0\.)",
-        "a text encoder (T5)",
-        "It belongs in models/text_encoders. ",
-    ),
-    (r"(^|\.)(text_model\.encoder|vision_model|visual\.(transformer|conv1))\.", "a CLIP encoder", ""),
-    (r"conditioner\.embedders|(^|\.)label_emb\.0\.", "a Stable Diffusion XL checkpoint", ""),
-    (r"cond_stage_model|(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion checkpoint", ""),
-    (r"(^|\.)(joint|double|double_stream)_(blocks|modules)\.0\.", "an image model (SD3, Flux or a relative)", ""),
-    (r"(^|\.)decoder\.(middle\.0|upsamples\.0)\.", "the Wan VAE", "It belongs in models/vae. "),
-    (r"(^|\.)decoder\.(mid\.block_1|mid_block|conv_in)\.", "an image VAE", ""),
-    (r"(^|\.)decoder\.\d+\.(conv\.)?(\d+\.)?weight$", "a TAEHV", "It belongs in models/vae_approx. "),
+WAN = "a Wan diffusion model"
+WAN_VAE = "the Wan 2.1 VAE"
+TAEHV = "a TAEHV"
+T5 = "a text encoder (T5)"
+
+# A name in the file (as a pattern), what the file is, its folder in ComfyUI's models. The first that fits counts: files
+# that hold others (a checkpoint with its VAE, a ControlNet with a UNet's names) come before those.
+STRANGERS = tuple(
+    (re.compile(pattern), what, folder)
+    for pattern, what, folder in (
+        (LORA.pattern, "a LoRA", "loras"),
+        (
+            r"(^|\.)(control_model|input_hint_block|zero_convs|control(net)?_(blocks|cond_embedding|down_blocks|mid_block"
+            r"|x_embedder|add_embedding|single_blocks))\.",
+            "a ControlNet",
+            "controlnet",
+        ),
+        (
+            r"(^|\.)blocks\.\d+\.(self|cross)_attn\.[qkvo]\.|(^|\.)condition_embedder\.(time|text)_",
+            WAN,
+            "diffusion_models",
+        ),
+        (r"conditioner\.embedders|(^|\.)label_emb\.0\.", "a Stable Diffusion XL checkpoint", "checkpoints"),
+        (r"cond_stage_model|(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion checkpoint", "checkpoints"),
+        (r"^(unet\.)?(time|add)_embedding\.linear_1\.", "a Stable Diffusion UNet", "diffusion_models"),
+        (r"(^|\.)joint_blocks\.0\.", "an image model (Stable Diffusion 3)", "diffusion_models"),
+        (r"(^|\.)individual_token_refiner\.", "a HunyuanVideo model", "diffusion_models"),
+        (
+            r"(^|\.)(joint|double|single|double_stream)_(blocks|modules)\.0\.",
+            "an image model (Flux or a relative)",
+            "diffusion_models",
+        ),
+        (
+            r"(^|\.)(single_)?transformer_blocks\.0\.",
+            "an image or video model of another kind (Diffusers)",
+            "diffusion_models",
+        ),
+        (
+            r"(^|\.)text_model\.(encoder|embeddings)\.|^(?!.*\bvisual\.).*\btransformer\.resblocks\.0\.",
+            "a CLIP encoder",
+            "text_encoders",
+        ),
+        (r"(^|\.)(vision_model|visual\.(transformer|conv1))\.", "a CLIP vision encoder", "clip_vision"),
+        (r"(^|\.)(token_embedding\.weight|shared\.weight|encoder\.block\.\d+\.layer\.0\.)", T5, "text_encoders"),
+        (r"(^|\.)layers\.\d+\.self_attn\.(q_proj|qkv_proj)\.", "a language model", "text_encoders"),
+        (
+            r"(^|\.)(decoder\.upsamples\.\d+\.upsamples|encoder\.downsamples\.\d+\.downsamples"
+            r"|(down|up)_blocks\.\d+\.(down|up)sampler)\.",
+            "the Wan 2.2 VAE",
+            "vae",
+        ),
+        (
+            r"(^|\.)(decoder\.(middle\.0|upsamples\.0)|encoder\.(middle\.0|downsamples\.0))\."
+            r"|(^|\.)(en|de)coder\.mid_block\.resnets\.0\.norm1\.gamma$",
+            WAN_VAE,
+            "vae",
+        ),
+        (r"(^|\.)(en|de)coder\.(mid\.block_1|mid_block|conv_in)\.", "an image VAE", "vae"),
+        (
+            r"^taesd_(en|de)coder\.|^\d+\.conv\.\d+\.(weight|bias)$"
+            r"|(^|\.)(en|de)coder\.layers\.\d+\.(conv\.\d+\.)?(weight|bias)$",
+            "a TAESD, the tiny autoencoder of image models",
+            "vae_approx",
+        ),
+        (r"(^|\.)(en|de)coder\.\d+\.(conv\.)?(\d+\.)?weight$", TAEHV, "vae_approx"),
+        (
+            r"(^|\.)(model\.1\.sub\.\d+|RRDB_trunk|body\.\d+\.rdb\d|conv_first|layers\.\d+\.residual_group)\."
+            r"|^(params(_ema)?\.)?body\.\d+\.(weight|bias)$",
+            "an upscale model (ESRGAN or a relative)",
+            "upscale_models",
+        ),
+        (
+            r"^(emb_params|clip_[lgh]|string_to_param\.\*|<[^>]+>)$",
+            "an embedding (textual inversion)",
+            "embeddings",
+        ),
+        (r"(^|\.)patch_embedding\.weight$", WAN, "diffusion_models"),
+    )
 )
+
+
+def identify_tensors(names: Iterable[str]) -> tuple[str, str] | None:
+    """(what tensors of these names are, in words; ComfyUI's folder for it); None if they are of nothing known here."""
+    names = [WRAPPERS.sub("", name) for name in names]
+    for pattern, what, folder in STRANGERS:
+        if any(pattern.search(name) for name in names):
+            return what, f"models/{folder}"
+    return None
+
+
+def wrong_file(title: str, names: Collection[str], needed: str, remedy: str) -> CheckpointError:
+    """The error for a file that is another than the one that is needed: it says what it is, and where it belongs."""
+    if known := identify_tensors(names):
+        what, folder = known
+        return CheckpointError(f"{title}, {what}", needed, f"It belongs in {folder}. {remedy}")
+    what = f"{len(names)} tensors of no model known here (such as {min(names)})" if names else "no tensors in it"
+    return CheckpointError(f"{title}, with {what}", needed, remedy)
 
 
 def _refuse_loras(tensors: dict[str, Tensor], title: str) -> None:
@@ -250,18 +333,17 @@ def _refuse_loras(tensors: dict[str, Tensor], title: str) -> None:
         raise CheckpointError(
             f"{title}, a LoRA or a model with LoRA layers not merged into it",
             f"{NEEDED}, whole (the step-distilled 'self forcing' LoRAs make a model faster, not causal)",
-            f"Add a LoRA to a model: with LoraLoaderModelOnly in ComfyUI, or as the LoRA of the model. {GET_ONE}",
+            "A LoRA belongs in models/loras and is added to a model: with LoraLoaderModelOnly in ComfyUI, or as the "
+            f"LoRA of the model. {GET_ONE}",
         )
 
 
 def _stranger(names: list[str], teachers: set[str], title: str) -> CheckpointError:
     if teachers:
         return CheckpointError(f"{title}, a critic without its generator", NEEDED, GET_ONE)
-    for pattern, what, place in STRANGERS:
-        if any(re.search(pattern, name) for name in names):
-            return CheckpointError(f"{title}, {what}", NEEDED, place + GET_ONE)
-    what = f"{len(names)} tensors of no model known here (such as {min(names)})" if names else "no tensors in it"
-    return CheckpointError(f"{title}, with {what}", NEEDED, GET_ONE)
+    if (known := identify_tensors(names)) and known[0] == WAN:
+        return CheckpointError(f"{title}, a part of a Wan model", f"{NEEDED}, whole", GET_ONE)
+    return wrong_file(title, names, NEEDED, GET_ONE)
 
 
 def _refuse_variants(tensors: dict[str, Tensor], title: str, causal: bool) -> None:

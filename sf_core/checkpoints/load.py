@@ -18,7 +18,7 @@ Float8 weights stay float8. A scaled one has its scale beside it, under one name
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,11 @@ from ..sampling.families import DEFAULT, FAMILIES, Guess, family_named, guess_fa
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
 from .identify import FLOAT8, GET_ONE, Found, find_wan, is_scale, metadata_entry
-from .lora import Merged, left_out, read_lora
+from .lora import Adapter, Difference, Merged, left_out, read_lora
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
+
+Loras = Sequence[tuple[str | Path, float]]
+"""Files with LoRAs and their strengths, merged in this order."""
 
 STAGE = re.compile(r"ode[-_]init|causal[-_]ode|causal[-_]cd|ar[-_]diffusion", re.IGNORECASE)
 
@@ -65,38 +68,33 @@ class Description:
 class Checkpoint(Description):
     """A description and the weights: CPU views of the file under Wan's names, scales beside float8 ones.
 
-    With a LoRA, a weight that it changes is computed each time it is read.
+    With LoRAs, a weight that they change is computed each time it is read.
     """
 
     state_dict: Mapping[str, Tensor]
 
 
-def describe(
-    path: str | Path, family: str | None = None, lora: str | Path | None = None, strength: float = 1.0
-) -> Description:
-    """What a file is, from its header alone, and whether a LoRA goes with it. Raises as `load_checkpoint` does."""
+def describe(path: str | Path, family: str | None = None, loras: Loras = ()) -> Description:
+    """What a file is, from its header alone, and whether LoRAs go with it. Raises as `load_checkpoint` does."""
     file, found = _open(path, family)
-    if lora is not None:
-        read_lora(lora, _headers(file, found))
-    return _describe(file, found, family, lora, strength)
+    _read_loras(loras, file, found)
+    return _describe(file, found, family, loras)
 
 
-def load_checkpoint(
-    path: str | Path, family: str | None = None, lora: str | Path | None = None, strength: float = 1.0
-) -> Checkpoint:
+def load_checkpoint(path: str | Path, family: str | None = None, loras: Loras = ()) -> Checkpoint:
     """Opens a checkpoint: a file, a shard, an index of shards, or a folder with one of these.
 
     `family` says how it is sampled instead of a guess, and is taken for word that the model is causal. The weights are
-    memory-mapped: they take no memory of their own until they are changed or converted. `lora` is a file whose LoRA is
-    merged into them, `strength` times. Raises CheckpointError, a ValueError, for anything but a causal Wan
+    memory-mapped: they take no memory of their own until they are changed or converted. `loras` are files whose LoRAs
+    are merged into them, each with its strength. Raises CheckpointError, a ValueError, for anything but a causal Wan
     text-to-video model, and for a LoRA that does not go with it; ValueError for an unknown family.
     """
     file, found = _open(path, family)
-    adapters = None if lora is None else read_lora(lora, _headers(file, found))
+    merged = _read_loras(loras, file, found)
     mapped = map_tensors(file, found.names.values())
     state = {name: _scale(mapped[at]) if is_scale(name) else mapped[at] for name, at in found.names.items()}
-    about = _describe(file, found, family, lora, strength)
-    return Checkpoint(**vars(about), state_dict=Merged(state, adapters, strength) if adapters else state)
+    about = _describe(file, found, family, loras)
+    return Checkpoint(**vars(about), state_dict=Merged(state, merged) if merged else state)
 
 
 def load_model(
@@ -104,15 +102,14 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     family: str | None = None,
-    lora: str | Path | None = None,
-    strength: float = 1.0,
+    loras: Loras = (),
 ) -> tuple[WanModel, Checkpoint]:
     """The model itself, ready to run, and its checkpoint.
 
     `dtype` defaults to the file's (bfloat16 for float8 files). Weights that need neither conversion nor another device
     remain views of the file; others are converted one at a time. Raises as `load_checkpoint` does.
     """
-    checkpoint = load_checkpoint(path, family, lora, strength)
+    checkpoint = load_checkpoint(path, family, loras)
     model = WanModel(checkpoint.config, device="meta")
     state = dequantised(checkpoint.state_dict, dtype or plain_dtype(checkpoint.dtype), device)
     model.load_state_dict(state, assign=True)
@@ -151,23 +148,28 @@ def _headers(file: TensorFile, found: Found) -> dict[str, Tensor]:
     return {name: file.tensors[at] for name, at in found.names.items()}
 
 
+def _read_loras(loras: Loras, file: TensorFile, found: Found) -> list[tuple[dict[str, Adapter | Difference], float]]:
+    """What each LoRA adds to the model's weights, and its strength."""
+    headers = _headers(file, found)
+    return [(read_lora(path, headers), strength) for path, strength in loras]
+
+
 def _scale(tensor: Tensor) -> Tensor:
     """A scale as float32, [] or [out]."""
     scale = tensor.float()
     return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
 
 
-def _describe(
-    file: TensorFile, found: Found, chosen: str | None, lora: str | Path | None, strength: float
-) -> Description:
+def _describe(file: TensorFile, found: Found, chosen: str | None, loras: Loras) -> Description:
     weights = [file.tensors[at] for name, at in found.names.items() if not is_scale(name)]
     float8 = [dtype for dtype in FLOAT8 if any(tensor.dtype is dtype for tensor in weights)]
     guess = Guess(chosen, "chosen") if chosen else _guess(file)
     own = None if chosen else _own_sampling(file)
     notes = ["Sampled as its metadata says."] if own else _notes(file, found, guess, chosen is not None)
-    notes += [] if lora is None else [f"With {Path(lora).name} merged into it, strength {strength:g}."]
-    if lora is not None and (unused := left_out(lora, _headers(file, found))):
-        notes.append(f"{len(unused)} parts of it do not fit this model and are left out, such as {unused[0]}.")
+    for lora, strength in loras:
+        notes.append(f"With {Path(lora).name} merged into it, strength {strength:g}.")
+        if unused := left_out(lora, _headers(file, found)):
+            notes.append(f"{len(unused)} parts of it do not fit this model and are left out, such as {unused[0]}.")
     return Description(
         config=found.config,
         dtype=float8[0] if float8 else file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,

@@ -1,7 +1,7 @@
 """A LoRA merged into a model's weights: W + strength (alpha / rank) up down (arXiv 2106.09685).
 
     adapters = read_lora("lora.pt", shapes)            # for the model whose tensors are these
-    state = Merged(state, adapters, strength=1.0)      # a state dict; each weight is computed when it is read
+    state = Merged(state, [(adapters, 1.0)])           # a state dict; each weight is computed when it is read
 
 Files of PEFT, of ComfyUI and diffusers, and of our own training hold the same pairs under names of their own, in
 whatever dicts and prefixes:
@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from .identify import FLOAT8, TEACHERS, WRAPPERS, metadata_entry, wan_name
+from .identify import FLOAT8, TEACHERS, WRAPPERS, metadata_entry, wan_name, wrong_file
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
 NEEDED = "a LoRA made for this model is needed"
@@ -70,14 +70,20 @@ class Adapter:
 
 
 class Merged(Mapping[str, Tensor]):
-    """A state dict with a LoRA in it, which never stands in memory whole: a weight is made anew whenever it is read."""
+    """A state dict with LoRAs in it, which never stands in memory whole: a weight is made anew whenever it is read.
 
-    def __init__(self, state: Mapping[str, Tensor], adapters: Mapping[str, Adapter], strength: float) -> None:
-        self.state, self.adapters, self.strength = state, adapters, strength
+    loras: (what `read_lora` gives, strength), added one after another in float32 and rounded once.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> None:
+        self.state, self.loras = state, loras
 
     def __getitem__(self, name: str) -> Tensor:
-        weight, adapter = self.state[name], self.adapters.get(name)
-        return weight if adapter is None else adapter.added_to(weight, self.strength)
+        weight, added = self.state[name], [(lora[name], strength) for lora, strength in self.loras if name in lora]
+        whole = weight.float() if added else weight
+        for adapter, strength in added:
+            whole = adapter.added_to(whole, strength)
+        return whole.to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.state)
@@ -159,7 +165,7 @@ def _layers(tensors: dict[str, Tensor], title: str) -> tuple[dict[str, dict[str,
     if not tensors:
         raise CheckpointError(f"{title}, with no tensors in it", NEEDED, "Choose the file with the LoRA")
     if not layers:
-        raise CheckpointError(f"{title}, with {min(tensors)} in it, which is no part of a LoRA", NEEDED, "Choose one")
+        raise wrong_file(title, tensors, NEEDED, "Choose the LoRA's own file, such as LongLive's lora.pt")
     return layers, others
 
 
@@ -241,6 +247,12 @@ def _weight_named(layer: str, model: Mapping[str, Tensor]) -> str | None:
 
 def _check(adapter: Adapter | Difference, name: str, weight: Tensor, title: str) -> None:
     """Raises CheckpointError if an adapter does not go with the weight."""
+    parts = [part for part in vars(adapter).values() if isinstance(part, Tensor)]
+    if odd := [part for part in parts if not part.is_floating_point()]:
+        dtype = str(odd[0].dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{title}, whose part for {name} is {dtype}", "floating point is needed", "Get that version"
+        )
     if isinstance(adapter, Difference):
         fits, adds = adapter.change.numel() == weight.numel(), str(list(adapter.change.shape))
     else:

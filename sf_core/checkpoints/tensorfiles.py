@@ -13,6 +13,7 @@ Reading goes in two steps, so that a wrong file is known from its header before 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -104,9 +105,9 @@ def map_tensors(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
 
 def _shards(path: Path) -> tuple[Path, ...]:
     """All files of the model that `path` (a file, a shard, an index or a folder) stands for."""
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib's raises for a name that no file can have
         return _of_folder(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}, which does not exist", "a checkpoint is needed", "Check the path")
     if path.name.endswith(".index.json"):
         return _of_index(path)
@@ -136,7 +137,9 @@ def _of_folder(folder: Path) -> tuple[Path, ...]:
 def _of_index(index: Path) -> tuple[Path, ...]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        names = set()
+    if not names:
         raise CheckpointError(
             f"{index.name}, which does not list any shards", "an index needs a `weight_map`", "Name a shard instead"
         ) from None
@@ -145,9 +148,9 @@ def _of_index(index: Path) -> tuple[Path, ...]:
 
 def _all_there(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     names = sorted(names)
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if missing := [name for name in names if not os.path.isfile(folder / name)]:
         raise CheckpointError(
-            f"{len(names) - len(missing)} of {len(names)} shards; {missing[0]} is missing",
+            f"{len(names) - len(missing)} of {len(names)} shards; {missing[0][:100]} is missing",
             "all shards of a model must lie in one folder",
             "Download the missing ones",
         )
@@ -188,7 +191,8 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if len(header) == length:
         try:
             entries = json.loads(header)
-            metadata = dict(entries.pop("__metadata__", {}))
+            about = dict(entries.pop("__metadata__", {}))
+            metadata = {name: text for name, text in about.items() if isinstance(text, str)}
             tensors = {name: _meta(entry) for name, entry in entries.items()}
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         except (ValueError, LookupError, TypeError, RuntimeError, AttributeError, RecursionError):
@@ -244,7 +248,7 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
     if "constants.pkl" in contents:
         raise unreadable(path, "a TorchScript program, which is not run", "Get the file with the weights alone")
     try:
-        return dict(_flatten(torch.load(path, map_location=device, mmap=True, weights_only=True)))
+        tensors = dict(_flatten(torch.load(path, map_location=device, mmap=True, weights_only=True)))
     except pickle.UnpicklingError as error:
         objects = re.findall(r"GLOBAL (\S+)", str(error))
         what = f"Python objects ({objects[0]})" if objects else "more than tensors"
@@ -256,7 +260,20 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
     except Exception as error:  # noqa: BLE001  a damaged pickle can raise anything
         mapped = "unable to mmap" not in str(error)
         refusal = unreadable(path, "a damaged .pt file", DOWNLOAD_AGAIN) if mapped else _too_large(path)
+    else:
+        return _dense(tensors, path, device)
     raise refusal  # not above, where torch's error would come along and keep the file mapped
+
+
+def _dense(tensors: dict[str, Tensor], path: Path, device: str) -> dict[str, Tensor]:
+    """The tensors, if none is sparse or was saved without its numbers. Raises CheckpointError."""
+    if empty := [name for name, tensor in tensors.items() if tensor.device.type != device]:
+        raise unreadable(path, f"whose {empty[0]} was saved from the meta device, without its numbers", DOWNLOAD_AGAIN)
+    if sparse := [name for name, tensor in tensors.items() if tensor.layout is not torch.strided]:
+        raise CheckpointError(
+            f"{path.name}, whose {sparse[0]} is a sparse tensor", "dense ones are needed", "Save it with `to_dense()`"
+        )
+    return tensors
 
 
 def _flatten(tree: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

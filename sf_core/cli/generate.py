@@ -116,8 +116,10 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     decoder.add_argument("--taehv", type=Path, metavar="FILE", help="TAEHV (taew2_1), a small and fast decoder")
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder, UMT5-XXL: file or folder")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer, where the text encoder's file lacks it")
-    add("--lora", type=Path, metavar="FILE", help="LoRA merged into the model (LongLive's lora.pt)")
-    add("--lora-strength", type=number_in(-10, 10), default=1.0, metavar="NUMBER", help="LoRA strength (1)")
+    lora = "LoRA merged into the model (LongLive's lora.pt); may be given several times"
+    add("--lora", type=Path, action="append", metavar="FILE", help=lora)
+    strength = "LoRA strength (1); for several LoRAs several times, in the same order"
+    add("--lora-strength", type=number_in(-10, 10), action="append", metavar="NUMBER", help=strength)
     add("--family", metavar="NAME", help=f"family, how it is sampled (guessed): {', '.join(FAMILIES)}")
 
 
@@ -131,7 +133,7 @@ def _add_speed(group: argparse._ArgumentGroup) -> None:
 
 def read_pipeline(args: argparse.Namespace) -> Pipeline:
     """The built-in model, or the files that were named."""
-    files = ("vae", "taehv", "text_encoder", "tokenizer", "family", "lora")
+    files = ("vae", "taehv", "text_encoder", "tokenizer", "family", "lora", "lora_strength")
     if args.model is None:
         if stray := [f"--{name.replace('_', '-')}" for name in files if getattr(args, name) is not None]:
             raise ValueError(f"Got {' and '.join(stray)} without --model, to which it belongs. Add --model FILE.")
@@ -142,9 +144,20 @@ def read_pipeline(args: argparse.Namespace) -> Pipeline:
             "Got --model without all that goes with it; it needs --text-encoder (UMT5-XXL), and --vae (the Wan 2.1 "
             "VAE) or --taehv (taew2_1). Name their files."
         )
-    lora = (args.lora, args.lora_strength)
-    named = ModelFiles(args.model, args.text_encoder, decoder, args.vae is None, args.tokenizer, args.family, *lora)
+    loras, is_taehv = _loras(args), args.vae is None
+    named = ModelFiles(args.model, args.text_encoder, decoder, is_taehv, args.tokenizer, args.family, loras)
     return FilePipeline(named, _runtime(args))
+
+
+def _loras(args: argparse.Namespace) -> tuple[tuple[Path, float], ...]:
+    """(file, strength) of each LoRA."""
+    loras, strengths = args.lora or [], args.lora_strength or []
+    if len(strengths) > len(loras):
+        raise ValueError(
+            f"Got --lora-strength {len(strengths)} times for {len(loras)} LoRAs; each is the strength of the --lora at "
+            "its place. Leave out what is too much, or name another --lora."
+        )
+    return tuple(zip(loras, [*strengths, *[1.0] * (len(loras) - len(strengths))]))
 
 
 def _runtime(args: argparse.Namespace) -> Runtime:
@@ -227,8 +240,9 @@ def _preview(args: argparse.Namespace) -> str | None:
 
 def _check_files(args: argparse.Namespace, preview: str | None) -> None:
     """Refuses outputs that cannot be written, or would replace an input or each other."""
-    names = ("start", "source", "prompt_file", "model", "vae", "taehv", "text_encoder", "tokenizer", "lora")
+    names = ("start", "source", "prompt_file", "model", "vae", "taehv", "text_encoder", "tokenizer")
     inputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    inputs |= {f"--lora {i}" if i > 1 else "--lora": path for i, path in enumerate(args.lora or [], 1)}
     check_outputs({"--out": args.out, "--preview": preview}, inputs)
     check_destination(args.out)
     if preview:
@@ -360,7 +374,7 @@ def _report(request: Request, args: argparse.Namespace, preview: str | None, tim
         "out": args.out,
         "preview": preview,
         "model": str(args.model) if args.model else "built-in",
-        "lora": {"file": str(args.lora), "strength": args.lora_strength} if args.lora else None,
+        "loras": [{"file": str(path), "strength": strength} for path, strength in _loras(args)],
         "prompt": request.prompt,
         "seed": request.seed,
         "frames": request.frames - request.skipped,

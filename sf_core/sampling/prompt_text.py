@@ -26,10 +26,11 @@ from .prompts import TRANSITIONS, PromptSchedule, TimedPrompt
 
 DEFAULT = "recache"
 MOST = 1_000_000  # seconds or chunks
-SECONDS, CHUNKS = re.compile(r"(0(?=$)|[0-9]*\.?[0-9]+(?=s$))s?", re.I), re.compile("@([0-9]+)")
+NUMBER = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+SECONDS, CHUNKS = re.compile(rf"(0(?=$)|{NUMBER}(?=s$))s?", re.I), re.compile("@([0-9]+)")
 CLOCK = re.compile(r"(?:([0-9]{1,2}):)?([0-9]{1,3}):([0-9]{2}(?:\.[0-9]+)?)")
 NAMED = f"(?:{'|'.join(name for name in TRANSITIONS if name != 'blend')}|blend(?:\\s+[0-9.]+s?)?)"
-TIME = r"\s*(?:0|[0-9]*\.?[0-9]+s|@[0-9]+)"
+TIME = rf"\s*(?:0|{NUMBER}s|@[0-9]+)"
 TIMED = re.compile(rf"{TIME}(?:\s+{NAMED})?\s*:(?![0-9])", re.I)  # how a line of a schedule begins
 CLOCKED = re.compile(rf"\s*(?P<time>{CLOCK.pattern})(?=\s|:|$)(?P<rest>\s+{NAMED}(?=\s*:))?\s*:?", re.I)
 LIKE_TIMED = re.compile(rf"(?:{TIME}|\s*{CLOCK.pattern})(?=\s|:|$)", re.I)

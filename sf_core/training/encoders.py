@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .. import tiny
 from ..autoencoders import wan_vae
 from ..autoencoders.stream import DecoderStream
+from ..checkpoints.autoencoder import load_autoencoder
 from ..checkpoints.load import load_model
-from ..checkpoints.tensorfiles import map_tensors, read_header
 from ..sampling.families import DEFAULT
 from ..text_encoder import load_text_encoder
 from ..tiny.autoencoder import CHANNELS, SPACE, TinyAutoencoder
@@ -104,8 +104,7 @@ class WanEncoders:
             )
         self.config, self.device = config, device
         self.text = load_text_encoder(config.text_encoder, config.tokenizer, device)
-        file = read_header(config.vae)
-        self.vae = wan_vae.WanVAE.from_state_dict(map_tensors(file, file.tensors)).to(device).requires_grad_(False)
+        self.vae = load_autoencoder(config.vae, wan_vae.WanVAE, channels=16).to(device).requires_grad_(False)
         self.kept: dict[str, Tensor | None] = {"": None, negative: None}
 
     @torch.no_grad()

@@ -651,7 +651,7 @@ BAD = {
     "flux.safetensors": (lambda p: named(p, "double_blocks.0.img_attn.qkv.weight"), "an image model"),
     "wan_2.1_vae.safetensors": (
         lambda p: named(p, "encoder.conv1.weight", "decoder.middle.0.residual.0.gamma", "decoder.head.0.gamma"),
-        "the Wan VAE",
+        "the Wan 2.1 VAE",
     ),
     "vae-ft-mse.safetensors": (lambda p: named(p, "decoder.mid.block_1.conv1.weight"), "an image VAE"),
     "taew2_1.safetensors": (lambda p: named(p, "encoder.0.weight", "decoder.3.conv.0.weight"), "a TAEHV"),
@@ -714,6 +714,10 @@ BAD = {
     ),
     "archive.zip": (archive, "a zip archive without tensors"),
     "script.pt": (script, "a TorchScript program"),
+    "sparse.pt": (
+        lambda p: torch.save(weights() | {"head.modulation": weights()["head.modulation"].to_sparse()}, p),
+        "whose head.modulation is a sparse tensor",
+    ),
     "bomb.pt": (bomb, "Python objects"),
     "bomb.ckpt": (lambda p: bomb(p, bare=True), "a bare Python pickle"),
     "gguf.gguf": (lambda p: text(p, b"GGUF\3\0\0\0"), "a GGUF file"),
@@ -727,8 +731,25 @@ BAD = {
     "docs_folder": (lambda p: folder(p, "README.md"), "with no weights in it"),
     "crowded_folder": (lambda p: folder(p, "a.safetensors", "b.safetensors"), "with 2 files"),
     "shards": (lambda p: shards(p, missing=2), "2 of 3 shards"),
+    "bare.index.json": (lambda p: text(p, b'{"weight_map": {}}'), "which does not list any shards"),
     "broken.index.json": (lambda p: text(p, b"{}"), "which does not list any shards"),
 }
+
+
+def test_a_tensor_without_numbers_is_refused(tmp_path):
+    torch.save(weights() | {"head.modulation": weights()["head.modulation"].to("meta")}, tmp_path / "meta.pt")
+    with pytest.raises(CheckpointError, match="Got meta.pt, whose head.modulation was saved from the meta device"):
+        load_checkpoint(tmp_path / "meta.pt")
+
+
+def test_a_shard_of_an_impossible_name_is_missing(tmp_path):
+    for name in ("x" * 5000, "a\0b", "..", ""):
+        (tmp_path / "model.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(CheckpointError, match="Got 0 of 1 shards") as caught:
+            describe(tmp_path / "model.index.json")
+        assert len(str(caught.value)) < 300
+    with pytest.raises(CheckpointError, match="which does not exist"):
+        describe(tmp_path / ("x" * 5000))
 
 
 def tensors_alive() -> int:

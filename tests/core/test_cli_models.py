@@ -138,10 +138,45 @@ def test_a_lora_is_merged_into_the_model(make, files):
     torch.save({"generator_lora": pair}, files / "lora.pt")
     _, plain, _ = make(*MODEL, *TINY)
     report, frames, said = make(*MODEL, *TINY, "--lora", "lora.pt", "--lora-strength", "0.5", name="lora/")
-    assert report["lora"] == {"file": "lora.pt", "strength": 0.5} and "With lora.pt merged into it" in said
+    assert report["loras"] == [{"file": "lora.pt", "strength": 0.5}] and "With lora.pt merged into it" in said
     assert not torch.equal(frames, plain)
     _, same, _ = make(*MODEL, *TINY, "--lora", "lora.pt", "--lora-strength", "0", name="none/")
     assert torch.equal(same, plain)
+
+
+@pytest.fixture
+def two_loras(files):
+    for name, layer in (("one.pt", "blocks.0.ffn.0"), ("two.pt", "blocks.1.ffn.0")):
+        generator = torch.Generator().manual_seed(len(layer))
+        pair = {"A": torch.randn(2, 128, generator=generator), "B": torch.randn(64, 2, generator=generator)}
+        torch.save({f"base_model.model.{layer}.lora_{part}.weight": t for part, t in pair.items()}, files / name)
+    return ("--lora", "one.pt", "--lora", "two.pt")
+
+
+def test_several_loras_are_merged_each_with_its_strength(make, two_loras):
+    report, both, said = make(*MODEL, *TINY, *two_loras, "--lora-strength", "0.5")
+    assert report["loras"] == [{"file": "one.pt", "strength": 0.5}, {"file": "two.pt", "strength": 1.0}]
+    assert "With one.pt merged into it, strength 0.5. With two.pt merged into it, strength 1." in said
+    _, first, _ = make(*MODEL, *TINY, *two_loras, "--lora-strength", "0.5", "--lora-strength", "0", name="first/")
+    _, alone, _ = make(*MODEL, *TINY, *two_loras[:2], "--lora-strength", "0.5", name="alone/")
+    assert torch.equal(first, alone) and not torch.equal(both, alone)
+    report, _, _ = make(*MODEL, *TINY, name="none/")
+    assert report["loras"] == []
+
+
+@pytest.mark.parametrize("strengths, loras", [(3, 2), (1, 0)])
+def test_more_strengths_than_loras_are_refused(two_loras, tmp_path, capsys, strengths, loras):
+    given = [*two_loras[: 2 * loras], *["--lora-strength", "1"] * strengths]
+    line = refused(capsys, "generate", PROMPT, "--out", f"{tmp_path}/clip.mp4", *SIZE, *MODEL, *TINY, *given)
+    assert f"Got --lora-strength {strengths} times for {loras} LoRAs" in line
+
+
+def test_no_lora_is_replaced_by_an_output(two_loras, files, capsys):
+    (files / "clip.mp4").write_bytes((files / "two.pt").read_bytes())
+    given = ("--lora", "one.pt", "--lora", "clip.mp4")
+    line = refused(capsys, "generate", PROMPT, "--out", "clip.mp4", *SIZE, *MODEL, *TINY, *given)
+    assert "would replace --lora 2 'clip.mp4'" in line
+    (files / "clip.mp4").unlink()
 
 
 def test_size_is_wans_unless_told(files, tmp_path, capsys, monkeypatch):
@@ -335,11 +370,20 @@ WRONG = {
     "a model for the text encoder": (["--text-encoder", "longlive.safetensors"], "Wan diffusion model"),
     "no tokenizer": (["--text-encoder", "alone/models_t5_umt5-xxl-enc-bf16.pth"], "Give as tokenizer"),
     "no autoencoder file": (["--vae", "none.pth"], "does not exist"),
-    "a TAEHV for the VAE": (["--vae", "taew2_1.safetensors"], "taew2_1.safetensors: Got .* Wan2.1_VAE.pth"),
-    "a VAE for the TAEHV": (["--taehv", "Wan2.1_VAE.pth"], "do not make up a TAEHV"),
+    "a TAEHV for the VAE": (
+        ["--vae", "taew2_1.safetensors"],
+        "Got taew2_1.*, a TAEHV; the Wan 2.1 VAE is .*models/vae_approx",
+    ),
+    "a VAE for the TAEHV": (
+        ["--taehv", "Wan2.1_VAE.pth"],
+        "the Wan 2.1 VAE; a TAEHV .* is needed.*models/vae[.]",
+    ),
     "a TAEHV of Wan 2.2": (["--taehv", "taew2_2.safetensors"], "48 channels; the model makes 16"),
     "a text file for the autoencoder": (["--vae", "notes.txt"], "a text file"),
-    "a model for the LoRA": (["--lora", "longlive.safetensors"], "no part of a LoRA"),
+    "a model for the LoRA": (
+        ["--lora", "longlive.safetensors"],
+        "a Wan diffusion model; a LoRA .* is needed",
+    ),
     "an unknown family": (["--family", "stable-forcing"], "known are self-forcing"),
     "tiles with TAEHV": (["--taehv", "taew2_1.safetensors", "--tile", "256"], "Leave --tile out"),
     "tiles that are too small": (["--vae", "Wan2.1_VAE.pth", "--tile", "32"], "Use 64 or more"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def base(tmp_path):
 
 
 def check(base, lora, strength=1.0, scale=1.0):
-    state = load_checkpoint(base, lora=lora, strength=strength).state_dict
+    state = load_checkpoint(base, loras=[(lora, strength)]).state_dict
     want = expected(strength * scale)
     assert state.keys() == want.keys()
     for name, tensor in want.items():
@@ -126,7 +127,7 @@ def test_layers_that_the_model_lacks_are_left_out_and_named(base):
     save_file(written() | others, lora)
     check(base, lora)
     assert left_out(lora, BASE) == ["diffusion_model.blocks.0.cross_attn.k_img", "extra"]
-    assert "2 parts of it do not fit" in describe(base, lora=lora).note
+    assert "2 parts of it do not fit" in describe(base, loras=[(lora, 1.0)]).note
 
 
 def test_differences_are_added_to_weights_and_biases(base):
@@ -134,7 +135,7 @@ def test_differences_are_added_to_weights_and_biases(base):
     parts = {"norm3.diff": "norm3.weight", "norm3.diff_b": "norm3.bias", "ffn.0.diff_b": "ffn.0.bias"}
     changes = {name: torch.full_like(BASE[f"blocks.1.{at}"], 2.0) for name, at in parts.items()}
     save_file({f"diffusion_model.blocks.1.{name}": tensor for name, tensor in changes.items()}, lora)
-    state = load_checkpoint(base, lora=lora, strength=0.5).state_dict
+    state = load_checkpoint(base, loras=[(lora, 0.5)]).state_dict
     for at in parts.values():
         torch.testing.assert_close(state[f"blocks.1.{at}"], BASE[f"blocks.1.{at}"] + 1)
 
@@ -161,7 +162,7 @@ def test_lora_of_our_own_training_gives_its_merged_model(base):
     lora = base.with_name("lora.safetensors")
     save_file(adapter_file(state, config), lora)
     assert all(name.startswith(PREFIX) for name in adapter_file(state, config))
-    got, want = load_checkpoint(base, lora=lora).state_dict, merge_adapters(state, config)
+    got, want = load_checkpoint(base, loras=[(lora, 1.0)]).state_dict, merge_adapters(state, config)
     assert got.keys() == want.keys()
     assert all(torch.allclose(got[name], want[name], atol=1e-6) for name in want)
 
@@ -183,7 +184,7 @@ def test_sums_are_float32_and_rounded_once(base, tmp_path):
     half, lora = tmp_path / "half.safetensors", tmp_path / "lora.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in BASE.items()}, half)
     save_file({name: tensor.bfloat16() for name, tensor in written().items()}, lora)
-    state = load_checkpoint(half, lora=lora).state_dict
+    state = load_checkpoint(half, loras=[(lora, 1.0)]).state_dict
     for layer, (down, up) in pairs().items():
         weight = BASE[f"{layer}.weight"].bfloat16().float() + up.bfloat16().float() @ down.bfloat16().float()
         assert torch.equal(state[f"{layer}.weight"], weight.bfloat16())
@@ -192,13 +193,13 @@ def test_sums_are_float32_and_rounded_once(base, tmp_path):
 def test_the_model_computes_with_it(base):
     lora = base.with_name("lora.safetensors")
     save_file(written(), lora)
-    model, checkpoint = load_model(base, lora=lora, strength=0.01)
+    model, checkpoint = load_model(base, loras=[(lora, 0.01)])
     plain = WanModel(SMALL)
     plain.load_state_dict(expected(0.01))
     torch.testing.assert_close(forward(model), forward(plain), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(forward(model), forward(load_model(base)[0]), atol=1e-3)
     assert "With lora.safetensors merged into it, strength 0.01." in checkpoint.note
-    about = vars(describe(base, lora=lora, strength=0.01))
+    about = vars(describe(base, loras=[(lora, 0.01)]))
     assert about == {name: value for name, value in vars(checkpoint).items() if name != "state_dict"}
 
 
@@ -226,9 +227,13 @@ BAD = {
     "another model": (other_layers, "layers that the model does not have"),
     "no up": (lambda p: without(p, "lora_B.weight"), "ffn.0 lacks its lora_B"),
     "no down": (lambda p: without(p, "lora_A.weight"), "ffn.0 lacks its lora_A"),
-    "a model": (lambda p: save_file(BASE, p), "which is no part of a LoRA"),
+    "a model": (lambda p: save_file(BASE, p), "a Wan diffusion model; a LoRA .* belongs in models/diffusion_models"),
     "DoRA": (lambda p: save_file(written() | {f"{LAYERS[0]}.dora_scale": torch.ones(2)}, p), "LoraLoaderModelOnly"),
     "two": (lambda p: save_file(written() | written(prefix="other."), p), "two LoRAs"),
+    "integers": (
+        lambda p: save_file({k: t.to(torch.int8) for k, t in written().items()}, p),
+        "is int8; floating point",
+    ),
     "nothing": (lambda p: save_file({}, p), "no tensors"),
     "no file": (lambda p: None, "does not exist"),
 }
@@ -240,7 +245,7 @@ def test_a_lora_that_cannot_be_merged_is_refused(base, build, what):
     build(lora)
     for read in (describe, load_checkpoint):
         with pytest.raises(CheckpointError, match=what):
-            read(base, lora=lora)
+            read(base, loras=[(lora, 1.0)])
 
 
 def test_a_float8_model_takes_none(tmp_path):
@@ -248,16 +253,75 @@ def test_a_float8_model_takes_none(tmp_path):
     save_file(state | legacy(scales, False)[0], tmp_path / "fp8.safetensors")
     save_file(written(), tmp_path / "lora.safetensors")
     with pytest.raises(CheckpointError, match="make it float8 with the LoRA in it"):
-        describe(tmp_path / "fp8.safetensors", lora=tmp_path / "lora.safetensors")
+        describe(tmp_path / "fp8.safetensors", loras=[(tmp_path / "lora.safetensors", 1.0)])
 
 
 def test_weights_are_made_as_they_are_read_and_the_file_stays(base):
     lora = base.with_name("lora.safetensors")
     save_file(written(), lora)
     before = base.read_bytes(), lora.read_bytes()
-    state = load_checkpoint(base, lora=lora).state_dict
+    state = load_checkpoint(base, loras=[(lora, 1.0)]).state_dict
     name = f"{LAYERS[0]}.weight"
     assert state[name] is not state[name] and len(state) == len(BASE)
     state[name].fill_(math.pi)
     assert (base.read_bytes(), lora.read_bytes()) == before
     torch.testing.assert_close(state[name], expected()[name])
+
+
+# --- Several ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(base):
+    """Three LoRAs: two over the same layers, and one of other differences, with a layer that the model lacks."""
+    files = [base.with_name(name) for name in ("first.safetensors", "second.pt", "third.safetensors")]
+    save_file(written(), files[0])
+    torch.save({"generator_lora": written(lora=pairs(seed=8))}, files[1])
+    more = {"diffusion_model.blocks.1.norm3.diff": torch.full((128,), 2.0), "extra": torch.ones(1)}
+    save_file(written(prefix="diffusion_model.", lora=pairs(LAYERS[:1], seed=9)) | more, files[2])
+    return files
+
+
+def test_several_loras_are_all_merged(base, several):
+    strengths = (1.0, -0.5, 2.0)
+    state = load_checkpoint(base, loras=list(zip(several, strengths))).state_dict
+    want = expected(1.0)
+    for lora, strength in ((pairs(seed=8), -0.5), (pairs(LAYERS[:1], seed=9), 2.0)):
+        for layer, (down, up) in lora.items():
+            want[f"{layer}.weight"] = want[f"{layer}.weight"] + strength * up @ down
+    want["blocks.1.norm3.weight"] = BASE["blocks.1.norm3.weight"] + 4.0
+    assert state.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(state[name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_one_lora_twice_is_that_lora_with_the_sum_of_strengths(base, several):
+    twice = load_checkpoint(base, loras=[(several[0], 0.25), (several[0], 0.5)]).state_dict
+    once = load_checkpoint(base, loras=[(several[0], 0.75)]).state_dict
+    assert all(torch.allclose(twice[name], once[name], atol=1e-5) for name in once)
+
+
+def test_several_loras_are_rounded_once(tmp_path, several):
+    half = tmp_path / "half.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in BASE.items()}, half)
+    state = load_checkpoint(half, loras=[(several[0], 1.0), (several[1], 1.0)]).state_dict
+    both = {layer: (pairs()[layer], pairs(seed=8)[layer]) for layer in LAYERS}
+    for layer, ((a, b), (c, d)) in both.items():
+        weight = (BASE[f"{layer}.weight"].bfloat16().float() + b @ a) + d @ c
+        assert torch.equal(state[f"{layer}.weight"], weight.bfloat16())
+
+
+def test_the_note_speaks_of_every_lora(base, several):
+    note = describe(base, loras=list(zip(several, (1.0, -0.5, 2.0)))).note
+    assert re.search(
+        r"first.safetensors .*strength 1\. With second.pt .*strength -0.5\. With third.* strength 2\.", note
+    )
+    assert note.endswith("1 parts of it do not fit this model and are left out, such as extra.")
+
+
+def test_one_wrong_lora_of_several_is_refused_by_its_name(base, several):
+    save_file({"decoder.middle.0.residual.0.gamma": torch.ones(2)}, base.with_name("vae.safetensors"))
+    loras = [(several[0], 1.0), (base.with_name("vae.safetensors"), 1.0)]
+    for read in (describe, load_checkpoint, load_model):
+        with pytest.raises(CheckpointError, match="Got vae.safetensors, the Wan 2.1 VAE; a LoRA .*models/vae"):
+            read(base, loras=loras)

@@ -1,6 +1,7 @@
 """Prompts with times: what a text means, and what the built-in model makes of it."""
 
 import re
+import time
 
 import pytest
 import torch
@@ -151,6 +152,14 @@ def test_any_text_is_prompts_in_order_or_an_error_with_a_remedy(text):
         return
     assert prompts[0].start == StartTime(said=prompts[0].start.said)
     assert prompts == (Prompt(text),) or all(prompt.text.strip() for prompt in prompts)
+
+
+def test_a_long_row_of_digits_is_read_at_once():
+    started = time.monotonic()
+    assert len(parse("1" * 100_000 + " dogs")) == 1
+    long, short = (parse(f"0: a\n1.{zeros}s: b")[1].start for zeros in ("0" * 50_000, "0"))
+    assert long.at == short.at
+    assert time.monotonic() - started < 2
 
 
 def test_a_start_is_what_stands_before_the_colon():

@@ -393,7 +393,7 @@ def t5(wan):
 OTHER_FILES = {
     "a Wan diffusion model": {"patch_embedding.weight": torch.ones(1), "blocks.0.self_attn.q.weight": torch.ones(1)},
     "a CLIP encoder": {"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.ones(1)},
-    "the Wan VAE": {"decoder.middle.0.residual.0.gamma": torch.ones(1)},
+    "the Wan 2.1 VAE": {"decoder.middle.0.residual.0.gamma": torch.ones(1)},
     "a language model": {"model.layers.0.self_attn.q_proj.weight": torch.ones(1)},
     "a LoRA": {"lora_unet_blocks_0.lora_down.weight": torch.ones(1)},
     r"no text encoder known here \(its first tensors: x\)": {"x": torch.ones(1)},
@@ -431,6 +431,14 @@ def test_integer_weights_are_refused(tmp_path, wan, spiece):
     comfy_file(tmp_path / "int8.safetensors", wan, spiece, **{name: torch.zeros(HEADS * HEAD_DIM, WIDTH).byte()})
     with pytest.raises(ValueError, match=f"whose {name} is torch.uint8.*use the fp16 or fp8_scaled file"):
         load(tmp_path / "int8.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (0, 4), (4, 0)])
+def test_sizes_that_cannot_be_told_are_refused(tmp_path, wan, spiece, shape):
+    for name in text.SIZED:
+        comfy_file(tmp_path / "odd.safetensors", wan, spiece, **{name: torch.ones(shape)})
+        with pytest.raises(ValueError, match=f"whose {re.escape(name)} is no matrix"):
+            bytes_loaded(tmp_path / "odd.safetensors")
 
 
 def test_block_scales_are_refused(tmp_path, wan, spiece):
