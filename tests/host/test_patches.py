@@ -73,11 +73,16 @@ def puts_nothing(patched, model):
     """Whether a MODEL carries nothing that the one before did not."""
     from comfy.utils import get_attr
 
-    same = {key: get_attr(model.model, key) is value for key, value in patched.object_patches.items()}
+    def own(path):
+        try:
+            return get_attr(model.model, path)
+        except AttributeError:
+            return unknown
+
     bags = ("patches", "weight_wrapper_patches", "wrappers", "callbacks", "injections", "additional_models")
     return patched is model or (
         patched.model_options == model.model_options
-        and all(same.values())
+        and all(own(path) is value for path, value in patched.object_patches.items())
         and not any(getattr(patched, bag) for bag in bags)
     )
 
