@@ -98,7 +98,8 @@ class HostGeneration:
         model, compiled = self.model, self.compile != "off"
         options = model.model_options if options is None else options
         prompts = self.schedule(options).to(model.load_device)
-        sigmas = [step.sigma for step in self.plan.steps(self.plan.chunks[-1])]
+        levels = [step.sigma for step in self.plan.steps(self.plan.chunks[-1])]
+        sigmas = torch.tensor([*levels, 0.0], device=model.load_device)
         told = transformer_options(options, self.wan.config.layers, sigmas, prompts.is_guided)
         ops = compile_ops(self.compile)._replace(call=TellingCall(told))
         network = Network(self.wan, self.dtype, attention_of(told, compiled), ops)

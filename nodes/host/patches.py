@@ -200,14 +200,18 @@ class TellingCall:
         return part(module, *args)
 
 
-def transformer_options(options: dict, blocks: int, sigmas: list[float], guided: bool) -> dict:
-    """A rollout's own transformer_options: those of model_options, and what ComfyUI's samplers add to them."""
+def transformer_options(options: dict, blocks: int, sigmas: Tensor, guided: bool) -> dict:
+    """A rollout's own transformer_options: those of model_options, and what ComfyUI's samplers add to them.
+
+    sigmas  [steps + 1] of a chunk, the last one 0
+    guided  whether a forward holds the prompt and then the negative one
+    """
     return {
         **options.get("transformer_options", {}),
         "total_blocks": blocks,
         "block_type": "double",
         "cond_or_uncond": [0, 1] if guided else [0],
-        "sample_sigmas": torch.tensor([*sigmas, 0.0]),
+        "sample_sigmas": sigmas,
     }
 
 
@@ -312,8 +316,7 @@ def on_patcher(patcher: ModelPatcher, in_guider: bool) -> Iterator[tuple[Kind, s
             yield OBJECT, re.sub(r"\.\d+\b", ".*", path) + f" {describe(value)}"
     yield from ((HOOK, describe(hook)) for hook in patcher.hook_patches)
     yield from ((INJECTION, str(key)) for key in patcher.injections if key != BYPASS)
-    if patcher.get_additional_models_with_key("multigpu"):
-        yield GPUS, ""
+    yield from ((GPUS, str(clone.load_device)) for clone in patcher.get_additional_models_with_key("multigpu"))
 
 
 def functions_in(*registries: dict[str, dict[str, list[Callable]]]) -> Iterator[tuple[str, Callable]]:

@@ -1,7 +1,6 @@
 """What nodes put on a MODEL beside its weights acts on the rollout, or the node and the log say that it does not."""
 
 import asyncio
-import logging
 import sys
 
 import pytest
@@ -34,13 +33,8 @@ def ignored(pack):
 def stock(comfyui):
     """Node id -> class of all that ComfyUI itself brings."""
     import nodes
-    import server
 
-    had = hasattr(server.PromptServer, "instance")
-    if not had:  # without one a stock file of nodes leaves a warning that is none of ours
-        logging.getLogger().setLevel(logging.ERROR)
     asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-    logging.getLogger().setLevel(logging.WARNING)
     return {key: node for key, node in nodes.NODE_CLASS_MAPPINGS.items() if not key.startswith("SelfForcing")}
 
 
@@ -209,7 +203,9 @@ def test_function_that_runs_the_model_is_left_out_and_named(tiny, guided, ignore
     assert caplog.text.count("Hidden") == 1 and "runs the model" in caplog.text
 
 
-def test_functions_act_in_sampler_custom_too(call, nodes, tiny, negative, stock):
+@pytest.fixture
+def custom(call, tiny, negative):
+    """custom(model) samples with SamplerCustomAdvanced's guider at cfg 3."""
     from comfy.samplers import CFGGuider
 
     def run(model):
@@ -221,7 +217,17 @@ def test_functions_act_in_sampler_custom_too(call, nodes, tiny, negative, stock)
         empty = torch.zeros(1, 16, 6, 4, 4)
         return guider.sample(empty, empty, sampler, sigmas, seed=0)
 
-    assert not torch.allclose(run(apply(stock["RescaleCFG"], tiny.model)), run(tiny.model), atol=1e-3)
+    return run
+
+
+def test_functions_act_in_sampler_custom_too(custom, tiny, stock):
+    assert not torch.allclose(custom(apply(stock["RescaleCFG"], tiny.model)), custom(tiny.model), atol=1e-3)
+
+
+@pytest.mark.parametrize("node", ["EasyCache", "LazyCache", "WanContextWindowsManual", "CFGOverride"])
+def test_wrappers_around_a_sampler_do_no_harm_and_those_within_are_named(custom, tiny, stock, caplog, node):
+    assert torch.equal(custom(apply(stock[node], tiny.model)), custom(tiny.model))
+    assert "no effect here: " in caplog.text and "wrapper outer_sample" not in caplog.text
 
 
 def unknown(*args, **kwargs):
