@@ -291,3 +291,23 @@ def test_attention_override_is_told_block_and_noise_level(tiny, guided):
     assert {options["sigmas"].item() for options in told} > {1.0, 0.0}
     assert told[0]["cond_or_uncond"] == [0, 1] and told[0]["sample_sigmas"][-1] == 0
     assert patched.model_options["transformer_options"].keys() == {"optimized_attention_override"}
+
+
+@pytest.mark.parametrize("node", [None, "RescaleCFG", "CFGZeroStar", "TCFG"])
+def test_guidance_gives_what_stock_samplers_give_for_the_same_latents(call, tiny, guided, stock, negative, node):
+    from comfy.samplers import KSAMPLER, CFGGuider
+
+    calls = []
+    patched = tiny.model.clone() if node is None else apply(stock[node], tiny.model)
+    patched.set_model_sampler_post_cfg_function(lambda args: calls.append(args) or args["denoised"])
+    guided(patched, latent=call("Latent", width=32, height=32, frames=9, seconds=0.0, fps=16.0, batch_size=1))
+    ours = calls[1]  # one chunk, that has no other before it, in its second step
+    guider = CFGGuider(patched)
+    guider.set_conds(tiny.prompt, negative)
+    guider.set_cfg(3.0)
+    once = KSAMPLER(lambda model, x, sigmas, extra_args, **_: model(ours["input"], ours["sigma"], **extra_args))
+    empty = torch.zeros_like(ours["input"])
+    guider.sample(empty, empty, once, torch.tensor([1.0, 0.0]))
+    theirs = calls[-1]
+    for key in ("cond_denoised", "uncond_denoised", "denoised", "input", "sigma"):
+        torch.testing.assert_close(ours[key], theirs[key], atol=2e-3, rtol=1e-3)
