@@ -14,11 +14,12 @@ from ..sf_core.sampling.config import Sampling
 from ..sf_core.sampling.plan import Plan, round_up_to_chunks
 from ..sf_core.sampling.rollout import Progress
 from . import inputs
-from .host.conditioning import read_latents, read_negative, read_prompts
+from .host.conditioning import read_latents, read_prompts
 from .host.generation import (
     REMEDY,
     HostGeneration,
     begin_notes,
+    negative_for,
     pad_to_length,
     refuse_mask,
     repeat_to_batch,
@@ -113,14 +114,14 @@ class RolloutSampler(Sampler):
         refuse_mask(denoise_mask)
         seed = extra_args.get("seed") or 0
         generation = self.prepare(guider, sigmas, seed, noise.shape, latent_image)
-        patches = extra_args["model_options"]["transformer_options"]
+        options = extra_args["model_options"]
         begin_notes(generation, self.node, own_steps=False)
         progress = CallbackProgress(None if disable_pbar else callback)
 
         def sample() -> Tensor:
             load(generation.model, generation.memory)
             with threads_for(generation.model, generation.pixels):
-                return generation.latents(progress, patches)
+                return generation.latents(progress, options)
 
         latents = within_memory(sample, generation.what, REMEDY)
         if callback is not None:  # ComfyUI's denoised output is what the callback has seen last
@@ -148,7 +149,7 @@ class RolloutSampler(Sampler):
         full_history, cache_dtype = self.history == "all", inputs.CACHES[self.cache]
         plan = Plan(sampling, frames, height, width, batch, begun, full_history, cache_dtype=cache_dtype)
         conds = {name: [[entry["cross_attn"], entry] for entry in entries] for name, entries in guider.conds.items()}
-        negative = None if guider.cfg == 1 else read_negative(conds.get("negative"), batch)
+        negative = negative_for(guider.model_options, guider.cfg, conds.get("negative"), batch)
         return HostGeneration(
             model, plan, length,
             read_prompts(conds["positive"], batch),

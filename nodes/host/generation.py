@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import comfy.model_management as management
@@ -19,7 +19,7 @@ from ...sf_core.memory import MemoryPlan
 from ...sf_core.pipeline import Generation
 from ...sf_core.sampling.plan import Chunk, Plan, round_up_to_chunks
 from ...sf_core.sampling.prompt_text import StartTime, schedule
-from ...sf_core.sampling.prompts import REREADING
+from ...sf_core.sampling.prompts import REREADING, PromptSchedule
 from ...sf_core.sampling.rollout import OnStep
 from ...sf_core.wan.compile import compile_ops
 from ...sf_core.wan.model import Network, WanLayers
@@ -27,6 +27,7 @@ from ..inputs import CACHES, RolloutInputs
 from .conditioning import read_latents, read_negative, read_prompts, still_encoder
 from .memory import loaded
 from .model import attention_of, family_of, for_compiling, wan_of
+from .patches import TellingCall, guide_of, ignored_patches, transformer_options, wants_negative
 from .progress import Notes, check_cancelled
 
 REMEDY = "Set cache to fp8 or a smaller window, load the model in fp8, or make a smaller video."
@@ -42,7 +43,7 @@ class HostGeneration:
     plan            size and chunks, in whole chunks; of the last one what is beyond `length` is cut afterwards
     length          latent frames asked for
     prompts         positive prompts with their start times
-    negative        embeddings [B, tokens, width] to lead away from, where `guidance` is not 1
+    negative        embeddings [B, tokens, width] to lead away from; None where nothing does
     prefix, source  latents [B, C, F, H, W] in model space; see `rollout`
     """
 
@@ -57,19 +58,20 @@ class HostGeneration:
     source: Tensor | None = None
     compile: str = "off"
 
-    @cached_property
+    @property
     def wan(self) -> WanLayers:
+        """The layers as they are now: loading puts object patches in their places."""
         return wan_of(self.model)
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        return self.model.model.get_dtype_inference()
+        return self.model.get_model_object("manual_cast_dtype") or self.model.model.get_dtype()
 
     @property
     def memory(self) -> MemoryPlan:
         """What it takes of the device, beside the weights."""
         rereads = any(start.transition in REREADING for start, _ in self.prompts[1:]) or self.reencoder is not None
-        return MemoryPlan(self.wan.config, self.plan, self.dtype, rereads=rereads, guided=self.guidance != 1)
+        return MemoryPlan(self.wan.config, self.plan, self.dtype, rereads=rereads, guided=self.negative is not None)
 
     @property
     def what(self) -> str:
@@ -90,18 +92,29 @@ class HostGeneration:
     ) -> Iterator[tuple[Chunk, Tensor]]:
         """The rollout, with its model loaded; Cancel is heard at each chunk, those of a prefix too.
 
-        options        transformer_options in place of the MODEL's own
+        options        model_options in place of the MODEL's own
         reserve_bytes  to keep free for others
         """
         model, compiled = self.model, self.compile != "off"
-        network = Network(self.wan, self.dtype, attention_of(model, compiled, options), compile_ops(self.compile))
+        options = model.model_options if options is None else options
+        prompts = self.schedule(options).to(model.load_device)
+        levels = [step.sigma for step in self.plan.steps(self.plan.chunks[-1])]
+        sigmas = torch.tensor([*levels, 0.0], device=model.load_device)
+        told = transformer_options(options, self.wan.config.layers, sigmas, prompts.is_guided)
+        ops = compile_ops(self.compile)._replace(call=TellingCall(told))
+        network = Network(self.wan, self.dtype, attention_of(told, compiled), ops)
         use = self.memory.use
         reencode = self.reencoder and still_encoder(model, self.reencoder, use.total - use.cache + reserve_bytes)
-        prompts = schedule(self.prompts, self.plan.chunks, self.negative, self.guidance).to(model.load_device)
         generation = Generation(network, self.plan, prompts, self.seed, self.prefix, self.source, reencode)
         for chunk, x0 in generation.chunks(on_step):
             check_cancelled()
             yield chunk, x0
+
+    def schedule(self, options: dict) -> PromptSchedule:
+        """The prompts over time, guided by what functions there are in model_options."""
+        timed = schedule(self.prompts, self.plan.chunks, self.negative, self.guidance)
+        prompts = [prompt.embeds for prompt in timed.prompts]
+        return replace(timed, guide=guide_of(self.model.model, options, self.guidance, prompts, self.negative))
 
     def latents(self, on_step: OnStep, options: dict | None = None, first: int = 0) -> Tensor:
         """The whole video from latent frame `first` on, in model space, on ComfyUI's intermediate device."""
@@ -160,7 +173,7 @@ def prepare_generation(given: RolloutInputs, seed: int | None = None) -> HostGen
     frames = round_up_to_chunks(length, sampling, begun)
     full_history, cache_dtype = given.history == "all", CACHES[given.cache]
     plan = Plan(sampling, frames, height, width, batch, begun, full_history, given.denoise, cache_dtype)
-    negative = None if given.cfg == 1 else read_negative(given.negative, batch)
+    negative = negative_for(model.model_options, given.cfg, given.negative, batch)
     return HostGeneration(
         model, plan, length,
         read_prompts(given.positive, batch),
@@ -170,6 +183,15 @@ def prepare_generation(given: RolloutInputs, seed: int | None = None) -> HostGen
         source=pad_to_length(repeat_to_batch(source, batch), frames),
         compile=given.compile,
     )  # fmt: skip
+
+
+def negative_for(options: dict, cfg: float, conditioning: list | None, batch: int) -> Tensor | None:
+    """Embeddings [B, tokens, width] of the negative prompt; None where neither cfg nor model_options ask for one.
+
+    Raises ValueError where cfg does and there is none.
+    """
+    at_1 = bool(conditioning) and wants_negative(options)
+    return read_negative(conditioning, batch) if cfg != 1 or at_1 else None
 
 
 def repeat_to_batch(latents: Tensor | None, batch: int) -> Tensor | None:
@@ -229,7 +251,8 @@ def begin_notes(generation: HostGeneration, node: type, own_steps: bool = True) 
     own_steps  whether the steps are not those of a stock scheduler, which knows the MODEL's shift
     """
     notes = Notes(node)
-    for message in (chunk_warning(generation), shift_warning(generation) if own_steps else None):
+    ignored = ignored_patches(generation.model, in_guider=not own_steps)
+    for message in (chunk_warning(generation), shift_warning(generation) if own_steps else None, *ignored):
         if message:
             log.warning("Self Forcing: %s", message)
             notes.add(message)

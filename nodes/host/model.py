@@ -92,9 +92,9 @@ def _in_float32(layer: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: layer(x.float()).to(x.dtype)
 
 
-def host_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict) -> Tensor:
+def host_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, patched: PatchedAttention) -> Tensor:
     return optimized_attention(
-        q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, transformer_options=options
+        q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, transformer_options=patched.options
     )
 
 
@@ -106,19 +106,21 @@ def untraced_attention() -> Callable:
 
 @dataclass(frozen=True, eq=False)
 class PatchedAttention:
-    """ComfyUI's attention, [B, N, L, D] in and out, with whatever the MODEL's patches put in its place."""
+    """ComfyUI's attention, [B, N, L, D] in and out, with whatever transformer_options put in its place.
+
+    The kernel gets this object and not the options, which change from block to block: compiled code would check them.
+    """
 
     options: dict
     kernel: Callable
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.kernel(q, k, v, mask, self.options)
+        return self.kernel(q, k, v, mask, self)
 
 
-def attention_of(patcher: ModelPatcher, compiled: bool = False, options: dict | None = None) -> Attention:
-    """ComfyUI's attention with the MODEL's patches, or those of other transformer_options."""
-    kernel = untraced_attention() if compiled else host_attention
-    return PatchedAttention(patcher.model_options["transformer_options"] if options is None else options, kernel)
+def attention_of(options: dict, compiled: bool = False) -> Attention:
+    """ComfyUI's attention with the patches in transformer_options."""
+    return PatchedAttention(options, untraced_attention() if compiled else host_attention)
 
 
 def load_again(loader: tuple) -> ModelPatcher:

@@ -65,8 +65,11 @@ class Context:
         write  whether the chunk's keys and values go into the cache; not where they carry gradient
         """
         v = self._velocity(x, step.timestep, self.attend if write else self.attend.read_only())
-        if self.prompts.is_guided:
-            positive, negative = v.chunk(2)
+        positive, negative = v.chunk(2) if self.prompts.is_guided else (v, None)
+        if self.prompts.guide is not None:
+            of_negative = None if negative is None else x0_from_velocity(x, negative, step.sigma)
+            return self.prompts.guide(x, x0_from_velocity(x, positive, step.sigma), of_negative, step)
+        if negative is not None:
             v = torch.lerp(negative, positive, self.prompts.guidance)
         return x0_from_velocity(x, v, step.sigma)
 

@@ -10,13 +10,22 @@ Source of recache and renew: LongLive, arXiv 2509.22622 (KV recache).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .schedule import Step
+
 TRANSITIONS = ("recache", "renew", "cut", "blend")
 REREADING = ("recache", "renew")  # those that read the window again
+
+Guide = Callable[[Tensor, Tensor, Tensor | None, Step], Tensor]
+"""Guidance of one's own: x_t, x0 of the prompt, x0 of the negative prompt if there is one, step -> x0.
+
+All are [B, C, frames, H, W] in model space; it takes the place of the straight line through both predictions.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class PromptSchedule:
     negative  embeddings [B, tokens, text_dim] to steer away from, where guidance is not 1
     guidance  classifier-free guidance (CFG); 1: none, which distilled models are made for. Any other value doubles the
               work and the KV cache
+    guide     guidance of one's own, called at every step; with a negative prompt it gets both predictions, whatever
+              `guidance` is
 
     Raises ValueError for prompts out of order or for different batches, and for guidance without a negative prompt.
     """
@@ -59,6 +70,7 @@ class PromptSchedule:
     prompts: tuple[TimedPrompt, ...]
     negative: Tensor | None = None
     guidance: float = 1.0
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         starts = [prompt.start for prompt in self.prompts]
@@ -85,7 +97,7 @@ class PromptSchedule:
     def to(self, device: torch.device) -> PromptSchedule:
         """The same with its embeddings on a device."""
         prompts = tuple(replace(prompt, embeds=prompt.embeds.to(device)) for prompt in self.prompts)
-        return PromptSchedule(prompts, None if self.negative is None else self.negative.to(device), self.guidance)
+        return replace(self, prompts=prompts, negative=None if self.negative is None else self.negative.to(device))
 
     @property
     def batch(self) -> int:
@@ -98,7 +110,7 @@ class PromptSchedule:
 
     @property
     def is_guided(self) -> bool:
-        return self.guidance != 1
+        return self.guidance != 1 or (self.guide is not None and self.negative is not None)
 
     @property
     def branches(self) -> int:

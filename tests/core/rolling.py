@@ -9,7 +9,7 @@ from sf_core.sampling.config import Sampling
 from sf_core.sampling.context import Reencode
 from sf_core.sampling.noise import Noise
 from sf_core.sampling.plan import Chunk, Plan
-from sf_core.sampling.prompts import PromptSchedule, TimedPrompt
+from sf_core.sampling.prompts import Guide, PromptSchedule, TimedPrompt
 from sf_core.sampling.rollout import OnStep, rollout
 from sf_core.wan.attention import Attention, sdpa
 from sf_core.wan.model import EAGER, BlockOps, Network, Wan
@@ -30,6 +30,7 @@ def roll_chunks(
     strength: float = 1.0,
     negative: Tensor | None = None,
     guidance: float = 1.0,
+    guide: Guide | None = None,
     reencode: Reencode | None = None,
     dtype: torch.dtype | None = None,
     cache_dtype: torch.dtype | None = None,
@@ -42,7 +43,7 @@ def roll_chunks(
     dtype  of the computation; None: that of the embeddings
     """
     prompts = (TimedPrompt(0, prompt),) if isinstance(prompt, Tensor) else tuple(prompt)
-    schedule = PromptSchedule(prompts, negative, guidance)
+    schedule = PromptSchedule(prompts, negative, guidance, guide)
     given = 0 if prefix is None else prefix.shape[2]
     plan = Plan(sampling, frames, height, width, schedule.batch, given, full_history, strength, cache_dtype)
     network = Network(wan, dtype or prompts[0].embeds.dtype, attention, ops)

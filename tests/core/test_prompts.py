@@ -85,6 +85,31 @@ def test_guidance_is_the_formula_with_a_cache_for_each_branch():
     equal(guided, x - (negative + scale * (positive - negative)))
 
 
+def test_guidance_of_ones_own_gets_both_predictions_and_the_step():
+    steps = []
+
+    def line(x, positive, negative, step):
+        steps.append(step.sigma)
+        return torch.lerp(negative, positive, 3.0)
+
+    usual = roll(6, WINDOW, negative=OTHER, guidance=3.0)
+    assert torch.allclose(roll(6, WINDOW, negative=OTHER, guidance=3.0, guide=line), usual, atol=1e-4)
+    assert steps == [step.sigma for step in WINDOW.steps_of(False)] * 2
+
+
+def test_guidance_of_ones_own_gets_the_negative_prompt_at_1_where_there_is_one():
+    given = []
+
+    def note(x, positive, negative, step):
+        given.append(negative is not None)
+        return positive
+
+    usual = roll(3, WINDOW)
+    assert torch.equal(roll(3, WINDOW, guide=note), usual)
+    assert torch.allclose(roll(3, WINDOW, negative=OTHER, guide=note), usual, atol=1e-5)
+    assert set(given) == {False, True}
+
+
 def test_guidance_towards_the_same_prompt_changes_nothing_however_long():
     equal(roll(12, WINDOW, negative=PROMPT, guidance=4.0), roll(12, WINDOW))
 
