@@ -81,24 +81,21 @@ class ClipFrames:
     """Frames of a clip in a file, read as they are asked for, so that memory does not grow with it.
 
     size, fps, most  see `video.Clip.frames`
-    on_frames        called with the number of frames that each piece adds
+    watch            pieces -> the same pieces, as a progress bar sees them go by
     """
 
     clip: Clip
     size: tuple[int, int]
     fps: float
     most: int | None = None
-    on_frames: Callable[[int], object] | None = None
+    watch: Callable[[Iterator[Tensor]], Iterator[Tensor]] = iter
 
     def __len__(self) -> int:
         return self.clip.count(self.fps, self.most)
 
     def pieces(self) -> Iterator[Tensor]:
         """Pieces [n, H, W, 3] in 0..1. Raises OSError and ValueError as `Clip.frames` does."""
-        for piece in self.clip.frames(self.size, self.fps, self.most):
-            if self.on_frames:
-                self.on_frames(len(piece))
-            yield piece
+        return self.watch(self.clip.frames(self.size, self.fps, self.most))
 
 
 @dataclass(frozen=True)

@@ -205,10 +205,15 @@ def _open_clip(path: Path, most: int | None, size: tuple[int, int], fps: float) 
         clip = open_clip(path)
     except OSError as error:
         raise OSError(_explain(path, error)) from None
-    bar = tqdm(unit=" frames", desc=f"reading {path.name}", file=sys.stderr, leave=False, delay=2)
-    frames = ClipFrames(clip, size, fps, most, bar.update)
-    bar.total = len(frames)
-    return frames
+    return ClipFrames(clip, size, fps, most, lambda pieces: _watch_reading(pieces, path, clip.count(fps, most)))
+
+
+def _watch_reading(pieces: Iterator[Tensor], path: Path, count: int) -> Iterator[Tensor]:
+    """The pieces of a clip, with a progress bar where it takes longer."""
+    with tqdm(total=count, unit=" frames", desc=f"reading {path.name}", file=sys.stderr, leave=False, delay=2) as bar:
+        for piece in pieces:
+            bar.update(len(piece))
+            yield piece
 
 
 def _explain(path: Path, error: OSError) -> str:
