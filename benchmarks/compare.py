@@ -119,7 +119,7 @@ def config_of(cell: Cell, args: argparse.Namespace) -> TrainConfig:
 def measured(folder: Path, sampling: Sampling, args: argparse.Namespace) -> dict:
     """Scores of a model per window, and the first videos of them, [SHOWN, T, 64, 64, 3] in bytes."""
     clips, prompts = evaluate.ask(args.prompts, seed=0)
-    wan = tiny.load_model(path=evaluate.transformer(folder))
+    wan = tiny.load_transformer(path=evaluate.transformer(folder))
     text = tiny.load_text_encoder(folder / TEXT)
     vae = load_tiny_autoencoder(evaluate.sibling_file(folder / MODEL, "autoencoder") or args.runs / "autoencoder")
     shown: list[Tensor] = []

@@ -36,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(1)
     clips, prompts = ask(args.prompts, seed=0)
     prompted = PromptSchedule.of(tiny.load_text_encoder().encode(prompts))
-    network, vae = Network(tiny.load_model()), tiny.load_autoencoder()
+    network, vae = Network(tiny.load_transformer()), tiny.load_autoencoder()
 
     def video(frames: int, prefix: Tensor | None = None, full_history: bool = False) -> tuple[Tensor, float]:
         """Latents [B, C, frames, H, W], and seconds until the first new chunk."""

@@ -45,7 +45,7 @@ class Soak:
         self.folder = folder
         self.clips, prompts = ask(1, seed)
         prompted = PromptSchedule.of(tiny.load_text_encoder().encode(prompts))
-        self.generation = Generation(Network(tiny.load_model()), Plan(sampling, frames, 8, 8), prompted, seed)
+        self.generation = Generation(Network(tiny.load_transformer()), Plan(sampling, frames, 8, 8), prompted, seed)
         self.stream = DecoderStream(tiny.load_autoencoder())
         self.seconds: list[float] = []
         self.mebibytes: list[float] = []

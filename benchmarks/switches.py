@@ -48,7 +48,7 @@ def scores(count: int, sampling: Sampling, transition: str) -> tuple[dict[str, f
     text, blend = tiny.load_text_encoder(), BLEND if transition == "blend" else 0
     prompts = TimedPrompt(0, text.encode(first)), TimedPrompt(SWITCH, text.encode(second), transition, blend)
     plan = Plan(sampling, SWITCH + LATER + WINDOW // 4, 8, 8, count)
-    generation = Generation(Network(tiny.load_model()), plan, PromptSchedule(prompts))
+    generation = Generation(Network(tiny.load_transformer()), plan, PromptSchedule(prompts))
     latents = generation.latents()[:, :, SWITCH + LATER - 1 :]
     video = DecoderStream(tiny.load_autoencoder()).decode(latents)[:, 1:]
     found = detect.matches(detect.read(video), asked)

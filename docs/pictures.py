@@ -52,7 +52,7 @@ def clips(prompts: list[str], seed: int = 0) -> torch.Tensor:
     torch.set_num_threads(1)
     plan = Plan(PRESETS["tiny"], latent_frames(FRAMES), 8, 8, len(prompts))
     embeds = tiny.load_text_encoder().encode(prompts)
-    generation = Generation(Network(tiny.load_model()), plan, PromptSchedule.of(embeds), seed)
+    generation = Generation(Network(tiny.load_transformer()), plan, PromptSchedule.of(embeds), seed)
     with torch.inference_mode():
         return torch.cat(list(generation.frames(DecoderStream(tiny.load_autoencoder()), FRAMES)), 1)
 

@@ -39,7 +39,7 @@ class SelfForcingLoadTiny(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(tiny.load_model(), tiny.load_clip(), tiny.load_vae())
+        return io.NodeOutput(tiny.load_patcher(), tiny.load_clip(), tiny.load_vae())
 
 
 class SelfForcingLoadModel(io.ComfyNode):

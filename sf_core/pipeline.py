@@ -349,7 +349,7 @@ class TinyPipeline(Pipeline):
 
     @cached_property
     def model(self) -> WanModel:
-        return tiny.load_model(torch.device("cpu"), torch.float32)
+        return tiny.load_transformer(torch.device("cpu"), torch.float32)
 
     @property
     def config(self) -> WanConfig:

@@ -56,7 +56,7 @@ class CheckpointSource:
         return load_checkpoint(self.path, self.family, loras)
 
 
-def load_model(source: CheckpointSource, disable_dynamic: bool = False) -> ModelPatcher:
+def load_patcher(source: CheckpointSource, disable_dynamic: bool = False) -> ModelPatcher:
     """ComfyUI calls this where it needs a second copy of the weights. Raises as `CheckpointSource.checkpoint` does."""
     return from_checkpoint(source.checkpoint(), source, disable_dynamic)
 
@@ -77,7 +77,7 @@ def from_checkpoint(checkpoint: Checkpoint, source: CheckpointSource, disable_dy
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
     )
-    patcher.cached_patcher_init = (load_model, (source,))
+    patcher.cached_patcher_init = (load_patcher, (source,))
     set_family(patcher, Family(checkpoint.sampling))
     return patcher
 

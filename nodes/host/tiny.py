@@ -26,13 +26,13 @@ NAME = "tiny"
 # --- MODEL -----------------------------------------------------------------------------------------------------------
 
 
-def load_model(disable_dynamic: bool = False) -> ModelPatcher:
+def load_patcher(disable_dynamic: bool = False) -> ModelPatcher:
     """The network as a native Wan MODEL; ComfyUI calls this again where it needs a second copy of the weights."""
-    wan = tiny.load_model()
+    wan = tiny.load_transformer()
     patcher = comfy.sd.load_diffusion_model_state_dict(
         wan.state_dict(), metadata=checkpoints.wan_metadata(wan.config), disable_dynamic=disable_dynamic
     )
-    patcher.cached_patcher_init = (load_model, ())
+    patcher.cached_patcher_init = (load_patcher, ())
     set_family(patcher, Family(PRESETS[NAME], preview=Preview()))
     return patcher
 

@@ -78,7 +78,7 @@ def load_autoencoder(path: str | Path, kind: type[WanVAE] | type[TAEHV], channel
         raise CheckpointError(
             f"{title}, an autoencoder for latents of {autoencoder.channels} channels",
             f"the model makes {channels}",
-            "Use the Wan 2.1 VAE, or taew2_1",
+            "Use taew2_1 or the Wan 2.1 VAE",
         )
     return autoencoder
 

@@ -22,7 +22,7 @@ from ..wan.config import WanConfig
 from ..wan.model import WanModel
 from .tensorfiles import CheckpointError, TensorFile
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTH = 128  # of every published Wan
 DIM_14B = 5120
@@ -201,7 +201,7 @@ def _check(tensors: dict[str, Tensor], config: WanConfig, title: str) -> None:
     if missing := [name for name in needed if name not in tensors]:
         raise _incomplete(title, missing)
     for name in needed:
-        if tensors[name].dtype not in PLAIN + FLOAT8:
+        if tensors[name].dtype not in PLAIN + FLOAT8_DTYPES:
             if tensors[name].dtype is torch.float64:
                 raise CheckpointError(
                     f"{title}, whose {name} is float64",
@@ -221,7 +221,7 @@ def _check(tensors: dict[str, Tensor], config: WanConfig, title: str) -> None:
 
 def _check_scale(name: str, scale: Tensor, weight: Tensor, title: str) -> None:
     per_row = weight.shape[0] if name.endswith(".weight_scale") else 1
-    if scale.dtype not in PLAIN or weight.dtype not in FLOAT8 or scale.numel() not in (1, per_row):
+    if scale.dtype not in PLAIN or weight.dtype not in FLOAT8_DTYPES or scale.numel() not in (1, per_row):
         raise _unknown_quantisation(title, name, scale)
 
 

@@ -29,7 +29,7 @@ from ..sampling.config import Sampling
 from ..sampling.families import DEFAULT, FAMILIES, Guess, family_named, guess_family
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
-from .identify import FLOAT8, GET_ONE, Found, find_wan, is_scale, metadata_entry
+from .identify import FLOAT8_DTYPES, GET_ONE, Found, find_wan, is_scale, metadata_entry
 from .lora import Adapter, Difference, Merged, left_out, read_lora
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
@@ -133,7 +133,7 @@ def dequantised(
 
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: that of the weights, or bfloat16 for float8."""
-    return torch.bfloat16 if dtype in FLOAT8 else dtype
+    return torch.bfloat16 if dtype in FLOAT8_DTYPES else dtype
 
 
 def _open(path: str | Path, family: str | None) -> tuple[TensorFile, Found]:
@@ -162,7 +162,7 @@ def _scale(tensor: Tensor) -> Tensor:
 
 def _describe(file: TensorFile, found: Found, chosen: str | None, loras: Loras) -> Description:
     weights = [file.tensors[at] for name, at in found.names.items() if not is_scale(name)]
-    float8 = [dtype for dtype in FLOAT8 if any(tensor.dtype is dtype for tensor in weights)]
+    float8 = [dtype for dtype in FLOAT8_DTYPES if any(tensor.dtype is dtype for tensor in weights)]
     guess = Guess(chosen, "chosen") if chosen else _guess(file)
     own = None if chosen else _own_sampling(file)
     notes = ["Sampled as its metadata says."] if own else _notes(file, found, guess, chosen is not None)

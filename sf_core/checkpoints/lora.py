@@ -28,7 +28,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .identify import FLOAT8, TEACHERS, WRAPPERS, metadata_entry, wan_name, wrong_file
+from .identify import FLOAT8_DTYPES, TEACHERS, WRAPPERS, metadata_entry, wan_name, wrong_file
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
 NEEDED = "a LoRA made for this model is needed"
@@ -265,7 +265,7 @@ def _check(adapter: Adapter | Difference, name: str, weight: Tensor, title: str)
             f"the model has {list(weight.shape)} there",
             "Get the one for this model: 1.3B, not 14B",
         )
-    if weight.dtype in FLOAT8:
+    if weight.dtype in FLOAT8_DTYPES:
         raise CheckpointError(
             f"{title} for a float8 model, which is too coarse to take up a LoRA",
             "it is merged into float32, bfloat16 or float16",

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> str:
     cache_dtype = E4M3 if args.fp8_cache else None
     for path in map(transformer, args.model):
         clips, prompts = ask(args.prompts, args.seed, args.split)
-        wan = tiny.load_model(path=path)
+        wan = tiny.load_transformer(path=path)
         text = tiny.load_text_encoder(args.text_encoder or sibling_file(path, "text_encoder"))
         vae = tiny.load_autoencoder(args.autoencoder or sibling_file(path, "autoencoder"))
         sampling = replace(describe(path).sampling if path else PRESETS["tiny"], **changes)

@@ -110,7 +110,7 @@ def _overview() -> str:
 
 def _model() -> list[str]:
     parts = {
-        "wan": tiny.load_model(torch.device("cpu"), torch.float32),
+        "wan": tiny.load_transformer(torch.device("cpu"), torch.float32),
         "text": tiny.load_text_encoder(),
         "autoencoder": tiny.load_autoencoder(),
     }

@@ -25,7 +25,7 @@ from ..tiny.text import TinyTextEncoder
 from ..training.config import TrainConfig, read_config
 from ..training.distributed import Group, local_device
 from ..training.memory import check_memory
-from ..training.run_folder import MODEL, load_checkpoint, save_model
+from ..training.run_folder import MODEL, load_run, save_model
 from ..training.train import TEXT, model_metadata, train
 from ..training.trainer import config_dict, flatten
 from . import evaluate
@@ -69,7 +69,7 @@ class Recipe:
 
     def saved(self, stage: str) -> dict:
         """A stage's checkpoint. Raises FileNotFoundError where it has none."""
-        return load_checkpoint(self.folder / stage)
+        return load_run(self.folder / stage)
 
     def furthest(self) -> str:
         exported = (stage for stage in MODELS if (self.folder / stage / MODEL).exists())
@@ -155,7 +155,7 @@ def export(recipe: Recipe, folder: Path) -> str:
 
 def measure(folder: Path) -> dict:
     """Scores of an exported model: videos of SCORED prompts, and the detectors' on truth and on reconstructions."""
-    wan, text, vae = tiny.load_model(path=folder / "transformer.safetensors"), *load_others(folder)
+    wan, text, vae = tiny.load_transformer(path=folder / "transformer.safetensors"), *load_others(folder)
     clips, prompts = evaluate.ask(SCORED, seed=0)
     windows = evaluate.score(evaluate.generate(wan, vae, text.encode(prompts), WINDOWS), clips, WINDOWS)
     return {"video": {"prompts": SCORED, "windows": windows}, "detectors": evaluate.score_truth(SCORED, 0, vae)}

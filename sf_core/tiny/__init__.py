@@ -1,7 +1,7 @@
 """The built-in model: a Wan-type DiT of a few MB with its own autoencoder and text encoder, made by `python -m sf_core
 train tiny`.
 
-    wan, text, vae = load_model(), load_text_encoder(), load_autoencoder()
+    wan, text, vae = load_transformer(), load_text_encoder(), load_autoencoder()
 
 It draws one coloured shape that moves on a background, 64 x 64 pixels; `data` says what it has seen, `text` which
 words it knows.
@@ -23,7 +23,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("transformer", "autoencoder", "text_encoder")
 
 
-def load_model(
+def load_transformer(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, path: Path | None = None
 ) -> WanModel:
     """The DiT, ready to sample. `path` is another file of the same kind; raises as `read` does."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..autoencoders.stream import pixel_frames
 from ..tiny.data import Clips, caption, draw, render
 from ..video import read_video
 from .config import DataConfig, TrainConfig
@@ -189,7 +190,7 @@ def _read_caption(path: Path) -> str:
 
 
 def _folder_latents(videos: list[Path], frames: int, config: TrainConfig, encoders: Encoders, group: Group) -> Tensor:
-    needed, model = 1 + 4 * (frames - 1), config.model
+    needed, model = pixel_frames(frames), config.model
 
     def encode(video: Path) -> Tensor:
         pixels = read_video(video, needed, (model.height, model.width))
@@ -210,7 +211,7 @@ def _procedural_latents(clips: Clips, frames: int, config: TrainConfig, encoders
     parts = [clips[at : at + ENCODE_BATCH] for at in range(0, len(clips), ENCODE_BATCH)]
     origin = {"procedural": config.data.procedural, "pool": len(clips), "seed": config.seed, "frames": frames}
     return _encode_pool(
-        config, encoders, group, origin, parts, lambda part: encoders.encode(render(part, 1 + 4 * (frames - 1)))
+        config, encoders, group, origin, parts, lambda part: encoders.encode(render(part, pixel_frames(frames)))
     )
 
 

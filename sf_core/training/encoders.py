@@ -33,7 +33,7 @@ from ..wan.config import WAN_1_3B, WanConfig
 from ..wan.model import WanModel
 from .config import ModelConfig, TrainConfig
 from .distributed import load_full
-from .run_folder import CHECKPOINT, fingerprint, load_checkpoint, training_hint
+from .run_folder import CHECKPOINT, fingerprint, load_run, training_hint
 
 NEW = WanConfig(dim=160, ffn_dim=640, heads=5, layers=6, channels=CHANNELS, text_dim=TEXT_DIM, text_len=TEXT_LEN)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -175,9 +175,9 @@ def load_network(source: str, dtype: torch.dtype) -> WanModel:
     """A frozen network, on the CPU. Raises FileNotFoundError and ValueError for what cannot be one."""
     path = Path(source)
     if source == "built-in":
-        return tiny.load_model(dtype=dtype)
+        return tiny.load_transformer(dtype=dtype)
     if (path / CHECKPOINT).is_file():
-        saved = load_checkpoint(path)
+        saved = load_run(path)
         wan = WanModel(WanConfig(**saved["wan"]), dtype=dtype)
         load_full(wan, saved["student"])
         return wan.requires_grad_(False).eval()
@@ -226,7 +226,7 @@ def read_lineage(source: str) -> dict[str, str]:
     files = {"text": folder / "text_encoder.safetensors", "vae": folder / "autoencoder.safetensors"}
     states = {part: tiny.read(file)[0] for part, file in files.items() if file.is_file()}
     if (path / CHECKPOINT).is_file():
-        states["text"] = load_checkpoint(path)["text"]
+        states["text"] = load_run(path)["text"]
     return lineage(**states)
 
 
@@ -246,7 +246,7 @@ def load_tiny_text(student: str) -> TinyTextEncoder:
     if student == "new":
         return TinyTextEncoder(vocabulary())
     if (path / CHECKPOINT).is_file():
-        saved = load_checkpoint(path)
+        saved = load_run(path)
         text = TinyTextEncoder(saved["words"])
         load_full(text, saved["text"])
         return text
@@ -259,5 +259,5 @@ def load_tiny_autoencoder(source: Path | None) -> TinyAutoencoder:
     if source is None or source.is_file():
         return tiny.load_autoencoder(source)
     autoencoder = TinyAutoencoder()
-    load_full(autoencoder, load_checkpoint(source)["student"])
+    load_full(autoencoder, load_run(source)["student"])
     return autoencoder

@@ -46,7 +46,7 @@ from .config import SELF_FORCING, ModelConfig, TrainConfig
 from .encoders import DTYPES, NEW, check_exists, latent_size, student_dtype
 from .lora import has_adapter
 from .methods.discriminator import Discriminator
-from .run_folder import CHECKPOINT, load_checkpoint
+from .run_folder import CHECKPOINT, load_run
 
 GIB = 2**30
 WAN_14B = WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
@@ -141,7 +141,7 @@ def read_shape(source: str, model: ModelConfig) -> WanConfig:
     if source in ("new", "built-in"):
         return NEW if model.world == "tiny" else WanConfig()
     if (path / CHECKPOINT).is_file():
-        return WanConfig(**load_checkpoint(path)["wan"])
+        return WanConfig(**load_run(path)["wan"])
     return describe_file(check_exists(path), DEFAULT).config
 
 

@@ -26,11 +26,11 @@ CHECKPOINT, LOSSES, MODEL = "checkpoint.pt", "losses.jsonl", "model.safetensors"
 RECIPE = Path("runs/tiny")  # where `train tiny` keeps the stages that shipped configurations start from
 
 
-def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
+def save_run(folder: Path, content: dict[str, Any]) -> None:
     write_atomically(folder / CHECKPOINT, lambda partial: torch.save(content, partial))
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
+def load_run(folder: Path) -> dict[str, Any]:
     """A run's checkpoint; its tensors are views of the file.
 
     Raises FileNotFoundError where there is none, ValueError for a damaged one.

@@ -22,7 +22,7 @@ from .methods.dmd import DMD
 from .methods.gan import GAN
 from .methods.ode import ODE
 from .methods.sid import SiD
-from .run_folder import MODEL, load_checkpoint, save_model
+from .run_folder import MODEL, load_run, save_model
 from .trainer import Trainer, use_threads
 
 METHOD_CLASSES = {
@@ -68,7 +68,7 @@ def make_method(config: TrainConfig, group: Group, device: torch.device) -> Meth
 
 def export(config: TrainConfig) -> None:
     """Exports what a run made, in bfloat16: the model, LoRA adapters, and the tiny world's parts that belong to it."""
-    saved = load_checkpoint(config.out)
+    saved = load_run(config.out)
     origin = {"method": config.method, "step": str(saved["step"]), "seed": str(config.seed)}
     if "wan" not in saved:
         return save_model(config.out / MODEL, saved["student"], origin, torch.bfloat16)

@@ -25,7 +25,7 @@ from .config import TrainConfig
 from .distributed import Group, load_full
 from .methods.base import Method, Update
 from .metrics import Metrics
-from .run_folder import CHECKPOINT, load_checkpoint, save_checkpoint
+from .run_folder import CHECKPOINT, load_run, save_run
 from .step_random import StepRandom
 
 
@@ -41,7 +41,7 @@ class Trainer:
         self.passes = group.share(config.batch, config.micro_batch)
         self.done, self.saved_step, self.seconds, self.began = 0, 0, 0.0, time.perf_counter()
         if (config.out / CHECKPOINT).is_file():
-            self.restore(load_checkpoint(config.out))
+            self.restore(load_run(config.out))
 
     def run(self) -> None:
         """Trains to the end. Raises TrainingStopped when a loss is no longer a number."""
@@ -107,7 +107,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict(keep=first) for optimizer in self.optimizers()],
         }
         if first:
-            save_checkpoint(self.config.out, content)
+            save_run(self.config.out, content)
         self.group.wait()
         self.saved_step = self.done
 

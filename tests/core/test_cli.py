@@ -40,7 +40,7 @@ def small_models(monkeypatch):
     words = "a red circle moves right".split()
     layout = Layout(widths=(16, 12, 8, 8), encoder_width=8)
     load_model = lambda device, dtype: drawn(WanModel(CONFIG)).to(device, dtype)  # noqa: E731
-    monkeypatch.setattr(tiny, "load_model", load_model, raising=False)
+    monkeypatch.setattr(tiny, "load_transformer", load_model, raising=False)
     monkeypatch.setattr(tiny, "load_text_encoder", lambda: drawn(TinyTextEncoder(words)), raising=False)
     monkeypatch.setattr(tiny, "load_autoencoder", lambda: drawn(TAEHV(layout)), raising=False)
 

@@ -208,7 +208,7 @@ def test_built_in_model_follows_a_new_prompt_within_two_chunks_and_the_old_one_u
     frames, sampling, noise = switch + 6 + 9, PRESETS["tiny"], SeededNoise(0)
     _, first = ask(n, 0)
     after, then = ask(n, 1)
-    wan, text, vae = tiny.load_model(), tiny.load_text_encoder(), tiny.load_autoencoder()
+    wan, text, vae = tiny.load_transformer(), tiny.load_text_encoder(), tiny.load_autoencoder()
     shots = [(StartTime(), text.encode(first)), (StartTime(switch // 3, in_chunks=True), text.encode(then))]
 
     def video(prompt, frames):

@@ -23,7 +23,7 @@ def text():
 
 def test_shipped_model_follows_prompts(text):
     clips, prompts = evaluate.ask(24, seed=1)
-    videos = evaluate.generate(tiny.load_model(), tiny.load_autoencoder(), text.encode(prompts), seed=7)
+    videos = evaluate.generate(tiny.load_transformer(), tiny.load_autoencoder(), text.encode(prompts), seed=7)
     scores = evaluate.score(videos, clips)[0]
     assert scores["colour"] >= 0.95 and scores["background"] >= 0.95
     assert scores["shape"] >= 0.75 and scores["motion"] >= 0.7
@@ -34,7 +34,7 @@ def test_a_video_that_starts_from_a_picture_shows_it_and_follows_the_prompt(text
     clips, prompts = evaluate.ask(16, seed=2)
     vae, picture = tiny.load_autoencoder(), data.render(clips, 1)  # [B, 1, 64, 64, 3]
     prompt, noise = text.encode(prompts), SeededNoise(0)
-    latents = roll_out(tiny.load_model(), PRESETS["tiny"], prompt, noise, 10, 8, 8, prefix=vae.encode(picture))
+    latents = roll_out(tiny.load_transformer(), PRESETS["tiny"], prompt, noise, 10, 8, 8, prefix=vae.encode(picture))
     frames = vae.decode(latents)[:, : evaluate.WINDOW]
     assert (frames[:, 0] - picture[:, 0]).abs().mean() < 0.03
     shares = {name: found.float().mean() for name, found in detect.matches(detect.read(frames), clips).items()}
@@ -43,7 +43,7 @@ def test_a_video_that_starts_from_a_picture_shows_it_and_follows_the_prompt(text
 
 def test_a_background_that_is_not_named_is_black(text):
     prompts = text.encode(["a red circle moves right"] * 2)
-    videos = evaluate.generate(tiny.load_model(), tiny.load_autoencoder(), prompts)
+    videos = evaluate.generate(tiny.load_transformer(), tiny.load_autoencoder(), prompts)
     assert detect.read_background(next(videos)).tolist() == [0, 0]
 
 
@@ -79,13 +79,13 @@ def test_prompts_that_describe_nothing_are_refused(text, prompt):
 
 def test_missing_weights_are_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="Got no file .*nowhere.safetensors.*train tiny"):
-        tiny.load_model(path=tmp_path / "nowhere.safetensors")
+        tiny.load_transformer(path=tmp_path / "nowhere.safetensors")
 
 
 @pytest.mark.parametrize("part", tiny.PARTS)
 def test_corrupt_weights_are_told(tmp_path, part):
     whole = (tiny.WEIGHTS / f"{part}.safetensors").read_bytes()
-    load = dict(zip(tiny.PARTS, (tiny.load_model, tiny.load_autoencoder, tiny.load_text_encoder)))
+    load = dict(zip(tiny.PARTS, (tiny.load_transformer, tiny.load_autoencoder, tiny.load_text_encoder)))
     for content in (whole[: len(whole) // 2], b"", b"not weights at all", bytes(100)):
         broken = tmp_path / f"{part}.safetensors"
         broken.write_bytes(content)
@@ -99,7 +99,7 @@ def test_a_part_in_place_of_another_is_told(tmp_path):
     with pytest.raises(ValueError, match="do not fit|metadata entry"):
         tiny.load_autoencoder(path=other)
     with pytest.raises(ValueError, match="metadata entry 'wan'"):
-        tiny.load_model(path=other)
+        tiny.load_transformer(path=other)
 
 
 def test_evaluation_prints_a_table_and_a_sheet(tmp_path):

@@ -19,7 +19,7 @@ from sf_core.training.encoders import NEW, open_encoders
 from sf_core.training.methods import autoencoder
 from sf_core.training.methods.autoencoder import FitAutoencoder
 from sf_core.training.optim import Muon, orthogonalise
-from sf_core.training.run_folder import load_checkpoint, read_losses
+from sf_core.training.run_folder import load_run, read_losses
 from sf_core.training.step_random import StepRandom
 from sf_core.training.train import train as run
 
@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
 
 def test_every_stage_runs_and_stays_finite(trained):
     for name in train.STAGES:
-        saved = load_checkpoint(trained / name)
+        saved = load_run(trained / name)
         assert saved["step"] == STEPS and saved["seconds"] > 0
         assert all(torch.isfinite(value).all() for value in saved["student"].values())
         losses = read_losses(trained / name)
@@ -81,7 +81,7 @@ def test_the_autoencoder_sees_the_same_clips_however_a_batch_is_cut(tmp_path, mo
 def test_the_autoencoder_is_trained_on_a_gpu(tmp_path):
     changes = ("steps=2", "batch=4", "device=cuda")
     run(train.stage_config("autoencoder", tmp_path, changes=changes), Group(), torch.device("cuda"))
-    assert load_checkpoint(tmp_path / "autoencoder")["step"] == 2
+    assert load_run(tmp_path / "autoencoder")["step"] == 2
 
 
 def test_stages_start_from_the_ones_before(trained):
@@ -89,7 +89,7 @@ def test_stages_start_from_the_ones_before(trained):
     assert teacher.model.vae == trained / "autoencoder"
     assert dmd.model.student == str(trained / "causal") and dmd.model.teacher == str(trained / "teacher")
     assert dmd.sampling == replace(PRESETS["tiny"], sink=0, pinned=False)
-    words = [load_checkpoint(trained / name)["text"]["embedding.weight"] for name in ("teacher", "causal", "dmd")]
+    words = [load_run(trained / name)["text"]["embedding.weight"] for name in ("teacher", "causal", "dmd")]
     assert torch.equal(words[0], words[1]) and torch.equal(words[0], words[2])
 
 
@@ -97,14 +97,14 @@ def test_a_stage_continues_from_its_checkpoint(trained):
     before = read_losses(trained / "causal")
     assert stage(trained, "causal", STEPS + 1) == 0
     assert read_losses(trained / "causal")[:STEPS] == before
-    assert load_checkpoint(trained / "causal")["step"] == STEPS + 1
+    assert load_run(trained / "causal")["step"] == STEPS + 1
 
 
 def test_export_writes_parts_that_load(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SCORED", 2)
     monkeypatch.setattr(train, "WINDOWS", 1)
     train.export(train.Recipe(trained), tmp_path)
-    wan = tiny.load_model(path=tmp_path / "transformer.safetensors")
+    wan = tiny.load_transformer(path=tmp_path / "transformer.safetensors")
     assert wan.config == NEW
     _, metadata = tiny.read(tmp_path / "transformer.safetensors")
     assert metadata["seed"] == "3" and metadata["stage"] == "dmd"

@@ -26,7 +26,7 @@ from sf_core.training.encoders import open_encoders
 from sf_core.training.methods import dmd
 from sf_core.training.methods.losses import critic_flow
 from sf_core.training.optim import Average, rate_factor
-from sf_core.training.run_folder import LOSSES, MODEL, load_checkpoint, save_checkpoint
+from sf_core.training.run_folder import LOSSES, MODEL, load_run, save_run
 from sf_core.training.step_random import StepRandom
 from sf_core.training.train import make_method
 from sf_core.training.trainer import Trainer, TrainingStopped
@@ -56,7 +56,7 @@ def test_every_method_runs_and_its_model_loads(runs, method):
     assert all(math.isfinite(value) for line in losses(out) for value in line.values())
     wan, checkpoint = load_model(out / MODEL)
     assert checkpoint.sampling == config(method, out).sampling and checkpoint.config.dim == 24
-    before = load_checkpoint(runs / "causal")["student"]
+    before = load_run(runs / "causal")["student"]
     assert any(not torch.equal(value, before[name].bfloat16()) for name, value in wan.state_dict().items())
 
 
@@ -182,17 +182,17 @@ def test_a_killed_run_continues_to_the_bit(runs):
     wait_for(lambda: (out / LOSSES).is_file() and len(losses(out)) >= 6, process)
     process.kill()
     process.wait()
-    done = load_checkpoint(out)["step"]
+    done = load_run(out)["step"]
     assert 4 <= done < 12 and done % 4 == 0
     trained("dmd", out, steps=12, log={"save_every": 4})
     assert losses(out) == losses(whole)
-    ours, theirs = (load_checkpoint(folder)["student"] for folder in (out, whole))
+    ours, theirs = (load_run(folder)["student"] for folder in (out, whole))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_a_checkpoint_holds_the_average_once_and_goes_on_apart_from_its_file(runs):
     out = trained("bidirectional", runs / "once", steps=1)
-    saved = load_checkpoint(out)
+    saved = load_run(out)
     for name, value in saved["averages"]["student"]["values"].items():
         assert saved["student"][name].data_ptr() == value.data_ptr()
     settings = config("bidirectional", out, steps=2)
@@ -226,7 +226,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(runs, monkeypatch):
     monkeypatch.undo()
     assert (out / "checkpoint.pt").read_bytes() == kept
     trained("bidirectional", out, steps=4)
-    assert load_checkpoint(out)["step"] == 4
+    assert load_run(out)["step"] == 4
 
 
 @pytest.mark.parametrize("spoils", ["loss", "gradient"])
@@ -247,7 +247,7 @@ def test_what_is_no_number_stops_the_run_and_keeps_the_checkpoint(runs, spoils):
     name = "loss" if spoils == "loss" else "loss gradient"
     with pytest.raises(TrainingStopped, match=f"Got nan for '{name}' at step 8;.*holds step 4, which is good"):
         trainer.run()
-    saved = load_checkpoint(out)
+    saved = load_run(out)
     assert saved["step"] == 4 and all(torch.isfinite(value).all() for value in saved["student"].values())
 
 
@@ -460,14 +460,14 @@ def test_a_run_does_not_continue_as_another(runs, change, told):
 
 def test_rates_and_steps_may_change_on_the_way_and_old_checkpoints_go_on(runs):
     out = trained("bidirectional", runs / "on", steps=1)
-    saved = load_checkpoint(out)
+    saved = load_run(out)
     del saved["config"]
-    save_checkpoint(out, saved)
+    save_run(out, saved)
     trained("bidirectional", out, steps=2)
     model = {"world": "tiny", "student": "new", "dim": 24, "layers": 2, "heads": 2, "ffn_dim": 32, "frozen": "bfloat16"}
     options = {"optimizer": {"lr": 1e-4}, "log": {"save_every": 1}, "model": model, "precision": "bfloat16"}
     trained("bidirectional", out, steps=3, **options)
-    assert load_checkpoint(out)["step"] == 3
+    assert load_run(out)["step"] == 3
 
 
 def test_the_settings_of_a_continued_optimizer_are_the_configurations(runs):
@@ -484,9 +484,9 @@ def test_the_checkpoint_of_another_architecture_is_refused(runs, capsys):
     out = runs / "other"
     trained("bidirectional", out)
     path = written("bidirectional", out, steps=5, model={"world": "tiny", "student": "new", "dim": 32, "heads": 2})
-    saved = load_checkpoint(out)
+    saved = load_run(out)
     del saved["config"]
-    save_checkpoint(out, saved)
+    save_run(out, saved)
     assert "whose student is of another architecture" in refused(capsys, path)
 
 
@@ -686,9 +686,9 @@ def test_the_plan_is_printed_without_training(runs, capsys):
 
 def test_a_lora_run_trains_adapters_alone_and_exports_both_files(runs):
     out = trained("dmd", runs / "lora", lora={"rank": 2, "alpha": 4.0})
-    adapters, start = load_file(out / "lora.safetensors"), load_checkpoint(runs / "causal")["student"]
+    adapters, start = load_file(out / "lora.safetensors"), load_run(runs / "causal")["student"]
     assert len(adapters) == 3 * 10 * 2  # two layers with ten linear layers each: down, up, alpha
-    whole, name = load_checkpoint(out)["student"], "blocks.0.self_attn.q"
+    whole, name = load_run(out)["student"], "blocks.0.self_attn.q"
     down, up = (adapters[f"diffusion_model.{name}.lora_{part}.weight"] for part in "AB")
     assert adapters[f"diffusion_model.{name}.alpha"] == 4 and up.abs().sum() > 0
     torch.testing.assert_close(whole[f"{name}.weight"], start[f"{name}.weight"] + 2 * up @ down)
@@ -700,7 +700,7 @@ def test_the_weights_under_adapters_are_kept_as_frozen_ones(runs):
     models = {"world": "tiny", "student": str(runs / "causal"), "teacher": str(runs / "teacher"), "frozen": "bfloat16"}
     options = {"lora": {"rank": 2, "alpha": 4.0}, "model": models, "precision": "bfloat16"}
     out = trained("dmd", runs / "lora-bf16", **options)
-    saved, name = load_checkpoint(out), "blocks.0.self_attn.q"
+    saved, name = load_run(out), "blocks.0.self_attn.q"
     kinds = {key: saved["modules"]["student"][f"{name}.{key}"].dtype for key in ("weight", "down", "up")}
     assert kinds == {"weight": torch.bfloat16, "down": torch.float32, "up": torch.float32}
     merged = saved["student"][f"{name}.weight"]
@@ -708,7 +708,7 @@ def test_the_weights_under_adapters_are_kept_as_frozen_ones(runs):
     whole = trained("dmd", runs / "lora-fp32", **{**options, "model": {**models, "frozen": "float32"}})
     assert losses(out, "critic") == pytest.approx(losses(whole, "critic"), rel=0.05)
     trained("dmd", out, **{**options, "steps": 4, "model": {**models, "frozen": "float32"}})
-    assert load_checkpoint(out)["modules"]["student"][f"{name}.weight"].dtype == torch.float32
+    assert load_run(out)["modules"]["student"][f"{name}.weight"].dtype == torch.float32
 
 
 def test_a_shipped_student_is_adapted(tmp_path):

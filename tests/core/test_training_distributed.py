@@ -9,7 +9,7 @@ import torch
 
 from sf_core.checkpoints.load import load_model
 from sf_core.training.distributed import Group
-from sf_core.training.run_folder import MODEL, load_checkpoint
+from sf_core.training.run_folder import MODEL, load_run
 from tests.core.runs import losses, trained, written
 
 pytestmark = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def test_two_processes_give_the_losses_of_one(runs, shard):
     out = runs / f"two-{shard}"
     torchrun(written("dmd", out, steps=STEPS, log={"save_every": 2}, shard=shard), 2)
     alike(out, runs / "alone")
-    ours, theirs = (load_checkpoint(folder)["student"] for folder in (out, runs / "alone"))
+    ours, theirs = (load_run(folder)["student"] for folder in (out, runs / "alone"))
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
 

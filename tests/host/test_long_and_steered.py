@@ -301,7 +301,7 @@ def test_guidance_is_the_cores(call, tiny, sample):
     negative = call("Prompt", tiny.clip, "a blue square")
     ours = tiny.model.model.process_latent_in(sample(negative=negative, cfg=3.0))
     prompts = {"negative": negative[0][0], "guidance": 3.0}
-    expected = core_latents(core.load_model(), PRESETS["tiny"], tiny.prompt[0][0], 9, 8, 8, **prompts)
+    expected = core_latents(core.load_transformer(), PRESETS["tiny"], tiny.prompt[0][0], 9, 8, 8, **prompts)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4)
 
 
@@ -440,7 +440,7 @@ def test_reencoding_by_the_host_is_the_cores(tiny, settings, call, sample):
     ours = tiny.model.model.process_latent_in(sample(latent=longer, model=settings(reencode_vae=tiny.vae)))
     still = core.load_autoencoder().still
     prompt = tiny.prompt[0][0]
-    expected = core_latents(core.load_model(), PRESETS["tiny"], prompt, 15, 8, 8, reencode=still)
+    expected = core_latents(core.load_transformer(), PRESETS["tiny"], prompt, 15, 8, 8, reencode=still)
     torch.testing.assert_close(ours, expected, rtol=0, atol=5e-4)
 
 

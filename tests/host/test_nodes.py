@@ -91,7 +91,7 @@ def test_sampler_makes_what_the_core_makes(tiny, sample):
     from any_folder_name.sf_core import tiny as core
     from any_folder_name.sf_core.sampling.config import PRESETS
 
-    expected = core_latents(core.load_model(), PRESETS["tiny"], tiny.prompt[0][0], 6, 8, 8)
+    expected = core_latents(core.load_transformer(), PRESETS["tiny"], tiny.prompt[0][0], 6, 8, 8)
     assert torch.allclose(tiny.model.model.process_latent_in(sample()), expected, atol=2e-4)
 
 
@@ -195,7 +195,7 @@ def test_sampler_makes_of_a_schedule_what_the_core_makes(tiny, sample, story):
 
     (first, _), (second, _) = story(" cut")
     prompts = [(0, first), (3, second, "cut")]
-    expected = core_latents(core.load_model(), PRESETS["tiny"], prompts, 6, 8, 8)
+    expected = core_latents(core.load_transformer(), PRESETS["tiny"], prompts, 6, 8, 8)
     assert torch.allclose(tiny.model.model.process_latent_in(sample(positive=story(" cut"))), expected, atol=2e-4)
 
 

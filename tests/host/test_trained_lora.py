@@ -45,7 +45,7 @@ def test_lora_of_a_training_run_is_its_merged_model(run, call, tiny, monkeypatch
         samples = call("Sampler", model=patcher, positive=tiny.prompt, latent=latent, seed=0)["samples"]
         return tiny.model.model.process_latent_in(samples)
 
-    merged = core.load_model(path=run / "model.safetensors")
+    merged = core.load_transformer(path=run / "model.safetensors")
     expected = core_latents(merged, PRESETS["tiny"], tiny.prompt[0][0], FRAMES, 8, 8)
     plain, adapted = sampled(tiny.model), sampled(model)
     assert (adapted - expected).norm() < 0.05 * expected.norm()  # the merged model is bfloat16
