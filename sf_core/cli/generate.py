@@ -22,7 +22,6 @@ from ..device import (
     Timer,
     available_memory,
     default_dtype,
-    is_out_of_memory,
     peak_memory_mib,
     release_memory,
     within_memory,
@@ -278,7 +277,6 @@ def run(args: argparse.Namespace) -> str:
         lambda: _write(pipeline, request, timer, args),
         lambda: _out_of_memory(plan, args.device),
         lambda: release_memory(args.device),
-        is_out_of_memory,
     )
     timer.seconds["write"] -= timer.seconds["rollout"] + timer.seconds["decode"]
     if preview:

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .destination import LITTER
 from .picture import fitted, frame_of, is_animated, open_picture, oriented, read_picture, told_damaged
 
 SAME_RATE = 0.05  # of a rate; nobody sees it, and containers round
 ROUNDING = 1e-3  # seconds: a tick of the coarsest containers
 PIECE = 16  # frames that are yielded together at most
-LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions, as ITU-T H.273 counts them
 NOT_FILMS = {"tty", "hls", "concat", "dash", "sdp", "image2", "lrc", "srt", "webvtt"}
 Timed = tuple[float, float, Tensor]  # start and end in seconds, frame [H, W, 3]
