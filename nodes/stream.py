@@ -8,6 +8,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..sf_core.device import console_text
 from . import inputs
 from .host.decoding import check_tile
 from .host.file_names import check_name, fill_placeholders, next_file
@@ -97,7 +98,7 @@ class SelfForcingStream(io.ComfyNode):
         name, unknown = fill_placeholders(name, prompt, extra.get("workflow"))
         if unknown:
             message = f"file has {', '.join(unknown)}, which stands for nothing here and stays as it is."
-            log.warning("Self Forcing: %s", message)
+            log.warning("Self Forcing: %s", console_text(message))
             notes.add(message)
         return next_file(name, 8 * generation.plan.width, 8 * generation.plan.height)
 

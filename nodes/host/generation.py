@@ -15,6 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...sf_core.device import console_text
 from ...sf_core.memory import MemoryPlan
 from ...sf_core.pipeline import Generation
 from ...sf_core.sampling.plan import Chunk, Plan, round_up_to_chunks
@@ -254,6 +255,6 @@ def begin_notes(generation: HostGeneration, node: type, own_steps: bool = True) 
     ignored = ignored_patches(generation.model, in_guider=not own_steps)
     for message in (chunk_warning(generation), shift_warning(generation) if own_steps else None, *ignored):
         if message:
-            log.warning("Self Forcing: %s", message)
+            log.warning("Self Forcing: %s", console_text(message))
             notes.add(message)
     return notes

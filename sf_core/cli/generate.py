@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import secrets
 import sys
 import time
@@ -36,6 +37,7 @@ from ..sampling.rollout import OnStep, Progress
 from ..video import (
     check_destination,
     check_folder,
+    check_names,
     check_outputs,
     contact_sheet,
     gif_rate,
@@ -237,13 +239,15 @@ def _preview(args: argparse.Namespace) -> str | None:
     if args.preview is None:
         return None
     path = args.preview or str(Path(args.out).with_suffix(".png"))
-    if Path(path).suffix.lower() != ".png" or Path(path).is_dir():
+    if Path(path).suffix.lower() != ".png" or os.path.isdir(path):
         raise ValueError(f"Got --preview {path!r}; it is the name of a PNG. Use a name that ends in .png, or none.")
     return path
 
 
 def _check_files(args: argparse.Namespace, preview: str | None) -> None:
     """Refuses outputs that cannot be written, or would replace an input or each other."""
+    for output in filter(None, (args.out, preview)):
+        check_names(output)
     names = ("start", "source", "prompt_file", "model", "vae", "taehv", "text_encoder", "tokenizer")
     inputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     inputs |= {f"--lora {i}" if i > 1 else "--lora": path for i, path in enumerate(args.lora or [], 1)}
@@ -272,6 +276,7 @@ def run(args: argparse.Namespace) -> str:
         torch.set_num_threads(1)  # the built-in model is so small that two threads are slower
     with timer.measure("load"):
         plan = pipeline.memory_plan(request)
+    _check_clips(request, args)
     _check_memory(plan, args.device)
     tiles = within_memory(
         lambda: _write(pipeline, request, timer, args),
@@ -323,6 +328,18 @@ def _watch(
         done += len(piece)
         bar.update(len(piece))
         yield piece
+
+
+def _check_clips(request: Request, args: argparse.Namespace) -> None:
+    """Refuses a start or source whose frames have no room while it is read."""
+    there = available_memory(torch.device("cpu"))
+    for option, path, clip in (("--start", args.start, request.start), ("--source", args.source, request.source)):
+        if there and isinstance(clip, ClipFrames) and clip.bytes > there:
+            raise MemoryError(
+                f"Got {option} {str(path)!r} of {clip.clip.width} x {clip.clip.height} pixels, which takes "
+                f"{format_bytes(clip.bytes)} of memory while it is read; this machine has {format_bytes(there)}. Make "
+                "a smaller copy of it first."
+            )
 
 
 def _check_memory(plan: MemoryPlan, device: torch.device) -> None:

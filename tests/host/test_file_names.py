@@ -66,9 +66,7 @@ def test_what_is_unknown_is_told_and_stays(server):
     assert "file has %nothing%, %KSampler.seed%, which stands for nothing here" in log
 
 
-@pytest.mark.parametrize(
-    "file", ["../x", "a/../../x", "/tmp/x", "..\\x", "C:\\Users\\me\\x", "C:x", ".", "x/..", "a\0b"]
-)
+@pytest.mark.parametrize("file", ["../x", "a/../../x", "/tmp/x", "..\\x", "D:\\video\\x", "C:x", ".", "x/..", "a\0b"])
 def test_a_name_outside_the_output_folder_is_refused_before_anything_runs(server, file):
     with pytest.raises(urllib.error.HTTPError) as error:
         server.queue(short(file))
