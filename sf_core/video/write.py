@@ -146,7 +146,7 @@ def recover(folder: str | Path) -> list[Path]:
                 else:
                     _remove(left)
                     continue
-            except (OSError, av.FFmpegError) as error:
+            except (OSError, ValueError, LookupError, RuntimeError, av.FFmpegError) as error:
                 name.unlink(missing_ok=True)
                 if left.is_file() and left.stat().st_size < 4096:  # a header without frames
                     left.unlink()
