@@ -51,6 +51,7 @@ from ..wan.fp8 import E4M3
 from .arguments import device, fraction, int_in, number_in, size, steps, window
 
 MAX_FRAMES = 1_000_000  # 17 hours
+USUAL_STRENGTH = 0.5
 TILES = 12  # frames on the contact sheet
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,7 +104,7 @@ def _add_starts(group: argparse._ArgumentGroup) -> None:
     history = "history: what of a start that is longer than the window is read again (window)"
     add("--history", choices=("window", "all"), default="window", help=history)
     add("--source", type=Path, metavar="FILE", help="source: video to make another of")
-    add("--strength", type=fraction, default=0.5, help="strength: how much of the source gives way, to 1 (0.5)")
+    add("--strength", type=fraction, help="strength: how much of the source gives way, to 1 (0.5)")
     add("--negative", default="", metavar="TEXT", help="negative prompt, to lead away from, with --guidance")
     guidance = "classifier-free guidance; 1 (none) is what distilled models are made for"
     add("--guidance", type=number_in(-100, 100), default=1.0, metavar="NUMBER", help=guidance)
@@ -193,7 +194,7 @@ def read_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
         seed=secrets.randbelow(2**32) if args.seed < 0 else args.seed,
         keep_start=not args.drop_start,
         full_history=args.history == "all",
-        strength=args.strength,
+        strength=USUAL_STRENGTH if args.strength is None else args.strength,
         negative=args.negative,
         guidance=args.guidance,
         reencode=args.reencode,
@@ -235,6 +236,19 @@ def _read_prompt(path: Path) -> str:
         ) from None
 
 
+def _check_companions(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option without the other one that it works on."""
+    needs = {
+        "--strength": (args.strength is not None and args.source is None, "--source"),
+        "--drop-start": (args.drop_start and args.start is None, "--start"),
+        "--history": (args.history != "window" and args.start is None, "--start"),
+        "--negative": (bool(args.negative) and args.guidance == 1, "--guidance"),
+    }
+    for option, (alone, other) in needs.items():
+        if alone:
+            raise ValueError(f"Got {option} without {other}, on which it works. Add {other}, or leave {option} out.")
+
+
 def _preview(args: argparse.Namespace) -> str | None:
     if args.preview is None:
         return None
@@ -262,6 +276,7 @@ def _check_files(args: argparse.Namespace, preview: str | None) -> None:
 
 def run(args: argparse.Namespace) -> str:
     started, timer, preview = time.perf_counter(), Timer(args.device), _preview(args)
+    _check_companions(args)
     _check_files(args, preview)
     pipeline = read_pipeline(args)
     request = read_request(args, pipeline)
