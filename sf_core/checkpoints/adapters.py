@@ -165,7 +165,7 @@ class Rotations(Adapter):
         if self.most and not skew.is_meta and (norm := skew.norm() + 1e-8) > self.most:
             skew = skew * (self.most / norm)
         one = torch.eye(skew.shape[-1], device=skew.device)
-        return (one + skew) @ torch.linalg.inv(one - skew)
+        return (one + skew) @ torch.linalg.inv_ex(one - skew).inverse  # there always is one
 
     def added_to(self, weight: Tensor, strength: float) -> Tensor:
         return super().added_to(weight, strength * strength)  # as ComfyUI has it, which counts it twice

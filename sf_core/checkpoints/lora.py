@@ -192,7 +192,7 @@ def _by_weight(parts: Parts, layer: str, weight: str, title: str) -> Iterator[tu
             f"{title}, whose {layer} lacks its {missing}", "both halves of a LoRA are needed", "Download it again"
         )
     empty = any(0 in part.shape for part in parts.values())
-    flat = any(parts[name].ndim < 2 for name in ("down", "up") if name in parts)
+    flat = any(part.ndim < (2 if name in ("down", "up") else 1) for name, part in parts.items() if name != "alpha")
     if empty or flat or ("alpha" in parts and parts["alpha"].numel() != 1):
         raise CheckpointError(f"{title}, whose {layer} is no pair of matrices", NEEDED, "Download it again")
     if own := {name: part for name, part in parts.items() if name not in ("alpha", "diff_b", *unused_parts(parts))}:

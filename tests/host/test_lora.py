@@ -392,9 +392,7 @@ def words_of_the_command_line(text):
 
 
 def test_no_message_that_a_node_can_give_names_an_option(pack):
-    """Of nodes/ and of the engine, but for the pipeline and what is above it; nodes call none of that, and give remedies of
-    their own for too little memory.
-    """
+    """Of nodes/ and of the engine, but for the pipeline and what is above it, which nodes do not call."""
     root = Path(pack.__file__).parent
     for path in (*root.glob("nodes/**/*.py"), *root.glob("sf_core/**/*.py")):
         if path.relative_to(root).parts[1] in ("cli", "training", "pipeline.py", "memory.py"):
