@@ -26,8 +26,8 @@ from ...sf_core.wan.model import Network, WanLayers
 from ..inputs import CACHES, RolloutInputs
 from .conditioning import read_latents, read_negative, read_prompts, still_encoder
 from .memory import loaded
-from .model import attention_of, family_of, for_compiling, wan_of
-from .patches import TellingCall, guide_of, ignored_patches, transformer_options, wants_negative
+from .model import attention_of, family_of, for_compiling, traceable, wan_of
+from .patches import guide_of, ignored_patches, telling_ops, transformer_options, wants_negative
 from .progress import Notes, check_cancelled
 
 REMEDY = "Set cache to fp8 or a smaller window, load the model in fp8, or make a smaller video."
@@ -101,8 +101,8 @@ class HostGeneration:
         levels = [step.sigma for step in self.plan.steps(self.plan.chunks[-1])]
         sigmas = torch.tensor([*levels, 0.0], device=model.load_device)
         told = transformer_options(options, self.wan.config.layers, sigmas, prompts.is_guided)
-        ops = compile_ops(self.compile)._replace(call=TellingCall(told))
-        network = Network(self.wan, self.dtype, attention_of(told, compiled), ops)
+        attention, wan = attention_of(told, compiled), traceable(self.wan) if compiled else self.wan
+        network = Network(wan, self.dtype, attention, telling_ops(compile_ops(self.compile), attention))
         use = self.memory.use
         reencode = self.reencoder and still_encoder(model, self.reencoder, use.total - use.cache + reserve_bytes)
         generation = Generation(network, self.plan, prompts, self.seed, self.prefix, self.source, reencode)

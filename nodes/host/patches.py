@@ -15,7 +15,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -30,7 +30,8 @@ from comfy.samplers import cfg_function
 from torch import Tensor
 
 from ...sf_core.sampling.schedule import Step
-from ...sf_core.wan.model import run_block, velocity
+from ...sf_core.wan.model import BlockOps, run_block, velocity
+from .model import PatchedAttention
 
 PRE, CFG, POST = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
 AT_CFG_1 = "disable_cfg1_optimization"  # the functions want the negative prompt even where cfg is 1
@@ -187,17 +188,28 @@ def innermost(function: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class TellingCall:
-    """Calls the parts of a forward, and keeps transformer_options with them: what attention overrides may ask for."""
+    """Calls the parts of a forward, and keeps the attention told of them: what overrides and kernels may ask for."""
 
-    options: dict
+    attention: PatchedAttention
 
     def __call__(self, part: Callable, module: torch.nn.Module, *args):
         if part is velocity:
             x, t = args[:2]
-            self.options["sigmas"] = torch.full((1,), t / 1000, device=x.device)
+            self.attention.options["sigmas"] = torch.full((1,), t / 1000, device=x.device)
         elif part is run_block:
-            self.options["block_index"] = args[2]
+            self.attention.options["block_index"] = args[2]
+            self.attention.now["block"] = module
         return part(module, *args)
+
+
+def telling_ops(ops: BlockOps, attention: PatchedAttention) -> BlockOps:
+    """Block operations that keep `attention` told, and give cross-attention one of its own."""
+    cross = replace(attention, layer="cross_attn")
+
+    def finish(block, x, attended, e6, keys, values, _, config):
+        return ops.finish(block, x, attended, e6, keys, values, cross, config)
+
+    return ops._replace(finish=finish, call=TellingCall(attention))
 
 
 def transformer_options(options: dict, blocks: int, sigmas: Tensor, guided: bool) -> dict:
