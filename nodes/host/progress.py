@@ -36,7 +36,7 @@ def say(node: type[io.ComfyNode], text: str) -> None:
     if node.hidden is not None and node.hidden.unique_id:
         from server import PromptServer  # runs already; without one it would take a second to import
 
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+        PromptServer.instance.send_progress_text(text, str(node.hidden.unique_id))
 
 
 class Notes:
@@ -61,7 +61,7 @@ def send(node: type[io.ComfyNode], event: str, data: Callable[[], dict]) -> None
 
         server = PromptServer.instance
         if server.client_id in server.sockets and server.messages.qsize() < MOST_WAITING:
-            server.send_sync(event, {"node": node.hidden.unique_id, **data()}, server.client_id)
+            server.send_sync(event, {"node": str(node.hidden.unique_id), **data()}, server.client_id)
 
 
 def check_cancelled() -> None:
