@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,13 @@ from .sampling.prompt_text import Prompt, parse, schedule
 from .sampling.prompts import REREADING, PromptSchedule
 from .sampling.rollout import OnStep, rollout
 from .text_encoder import bytes_loaded, load_text_encoder
-from .video import Clip
 from .wan.attention import Attention, sdpa
 from .wan.config import WanConfig
 from .wan.fp8 import E4M3, Fp8Linear, quantise_block, quantise_model
 from .wan.model import EAGER, BlockOps, Network, WanModel
+
+if TYPE_CHECKING:  # a machine that only measures needs no PyAV
+    from .video import Clip
 
 TEXT_ENCODER_WORK = 2**30  # bytes that a text encoder takes beside its weights, roughly
 PIECE = 16  # frames of a clip that are encoded at a time: 4 latents, what a tile takes in one turn

@@ -48,11 +48,10 @@ from ..wan.attention import KERNELS, attention_kernel
 from ..wan.compile import MODES, compile_ops
 from ..wan.fp8 import E4M3
 from ..worker import run_beside
-from .arguments import device, fraction, int_in, number_in, size, steps, window
+from .arguments import DTYPES, device, fraction, int_in, number_in, size, steps, window
 
 MAX_FRAMES = 1_000_000  # 17 hours
 TILES = 12  # frames on the contact sheet
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------
