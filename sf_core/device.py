@@ -62,6 +62,10 @@ class HostCopy:
         elif x.device.type != "cpu":
             self.tensor = x.cpu()
 
+    @property
+    def is_there(self) -> bool:
+        return self.arrived is None or self.arrived.query()
+
     def wait(self) -> Tensor:
         """The tensor on the CPU, once it is there."""
         if self.arrived is not None:
