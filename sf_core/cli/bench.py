@@ -47,7 +47,7 @@ from ..wan.compile import MODES, compile_ops
 from ..wan.config import WAN_1_3B, WanConfig
 from ..wan.fp8 import E4M3, quantise_model
 from ..wan.model import Network, WanModel
-from .arguments import DTYPES, device
+from .arguments import DTYPES, device, int_in
 
 PROMPT_TOKENS = 64
 
