@@ -31,6 +31,12 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def console_text(text: object) -> str:
+    """Text for the console or the log, whose letters it may not have: those as backslash escapes."""
+    encoding = getattr(sys.stderr, "encoding", None) or "ascii"
+    return str(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def synchronise(device: torch.device) -> None:
     """Waits until the device has done what it was told; a CPU always has."""
     if device.type == "cuda":
