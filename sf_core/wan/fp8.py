@@ -6,9 +6,9 @@ is the same as scaling the row. That halves the memory of bfloat16 anywhere ("we
 dtype of the activations just before the product).
 
 GPUs with float8 matrix units (Ada, Hopper and later) multiply float8 by float8 about twice as fast as bfloat16. There
-the activations are quantised too, on the fly, one scale per token. As plain operations that takes longer than the product
-saves; compiled it is one kernel, for queries, keys and values together. So float8 on such a GPU is faster than bfloat16
-when it is compiled, and slower when it is not.
+the activations are quantised too, on the fly, one scale per token. As plain operations that takes longer than the
+product saves; compiled it is one kernel, for queries, keys and values together. So float8 on such a GPU is faster than
+bfloat16 when it is compiled, and slower when it is not.
 
 What reads or writes the latents stays as it is, because its errors would go into every frame: patch, text and time
 embeddings, modulation, norms and the head.
