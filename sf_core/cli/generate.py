@@ -46,11 +46,10 @@ from ..video import (
 from ..wan.attention import KERNELS, attention_kernel
 from ..wan.compile import MODES, compile_ops
 from ..wan.fp8 import E4M3
-from .arguments import device, fraction, int_in, number_in, size, steps, window
+from .arguments import DTYPES, add_loras, device, fraction, int_in, number_in, read_loras, size, steps, window
 
 MAX_FRAMES = 1_000_000  # 17 hours
 TILES = 12  # frames on the contact sheet
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------
@@ -115,10 +114,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     decoder.add_argument("--taehv", type=Path, metavar="FILE", help="TAEHV (taew2_1), a small and fast decoder")
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder, UMT5-XXL: file or folder")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer, where the text encoder's file lacks it")
-    lora = "LoRA merged into the model (LongLive's lora.pt); may be given several times"
-    add("--lora", type=Path, action="append", metavar="FILE", help=lora)
-    strength = "LoRA strength (1); for several LoRAs several times, in the same order"
-    add("--lora-strength", type=number_in(-10, 10), action="append", metavar="NUMBER", help=strength)
+    add_loras(group)
     add("--family", metavar="NAME", help=f"family, how it is sampled (guessed): {', '.join(FAMILIES)}")
 
 
@@ -143,20 +139,9 @@ def read_pipeline(args: argparse.Namespace) -> Pipeline:
             "Got --model without all that goes with it; it needs --text-encoder (UMT5-XXL), and --vae (the Wan 2.1 "
             "VAE) or --taehv (taew2_1). Name their files."
         )
-    loras, is_taehv = _loras(args), args.vae is None
+    loras, is_taehv = read_loras(args), args.vae is None
     named = ModelFiles(args.model, args.text_encoder, decoder, is_taehv, args.tokenizer, args.family, loras)
     return FilePipeline(named, _runtime(args))
-
-
-def _loras(args: argparse.Namespace) -> tuple[tuple[Path, float], ...]:
-    """(file, strength) of each LoRA."""
-    loras, strengths = args.lora or [], args.lora_strength or []
-    if len(strengths) > len(loras):
-        raise ValueError(
-            f"Got --lora-strength {len(strengths)} times for {len(loras)} LoRAs; each is the strength of the --lora at "
-            "its place. Leave out what is too much, or name another --lora."
-        )
-    return tuple(zip(loras, [*strengths, *[1.0] * (len(loras) - len(strengths))]))
 
 
 def _runtime(args: argparse.Namespace) -> Runtime:
@@ -377,7 +362,7 @@ def _report(request: Request, args: argparse.Namespace, preview: str | None, tim
         "out": args.out,
         "preview": preview,
         "model": str(args.model) if args.model else "built-in",
-        "loras": [{"file": str(path), "strength": strength} for path, strength in _loras(args)],
+        "loras": [{"file": str(path), "strength": strength} for path, strength in read_loras(args)],
         "prompt": request.prompt,
         "seed": request.seed,
         "frames": request.frames - request.skipped,
