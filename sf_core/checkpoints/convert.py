@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -121,10 +121,16 @@ def family_metadata(family: str) -> dict[str, str]:
 
 def write_checkpoint(path: Path, conversion: Conversion) -> None:
     """Writes the converted checkpoint as a safetensors file. Raises as `load_checkpoint` does."""
-    shapes = conversion.shapes()
+    write_safetensors(path, conversion.shapes(), conversion.tensors(), conversion.metadata())
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]
+) -> None:
+    """Writes tensors one by one as they come, in any order; `shapes` has all of them, on the meta device."""
     with path.open("wb") as file:
-        places = _write_header(file, shapes, conversion.metadata())
-        for name, tensor in conversion.tensors():
+        places = _write_header(file, shapes, metadata)
+        for name, tensor in tensors:
             file.seek(places[name])
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 

@@ -25,6 +25,7 @@ class Command:
 COMMANDS = {
     "generate": Command(".generate", "make a video from a prompt"),
     "info": Command(".info", "list built-in model, presets and devices, or say what a model file is"),
+    "doctor": Command(".doctor", "say what runs here, which model files there are and what to expect: a bug report"),
     "convert": Command(".convert", "make a safetensors file that all loaders read of any causal checkpoint"),
     "bench": Command(".bench", "time rollout and decoders on this machine"),
     "train tiny": Command(".train_tiny", "train the built-in model"),
