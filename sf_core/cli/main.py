@@ -24,6 +24,7 @@ class Command:
 
 COMMANDS = {
     "generate": Command(".generate", "make a video from a prompt"),
+    "batch": Command(".batch", "make many videos, one for each line of a file; resumable, on several GPUs"),
     "info": Command(".info", "list built-in model, presets and devices, or say what a model file is"),
     "doctor": Command(".doctor", "say what runs here, which model files there are and what to expect: a bug report"),
     "convert": Command(".convert", "make a safetensors file that all loaders read of any causal checkpoint"),
