@@ -1,7 +1,6 @@
 """Blueprints of the pack: listed by the host, found by search in the frontend, one node that makes a video."""
 
 import json
-import os
 import time
 
 import numpy as np
@@ -122,5 +121,3 @@ def test_a_blueprint_is_found_by_search_and_makes_a_video(page, name, tmp_path):
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert len(frames) == 21 and frames[0].shape == (64, 64, 3) and np.ptp(frames[-1]) > 50
     assert complaints(page) == []
-    if os.environ.get("SHOTS"):
-        page.screenshot(path=f"{os.environ['SHOTS']}/{name}.png")
