@@ -5,6 +5,13 @@
 import { Film } from "./film.js";
 
 const SPEEDS = [0.25, 0.5, 1, 2];
+const ICONS = {
+  play: "M4 2l10 6-10 6z",
+  pause: "M3 2h4v12H3zM9 2h4v12H9z",
+  save: "M7 1h2v6h3l-4 5-4-5h3zM2 13h12v2H2z",
+  still: "M1 4h3l1-2h6l1 2h3v10H1zM8 6a3 3 0 1 0 0 6 3 3 0 0 0 0-6z",
+  full: "M1 1h5v2H3v3H1zM10 1h5v5h-2V3h-3zM1 10h2v3h3v2H1zM13 10h2v5h-5v-2h3z",
+};
 const IDLE = "The video plays here while it is made.";
 const STYLE = `
 .self-forcing-screen { position: relative; width: 100%; height: 100%; min-height: 180px; overflow: hidden;
@@ -15,7 +22,8 @@ const STYLE = `
   position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; }
 .self-forcing-screen .small > * { image-rendering: pixelated; }
 .self-forcing-screen .sign { position: absolute; inset: 0; margin: auto; width: 40px; height: 40px; border-radius: 50%;
-  background: #0009; font-size: 20px; line-height: 40px; text-align: center; pointer-events: none; }
+  background: #0009; pointer-events: none; }
+.self-forcing-screen .sign > svg { display: block; width: 16px; height: 16px; margin: 12px; }
 .self-forcing-screen .label { padding: 2px 6px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .self-forcing-screen .bar { display: flex; align-items: center; gap: 4px; padding: 0 4px 2px; }
 .self-forcing-screen .bar > input { flex: 1; min-width: 30px; height: 12px; margin: 0; }
@@ -24,7 +32,7 @@ const STYLE = `
 .self-forcing-screen [hidden] { display: none; }`;
 
 const clock = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
-const name = (file) => (file.subfolder ? `${file.subfolder}/${file.filename}` : file.filename);
+const pathOf = (file) => (file.subfolder ? `${file.subfolder}/${file.filename}` : file.filename);
 
 function create(tag, properties, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -32,9 +40,20 @@ function create(tag, properties, ...children) {
   return element;
 }
 
+function icon(name) {
+  return `<svg viewBox="0 0 16 16" width="11" height="11" fill="currentColor" fill-rule="evenodd"><path d="${ICONS[name]}"/></svg>`;
+}
+
+function mark(element, sign, title) {
+  if (element.title === title) return;
+  element.innerHTML = icon(sign);
+  element.title = title;
+  element.setAttribute("aria-label", title);
+}
+
 function button(sign, title, act) {
-  const made = create("button", { type: "button", textContent: sign, title, onclick: act });
-  made.setAttribute("aria-label", title);
+  const made = create("button", { type: "button", onclick: act });
+  mark(made, sign, title);
   return made;
 }
 
@@ -64,10 +83,10 @@ export class Screen {
     document.getElementById("self-forcing-style") ??
       document.head.append(create("style", { id: "self-forcing-style", textContent: STYLE }));
     this.canvas = create("canvas", { width: 0, height: 0 });
-    this.sign = create("div", { className: "sign", textContent: "❚❚", hidden: true });
+    this.sign = create("div", { className: "sign", innerHTML: icon("pause"), hidden: true });
     this.stage = create("div", { className: "stage", onclick: () => this.toggle() }, this.canvas, this.sign);
     this.label = create("div", { className: "label" });
-    this.play = button("❚❚", "Pause (space)", () => this.toggle());
+    this.play = button("pause", "Pause (space)", () => this.toggle());
     this.seek = create("input", { type: "range", min: 0, max: 1, step: "any", value: 0, title: "Position" });
     this.seek.setAttribute("aria-label", "Position");
     this.seek.oninput = () => this.source && (this.source.time = Number(this.seek.value));
@@ -77,9 +96,9 @@ export class Screen {
     this.speed.onchange = () => this.source && (this.source.speed = Number(this.speed.value));
     this.pick = create("select", { title: "Which video of the batch", hidden: true });
     this.pick.onchange = () => this.choose(this.pick.selectedIndex);
-    this.keep = button("⤓", "Save video", () => this.saveVideo());
-    this.still = button("◉", "Save frame", () => this.saveFrame());
-    this.full = button("⛶", "Full screen (f)", () => this.fullScreen());
+    this.keep = button("save", "Save video", () => this.saveVideo());
+    this.still = button("still", "Save frame", () => this.saveFrame());
+    this.full = button("full", "Full screen (f)", () => this.fullScreen());
     const parts = [this.play, this.seek, this.time, this.speed, this.pick, this.keep, this.still, this.full];
     this.bar = create("div", { className: "bar" }, ...parts);
     this.element = create("div", { className: "self-forcing-screen", tabIndex: 0 }, this.stage, this.label, this.bar);
@@ -121,7 +140,7 @@ export class Screen {
     this.#leave();
     this.video = video;
     this.chosen = 0;
-    this.canvas.width = this.canvas.height = 0;
+    this.canvas.hidden = true;
     if (video) video.changed = () => this.update();
     this.update();
   }
@@ -162,7 +181,7 @@ export class Screen {
     film.element.onloadeddata = () => {
       if (this.source !== film) return;
       this.stage.classList.toggle("small", film.element.videoWidth < 256);
-      this.canvas.width = this.canvas.height = 0; // until now the last frame stood there
+      this.canvas.hidden = true; // until now the last frame stood there
       if (time < film.duration) film.time = time;
       this.video.player.frames = [];
       this.tell();
@@ -188,6 +207,7 @@ export class Screen {
       const { width, height } = picture; // a picture that is drawn is empty
       if (this.canvas.width !== width || this.canvas.height !== height) Object.assign(this.canvas, { width, height });
       this.stage.classList.toggle("small", width < 256);
+      this.canvas.hidden = false;
       this.canvas.getContext("bitmaprenderer").transferFromImageBitmap(picture);
       this.shown = number;
       this.tell();
@@ -204,7 +224,7 @@ export class Screen {
     if (files.length) {
       const stopped = facts.stopped ? `, stopped after ${facts.frames} of ${facts.length} frames` : "";
       const seed = facts.seed === undefined ? "" : `, seed ${facts.seed}`;
-      return `${status && `${status} - `}${name(files[Math.min(this.chosen, files.length - 1)])}${stopped}${seed}`;
+      return `${status && `${status} - `}${pathOf(files[Math.min(this.chosen, files.length - 1)])}${stopped}${seed}`;
     }
     if (!video.frames) return status || IDLE;
     const pace = rate ? `, ${rate.toFixed(1)} per second` : "";
@@ -217,9 +237,7 @@ export class Screen {
     const { source } = this;
     if (!source) return;
     this.sign.hidden = !source.paused;
-    this.play.textContent = source.paused ? "▶" : "❚❚";
-    this.play.title = source.paused ? "Play (space)" : "Pause (space)";
-    this.play.setAttribute("aria-label", this.play.title);
+    mark(this.play, source.paused ? "play" : "pause", source.paused ? "Play (space)" : "Pause (space)");
     this.seek.max = source.duration || 1;
     if (document.activeElement !== this.seek || !source.paused) this.seek.value = source.time;
     this.time.textContent = `${clock(source.time)} / ${clock(source.duration)}`;
