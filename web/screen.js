@@ -41,7 +41,8 @@ function create(tag, properties, ...children) {
 }
 
 function icon(name) {
-  return `<svg viewBox="0 0 16 16" width="11" height="11" fill="currentColor" fill-rule="evenodd"><path d="${ICONS[name]}"/></svg>`;
+  const path = `<path d="${ICONS[name]}"/>`;
+  return `<svg viewBox="0 0 16 16" width="11" height="11" fill="currentColor" fill-rule="evenodd">${path}</svg>`;
 }
 
 function mark(element, sign, title) {
@@ -80,8 +81,8 @@ export class Screen {
   }
 
   #build() {
-    document.getElementById("self-forcing-style") ??
-      document.head.append(create("style", { id: "self-forcing-style", textContent: STYLE }));
+    const id = "self-forcing-style";
+    document.getElementById(id) ?? document.head.append(create("style", { id, textContent: STYLE }));
     this.canvas = create("canvas", { width: 0, height: 0 });
     this.sign = create("div", { className: "sign", innerHTML: icon("pause"), hidden: true });
     this.stage = create("div", { className: "stage", onclick: () => this.toggle() }, this.canvas, this.sign);
@@ -109,7 +110,8 @@ export class Screen {
   #listen(forward) {
     const { element } = this;
     element.addEventListener("keydown", (event) => this.key(event));
-    element.addEventListener("wheel", (event) => document.fullscreenElement === element || forward(event), { passive: false });
+    const scroll = (event) => document.fullscreenElement === element || forward(event);
+    element.addEventListener("wheel", scroll, { passive: false });
     for (const type of ["pointerdown", "pointermove", "pointerup"])
       element.addEventListener(type, forward, { capture: true });
     this.#observer = new IntersectionObserver(([entry]) => {
@@ -129,6 +131,7 @@ export class Screen {
   /** Ends it: its node is gone. */
   close() {
     this.watch(null);
+    clearInterval(this.#clock);
     this.#observer.disconnect();
     document.removeEventListener("visibilitychange", this.see);
   }
@@ -160,7 +163,7 @@ export class Screen {
       if (this.source?.url !== url) this.#showFile(url);
     } else if (video?.frames && this.source !== video.player) {
       this.#leave();
-      video.player.show = (frames, number) => this.show(frames[this.chosen] ?? frames[0], number);
+      video.player.show = (frames) => this.show(frames[this.chosen] ?? frames[0]);
       this.#enter(video.player);
     }
     const batch = video?.batch ?? 1;
@@ -186,7 +189,10 @@ export class Screen {
       this.video.player.frames = [];
       this.tell();
     };
-    film.element.onerror = () => this.source === film && (this.label.textContent = `${this.told()} - this file cannot be played, or is gone`);
+    film.element.onerror = () => {
+      film.broken = this.source === film;
+      this.tell();
+    };
     this.canvas.after(film.element);
     this.#enter(film);
     film.paused = paused;
@@ -199,7 +205,7 @@ export class Screen {
   }
 
   /** Draws a frame, a JPEG in base64. */
-  async show(frame, number) {
+  async show(frame) {
     const turn = ++this.#decoded;
     const bytes = Uint8Array.from(atob(frame), (character) => character.charCodeAt(0));
     const picture = await createImageBitmap(new Blob([bytes], { type: "image/jpeg" }));
@@ -209,7 +215,6 @@ export class Screen {
       this.stage.classList.toggle("small", width < 256);
       this.canvas.hidden = false;
       this.canvas.getContext("bitmaprenderer").transferFromImageBitmap(picture);
-      this.shown = number;
       this.tell();
     } else picture.close(); // a later frame was quicker
   }
@@ -224,11 +229,14 @@ export class Screen {
     if (files.length) {
       const stopped = facts.stopped ? `, stopped after ${facts.frames} of ${facts.length} frames` : "";
       const seed = facts.seed === undefined ? "" : `, seed ${facts.seed}`;
-      return `${status && `${status} - `}${pathOf(files[Math.min(this.chosen, files.length - 1)])}${stopped}${seed}`;
+      const broken = this.source?.broken ? " - is gone, or cannot be played" : "";
+      const path = pathOf(files[Math.min(this.chosen, files.length - 1)]);
+      return `${status && `${status} - `}${path}${stopped}${seed}${broken}`;
     }
     if (!video.frames) return status || IDLE;
     const pace = rate ? `, ${rate.toFixed(1)} per second` : "";
-    return `frame ${(this.shown ?? player.first) + 1} of ${player.length}, ${player.made} made${pace}${status && `, ${status}`}`;
+    const shown = Math.max(player.next, player.first + 1); // as people count, from 1
+    return `frame ${shown} of ${player.length}, ${player.made} made${pace}${status && `, ${status}`}`;
   }
 
   tell() {

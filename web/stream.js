@@ -164,7 +164,8 @@ function forward(event) {
   canvas.dispatchEvent(new event.constructor(event.type, event));
 }
 
-const urlOf = ({ filename, subfolder, type }) => api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+const urlOf = ({ filename, subfolder, type }) =>
+  api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
 
 app.registerExtension({
   name: "SelfForcing.Stream",

@@ -98,9 +98,9 @@ export class Videos {
 
   /** A workflow has another name now. */
   move(from, to) {
-    for (const [key, video] of [...this.videos]) if (key.startsWith(`${from}#`)) this.videos.set(to + key.slice(from.length), video);
-    for (const [key, entry] of Object.entries(this.stored))
-      if (key.startsWith(`${from}#`)) this.stored[to + key.slice(from.length)] = entry;
+    const renamed = (key) => key.startsWith(`${from}#`) && to + key.slice(from.length);
+    for (const [key, video] of [...this.videos]) if (renamed(key)) this.videos.set(renamed(key), video);
+    for (const [key, entry] of Object.entries(this.stored)) if (renamed(key)) this.stored[renamed(key)] = entry;
     this.#store();
   }
 

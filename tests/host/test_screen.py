@@ -152,14 +152,13 @@ def test_a_video_without_a_file_plays_again_from_its_frames(page):
 
 
 def test_frames_larger_than_a_preview_are_shown_whole(page):
-    open_stream(page, frames=9)
+    open_stream(page, frames=9, file="")
     page.evaluate(
         """() => { for (const widget of app.graph.nodes.find((n) => n.type === "SelfForcingLatent").widgets)
             if (widget.name === "width") widget.value = 640; }"""
     )
-    begin(page)
-    page.wait_for_function("picture() instanceof HTMLCanvasElement && picture().width === 640", timeout=RUN * 1000)
-    page.wait_for_function("window.over", timeout=RUN * 1000)
+    run(page)
+    page.wait_for_function("picture() instanceof HTMLCanvasElement && picture().width === 640")
 
 
 def test_a_batch_makes_a_file_of_each_video_and_shows_any(page):
