@@ -23,3 +23,15 @@ export function namesOf(rootGraph, node) {
   if (rootGraph) visit(rootGraph, "");
   return names;
 }
+
+/** Puts the element of a widget where that of the same node was before the graph was loaded anew, as by Undo: Nodes 2.0
+ * takes it for the same node, and leaves the old element standing. */
+export function mount(element, name) {
+  element.dataset.node = name;
+  if (element.isConnected) return;
+  setTimeout(() => {
+    if (element.isConnected) return;
+    for (const other of document.getElementsByClassName(element.className))
+      if (other.dataset.node === name) return other.replaceWith(element);
+  }, 100); // until the page is in step with the graph
+}

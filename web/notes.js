@@ -1,9 +1,11 @@
 /* Notes of a node that runs: one short line on it, however many there are; all of them on hover and on click. */
 
+import { mount } from "./graph.js";
+
 const NAME = "self_forcing_notes";
 const HEIGHT = 22;
 const STYLE = `
-.self-forcing-note { display: block; width: 100%; height: ${HEIGHT}px; min-height: ${HEIGHT}px; padding: 0 6px;
+.self-forcing-note { display: block; flex: none !important; width: 100%; height: ${HEIGHT}px; padding: 0 6px;
   border: 0; border-radius: 4px; background: #0004; color: var(--input-text, #ddd); font: 11px sans-serif;
   text-align: left; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; cursor: pointer; }
 .self-forcing-notes { position: fixed; margin: 0; max-width: 420px; padding: 8px 12px; border: 1px solid #666;
@@ -11,12 +13,13 @@ const STYLE = `
 
 const create = (tag, properties) => Object.assign(document.createElement(tag), properties);
 
-/** Shows notes on a node, in place of those before. */
-export function showNotes(node, text) {
-  const widget = node.widgets?.find(({ name }) => name === NAME) ?? addWidget(node);
-  const [first, ...rest] = text.split("\n");
-  widget.element.textContent = rest.length ? `${first} (+${rest.length})` : first;
+/** Shows notes on a node of that name, in place of those before. */
+export function showNotes(node, name, text) {
+  const widget = node.widgets?.find((other) => other.name === NAME) ?? addWidget(node);
+  const lines = text.split("\n");
+  widget.element.textContent = lines.length > 1 ? `${lines.length} notes: ${lines[0]}` : lines[0];
   widget.element.title = text;
+  mount(widget.element, name);
   node.setDirtyCanvas?.(true, true);
 }
 
@@ -27,16 +30,23 @@ function addWidget(node) {
   element.addEventListener("click", () => open(element));
   const widget = node.addDOMWidget(NAME, NAME, element, {
     serialize: false, hideInPanel: true, hideOnZoom: false, margin: 4,
-    getMinHeight: () => HEIGHT + 8, getMaxHeight: () => HEIGHT + 8,
   });
   widget.serialize = false;
+  widget.computeLayoutSize = undefined; // it would share what room there is with the others
+  widget.computeSize = (width) => [width, HEIGHT + 8];
   return widget;
 }
 
 /** All of the notes, above everything; the next click elsewhere, or Escape, closes them. */
 function open(element) {
   const all = create("div", { className: "self-forcing-notes", popover: "auto", textContent: element.title });
-  all.addEventListener("toggle", ({ newState }) => newState === "closed" && all.remove());
+  const escape = ({ key }) => key === "Escape" && all.hidePopover();
+  document.addEventListener("keydown", escape, { capture: true }); // the graph's canvas may keep it to itself
+  all.addEventListener("toggle", ({ newState }) => {
+    if (newState !== "closed") return;
+    document.removeEventListener("keydown", escape, { capture: true });
+    all.remove();
+  });
   document.body.append(all);
   const { left, bottom } = element.getBoundingClientRect();
   all.showPopover();

@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { findNode, namesOf } from "./graph.js";
+import { findNode, mount, namesOf } from "./graph.js";
 import { showNotes } from "./notes.js";
 import { Screen } from "./screen.js";
 import { Videos } from "./videos.js";
@@ -54,13 +54,14 @@ function refresh() {
   for (const [node, screen] of screens) {
     const names = namesOf(app.rootGraph, node);
     if (!names.length) continue; // thrown away, or not there yet
+    mount(screen.element, names[0]);
     const made = names.map((name) => videos.find(path, name)).filter(Boolean);
     screen.watch(made.find((video) => video.frames) ?? made[0] ?? null);
   }
   for (const [key, text] of notes) {
     const at = key.lastIndexOf("#");
     const node = key.slice(0, at) === path && findNode(app.rootGraph, key.slice(at + 1));
-    if (node) showNotes(node, text);
+    if (node) showNotes(node, key.slice(at + 1), text);
   }
 }
 
@@ -111,7 +112,7 @@ api.addEventListener("self_forcing.note", ({ detail }) => {
   const path = pathOf(detail.prompt_id);
   notes.set(`${path}#${detail.node}`, detail.text);
   const node = nodeIn(path, detail.node);
-  if (node) showNotes(node, detail.text);
+  if (node) showNotes(node, detail.node, detail.text);
 });
 
 api.addEventListener("executed", ({ detail }) => {
