@@ -181,7 +181,6 @@ def test_node_ids_are_sent_as_strings(monkeypatch, node_id):
     server = SimpleNamespace(
         client_id="me", sockets={"me": None}, messages=Queue(),
         send_sync=lambda event, data, client: sent.append(data["node"]),
-        send_progress_text=lambda text, node: sent.append(node),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
     node = SimpleNamespace(hidden=SimpleNamespace(unique_id=node_id))
