@@ -14,6 +14,8 @@ from pathlib import Path, PureWindowsPath
 
 import folder_paths
 
+from ...sf_core.video import check_destination
+
 PLACEHOLDER = re.compile(r"%([^%]+)%")
 BY_SERVER = {"width", "height", "year", "month", "day", "hour", "minute", "second"}
 DATE_PART = re.compile("dd?|MM?|hh?|mm?|ss?|yyy?y?")
@@ -22,8 +24,8 @@ NOT_IN_NAMES = re.compile(r'[/?<>\\:*|"\x00-\x1f\x7f]')
 LONGEST_DETOUR = 10  # nodes between a widget that is an input and the number that is wired to it
 
 
-def next_file(name: str, width: int, height: int) -> Path:
-    """The next free .mp4 of a name in ComfyUI's output folder, whose folders are made; `width` x `height` pixels.
+def next_files(name: str, count: int, width: int, height: int) -> list[Path]:
+    """The next free .mp4s of a name in ComfyUI's output folder, whose folders are made; `width` x `height` pixels.
 
     Raises ValueError and OSError for a name that cannot be one there.
     """
@@ -36,7 +38,10 @@ def next_file(name: str, width: int, height: int) -> Path:
         raise OSError(
             f"Got file {name!r}, whose folder cannot be made: {error.strerror or error}. Choose another name."
         ) from None
-    return Path(folder) / f"{stem}_{counter:05}_.mp4"
+    paths = [Path(folder) / f"{stem}_{counter + i:05}_.mp4" for i in range(count)]
+    for path in paths:
+        check_destination(path)
+    return paths
 
 
 def check_name(name: str) -> None:

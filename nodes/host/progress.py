@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from comfy_execution.progress import get_progress_state
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
@@ -24,9 +27,14 @@ from .model import family_of
 Preview = tuple[str, Image.Image, int]  # format, picture, largest side
 
 
+NOTE = "self_forcing.note"  # what web/stream.js listens to
+
 SECONDS_BETWEEN_PICTURES = 0.1  # as often as ComfyUI itself tells of progress
 SECONDS_BEFORE_PICTURES = 0.5  # of a run: a shorter one is over before anybody has looked
 MOST_FOR_PICTURES = 0.05  # of a run's time
+
+
+SECONDS_UNTIL_HISTORY = 60  # at most, from a node's end to that of its run
 
 
 MOST_WAITING = 64  # messages; a run that nobody is slow to watch has a few
@@ -36,21 +44,23 @@ PREVIEW_SIZE = 256  # pixels, at least where a picture can be enlarged by a whol
 
 
 def say(node: type[io.ComfyNode], text: str) -> None:
-    """Shows a line of text on the node that runs. Needs the hidden input unique_id; does nothing outside a server."""
-    if node.hidden is not None and node.hidden.unique_id:
-        from server import PromptServer  # runs already; without one it would take a second to import
-
-        PromptServer.instance.send_progress_text(text, str(node.hidden.unique_id))
+    """Shows lines of text on the node that runs: the first on it, all on demand (web/notes.js). Needs the hidden input
+    unique_id; does nothing outside a server.
+    """
+    server = _server(node)
+    if server is not None and server.client_id in server.sockets:
+        server.send_sync(NOTE, {**_about(node), "text": text}, server.client_id)
 
 
 class Notes:
-    """Lines of text on the node that runs, one below the other: a text that is said takes the place of the last."""
+    """Lines of text on the node that runs, all of them again for each: what is said takes the place of the last."""
 
     def __init__(self, node: type[io.ComfyNode]) -> None:
         self.node, self.lines = node, []
 
-    def add(self, line: str) -> None:
-        self.lines.append(line)
+    def add(self, line: str, first: bool = False) -> None:
+        """Adds a line below the others, or, if it is what matters now, above them."""
+        self.lines.insert(0 if first else len(self.lines), line)
         say(self.node, "\n".join(self.lines))
 
 
@@ -60,12 +70,49 @@ def send(node: type[io.ComfyNode], event: str, data: Callable[[], dict]) -> None
     ComfyUI queues messages without end and sends them one after the other: those for a slow connection would hold up
     everybody's, and grow. So while MOST_WAITING wait this one is dropped.
     """
-    if node.hidden is not None and node.hidden.unique_id:
-        from server import PromptServer
+    server = _server(node)
+    if server is not None and server.client_id in server.sockets and server.messages.qsize() < MOST_WAITING:
+        server.send_sync(event, {**_about(node), **data()}, server.client_id)
 
-        server = PromptServer.instance
-        if server.client_id in server.sockets and server.messages.qsize() < MOST_WAITING:
-            server.send_sync(event, {"node": str(node.hidden.unique_id), **data()}, server.client_id)
+
+def list_output(node: type[io.ComfyNode], output: dict) -> None:
+    """Lists files as outputs of the node that runs although it will not end well: in the browser, and in the history.
+
+    ComfyUI does so itself for nodes that return. It writes the history when all is over, so a thread waits for that.
+    """
+    server = _server(node)
+    if server is None:
+        return
+    about, name = _about(node), str(node.hidden.unique_id)
+    executed = {"node": name, "display_node": about["node"], "output": output, "prompt_id": about["prompt_id"]}
+    if server.client_id is not None:
+        server.send_sync("executed", executed, server.client_id)
+
+    def enter() -> None:
+        queue, end = server.prompt_queue, time.monotonic() + SECONDS_UNTIL_HISTORY
+        while about["prompt_id"] not in queue.history and time.monotonic() < end:
+            time.sleep(0.01)
+        with queue.mutex:
+            if entry := queue.history.get(about["prompt_id"]):
+                entry["outputs"].setdefault(name, output)
+
+    threading.Thread(target=enter, daemon=True).start()
+
+
+def _server(node: type[io.ComfyNode]):  # -> PromptServer | None
+    """ComfyUI's server, where the node runs in one."""
+    if node is None or node.hidden is None or not node.hidden.unique_id:
+        return None
+    from server import PromptServer  # runs already; without one it would take a second to import
+
+    return PromptServer.instance
+
+
+def _about(node: type[io.ComfyNode]) -> dict[str, str | None]:
+    """Which node an event is about, and in which run. Of a node that a loop has made, the one that the user sees."""
+    context = get_executing_context()
+    shown = get_progress_state().dynprompt.get_display_node_id(node.hidden.unique_id)
+    return {"node": str(shown), "prompt_id": context and context.prompt_id}
 
 
 def check_cancelled() -> None:

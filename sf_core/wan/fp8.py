@@ -17,6 +17,7 @@ embeddings, modulation, norms and the head.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -36,7 +37,16 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(E4M3), scale
 
 
-@torch.compiler.assume_constant_result
+def constant_to_compilers(function: Callable) -> Callable:
+    """Marks a function that Dynamo shall run instead of looking into, as torch.compiler.assume_constant_result does.
+
+    That one imports Dynamo, which takes longer than all else.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_to_compilers
 def multiplies_float8(device: torch.device) -> bool:
     """Whether the device multiplies float8 with a scale per row, found out by one product: NVIDIA's from compute
     capability 8.9 on do, where this torch has the kernel for them."""
@@ -59,7 +69,7 @@ def _try_product(device: torch.device) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def compiles_float8(device: torch.device) -> bool:
     """Whether Triton knows float8 on the device: on NVIDIA's from compute capability 8.9 on."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FLOAT8_UNITS

@@ -14,8 +14,9 @@ import sf_core
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST_MODULES = {
-    "app", "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras", "execution",
-    "folder_paths", "latent_preview", "main", "node_helpers", "nodes", "psutil", "server", "utils",
+    "app", "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras",
+    "comfyui_version", "execution", "folder_paths", "latent_preview", "main", "node_helpers", "nodes", "psutil",
+    "server", "utils",
 }  # fmt: skip
 HOST_OWNED = {"torch", "torchvision", "torchaudio", "xformers", "triton", "sageattention", "flash-attn"}
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml"}

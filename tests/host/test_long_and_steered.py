@@ -1,6 +1,8 @@
 """Settings, streams, SAMPLER, guidance, prefixes and sources: the nodes around the rollout, inside ComfyUI."""
 
+import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +28,7 @@ def stream(call, tiny, latent):
             "model": tiny.model, "positive": tiny.prompt, "latent": latent, "vae": tiny.vae, "seed": 0, "fps": 16.0,
             "preset": "auto", "file": "", "keep": 0, **changes,
         }  # fmt: skip
-        images, latents = call("Stream", **inputs)
+        images, latents, *_ = call("Stream", **inputs)
         return images, latents["samples"]
 
     return run
@@ -77,7 +79,6 @@ def server(monkeypatch):
     instance = SimpleNamespace(
         events=events, waiting=0, client_id="browser", sockets={"browser": None},
         send_sync=lambda event, data, client: events.append((event, data, client)),
-        send_progress_text=lambda text, node: events.append((text, node)),
     )  # fmt: skip
     instance.messages = SimpleNamespace(qsize=lambda: instance.waiting)
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
@@ -93,7 +94,7 @@ def test_live_frames_go_to_the_browser_that_asked_while_it_keeps_up(pack, server
     node, made = SimpleNamespace(hidden=SimpleNamespace(unique_id="7")), []
     data = lambda: made.append(1) or {"frames": []}  # noqa: E731
     host.send(node, "frames", data)
-    assert server.events == [("frames", {"node": "7", "frames": []}, "browser")]
+    assert server.events == [("frames", {"node": "7", "prompt_id": None, "frames": []}, "browser")]
     server.waiting = host.MOST_WAITING
     host.send(node, "frames", data)
     server.waiting, server.client_id = 0, None  # a script, which no browser waits for
@@ -107,7 +108,9 @@ def test_notes_on_a_node_do_not_hide_each_other(pack, server):
     notes = host.Notes(SimpleNamespace(hidden=SimpleNamespace(unique_id="7")))
     notes.add("chunk 1, but")
     notes.add("seed 5")
-    assert server.events[-1] == ("chunk 1, but\nseed 5", "7")
+    assert server.events[-1][1]["text"] == "chunk 1, but\nseed 5"
+    notes.add("stopped", first=True)
+    assert server.events[-1][1]["text"].startswith("stopped\nchunk 1")
 
 
 def test_a_shift_for_stock_samplers_is_said_to_do_nothing(call, tiny, latent, sample, custom, caplog):
@@ -217,13 +220,91 @@ def test_stream_with_a_prefix_shows_it_or_not(call, tiny, sample, stream, latent
     assert torch.equal(new, kept[9:]) and torch.equal(latents, all_latents[:, :, 3:])
 
 
-def test_a_batch_and_a_vae_that_cannot_stream_are_refused(call, stream):
+def test_a_vae_that_cannot_stream_is_refused(stream):
     import comfy.sd
 
-    with pytest.raises(ValueError, match="batch of 2.*one video at a time"):
-        stream(latent=call("Latent", 64, 64, 9, 0.0, 16.0, 2))
     with pytest.raises(ValueError, match="channels"):
         stream(vae=comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}))
+
+
+def test_a_batch_makes_a_file_of_each_video(call, tiny, sample, output_folder):
+    latent = call("Latent", 64, 64, 21, 0.0, 16.0, 3)
+    samples = sample(latent=latent)
+    images, latents, videos, paths = stream_outputs(call, tiny, latent, file="clips/b")
+    assert torch.equal(latents["samples"], samples) and len(samples) == 3
+    assert torch.equal(images, call("Decode", {"samples": samples}, tiny.vae))
+    assert [Path(path).name for path in paths] == [f"b_0000{number}_.mp4" for number in (1, 2, 3)]
+    for video, path, made in zip(videos, paths, images.unflatten(0, (3, -1)), strict=True):
+        assert video.get_stream_source() == path
+        assert (video.get_components().images - made).abs().mean() < 6 / 255  # what H.264 leaves of it
+    images, latents, _, _ = stream_outputs(call, tiny, latent, keep=5)
+    assert torch.equal(images.unflatten(0, (3, -1))[1], call("Decode", {"samples": samples[1:2]}, tiny.vae)[-5:])
+
+
+def stream_outputs(call, tiny, latent, **changes) -> tuple:
+    inputs = {"model": tiny.model, "positive": tiny.prompt, "latent": latent, "vae": tiny.vae, "seed": 0, **changes}
+    return call("Stream", **inputs)
+
+
+def test_a_video_without_a_file_is_of_the_frames_that_are_kept(call, tiny, latent):
+    images, _, (video,), (path,) = stream_outputs(call, tiny, latent, keep=6, fps=8.0)
+    assert path == "" and video.get_frame_rate() == 8
+    assert torch.equal(video.get_components().images, images) and len(images) == 6
+
+
+def test_the_seed_that_was_drawn_is_in_the_files_workflow(call, nodes, tiny, latent, output_folder, server):
+    import av
+
+    workflow = {"nodes": [{"id": 4, "type": "SelfForcingStream", "widgets_values": [-1, "fixed", 16.0]}], "links": []}
+    hidden = SimpleNamespace(
+        unique_id="4", extra_pnginfo={"workflow": workflow}, prompt={"4": {"inputs": {"seed": -1}}}, api_key=None
+    )
+    node = type("Stream", (nodes["SelfForcingStream"],), {"hidden": hidden})
+    inputs = {"model": tiny.model, "positive": tiny.prompt, "latent": latent, "vae": tiny.vae}
+    output = node.execute(**inputs, seed=-1, file="drawn")
+    (video,) = [av.open(path) for path in output.args[3]]
+    seed = json.loads(video.metadata["prompt"])["4"]["inputs"]["seed"]
+    assert json.loads(video.metadata["workflow"])["nodes"][0]["widgets_values"] == [seed, "fixed", 16.0]
+    assert video.metadata["seed"] == output.ui["self_forcing"][0]["seed"] == str(seed) and seed > 0
+    assert workflow["nodes"][0]["widgets_values"][0] == hidden.prompt["4"]["inputs"]["seed"] == -1  # ComfyUI's own
+    again = call("Stream", **inputs, seed=seed)
+    assert torch.equal(again[1]["samples"], output.args[1]["samples"])
+
+
+def test_a_drawn_seed_is_set_where_it_comes_from(pack):
+    from any_folder_name.nodes.host.files import set_drawn_seed
+
+    def widget(name, link=None):
+        return {"name": name, "link": link, "widget": {"name": name}}
+
+    stream = {"id": 3, "type": "SelfForcingStream", "inputs": [widget("seed", 9)], "widgets_values": [-1, "fixed"]}
+    number = {"id": 5, "type": "PrimitiveInt", "inputs": [widget("value")], "widgets_values": [-1, "fixed"]}
+    set_drawn_seed({"nodes": [stream, number], "links": [[9, 5, 0, 3, 0, "INT"]]}, "3", 77)
+    assert number["widgets_values"] == [77, "fixed"]
+    number["widgets_values"][0] = stream["widgets_values"][0] = -1
+    inner = {"id": "a-b", "nodes": [stream], "inputs": [{"name": "words"}, {"name": "seed_1"}]}
+    inner["links"] = [{"id": 9, "origin_id": -10, "origin_slot": 1, "target_id": 3, "target_slot": 0}]
+    outer = {"id": 12, "type": "a-b", "inputs": [widget("words"), widget("seed_1", 2)], "widgets_values": ["x", -1]}
+    links = [[2, 5, 0, 12, 1, "INT"]]
+    set_drawn_seed({"nodes": [outer, number], "links": links, "definitions": {"subgraphs": [inner]}}, "12:3", 78)
+    assert outer["widgets_values"] == ["x", 78] and number["widgets_values"][0] == stream["widgets_values"][0] == 78
+
+
+def test_a_disk_that_is_full_is_said_and_leaves_the_other_files(call, tiny, output_folder, monkeypatch):
+    from any_folder_name.nodes.host import files
+
+    saved = files.save_video
+
+    def full(path, frames, *args, **settings):
+        if "00002" in str(path):
+            next(frames)
+            raise OSError(28, "Got a full disk")
+        return saved(path, frames, *args, **settings)
+
+    monkeypatch.setattr(files, "save_video", full)
+    with pytest.raises(OSError, match="full disk"):
+        stream_outputs(call, tiny, call("Latent", 64, 64, 21, 0.0, 16.0, 3), file="b")
+    assert [path.name for path in sorted(output_folder.glob("*.mp4"))] == ["b_00001_.mp4"]
 
 
 # --- SAMPLER and SIGMAS ----------------------------------------------------------------------------------------------

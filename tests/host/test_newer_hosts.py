@@ -172,7 +172,7 @@ def test_a_rollout_never_enters_the_forward_in_which_the_host_plans_its_memory(t
 
 
 @pytest.mark.parametrize("node_id", ["7", "57:3", "a1b2c3:9", 7])
-def test_node_ids_are_sent_as_strings(monkeypatch, node_id):
+def test_node_ids_are_sent_as_strings(pack, monkeypatch, node_id):
     from queue import Queue
 
     from any_folder_name.nodes.host import progress
@@ -181,7 +181,6 @@ def test_node_ids_are_sent_as_strings(monkeypatch, node_id):
     server = SimpleNamespace(
         client_id="me", sockets={"me": None}, messages=Queue(),
         send_sync=lambda event, data, client: sent.append(data["node"]),
-        send_progress_text=lambda text, node: sent.append(node),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
     node = SimpleNamespace(hidden=SimpleNamespace(unique_id=node_id))

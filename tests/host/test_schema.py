@@ -44,7 +44,7 @@ def test_every_input_and_output_says_what_it_is(schemas):
 
 
 def test_types_are_comfyuis_own(schemas):
-    wires = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "SAMPLER", "SIGMAS", "IMAGE"}
+    wires = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "SAMPLER", "SIGMAS", "IMAGE", "VIDEO"}
     native = wires | {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
     for schema in schemas.values():
         assert {slot.get_io_type() for slot in [*schema.inputs, *schema.outputs]} <= native

@@ -14,6 +14,7 @@ function setUp(video = {}) {
     },
   });
   player.begin({ first: 0, length: 6, fps: 16, ...video });
+  player.seen = true;
   const tick = (times) => {
     for (let i = 0; i < times; i++) player.tick();
   };
@@ -90,4 +91,37 @@ test("frames that never came leave their time, and the numbers of the others", (
   player.add(3, ["d"]);
   tick(4);
   assert.deepEqual(shown, [["a", 0], ["a", 1], ["a", 2], ["d", 3]]);
+});
+
+test("out of sight, or paused, the clock stands still", () => {
+  const { player, timers } = setUp();
+  player.seen = false;
+  assert.equal(timers.running, 0);
+  player.paused = true;
+  player.seen = true;
+  assert.equal(timers.running, 0);
+  player.paused = false;
+  assert.equal(timers.running, 1);
+});
+
+test("speed changes the rate, of the next video too", () => {
+  const { player, timers } = setUp();
+  player.speed = 2;
+  assert.equal(timers.ms, 31.25);
+  player.begin({ first: 0, length: 6, fps: 8 });
+  assert.equal(timers.ms, 62.5);
+  assert.equal(timers.running, 1);
+});
+
+test("a time shows its frame, or the nearest that is there, also while paused", () => {
+  const { player, shown } = setUp({ first: 2, length: 18 });
+  player.time = 0.5; // nothing is there yet
+  player.add(2, ["c", "d", "e", "f"]);
+  player.paused = true;
+  player.time = 1 / 16;
+  assert.equal(player.time, 1 / 16);
+  player.time = 9;
+  player.time = -1;
+  assert.deepEqual(shown, [["d", 3], ["f", 5], ["c", 2]]);
+  assert.equal(player.duration, 1);
 });
