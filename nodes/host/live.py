@@ -118,7 +118,7 @@ class LiveVideo:
         if file is not None:
             check_destination(file)
         kept = self.images.total - self.images.first
-        check_frames(kept, self.generation.pixels, "Give file a name, and set keep to 81.")
+        check_frames(kept, self.generation.pixels, "Give filename_prefix a name, and set keep to 81.")
         self.decoder.load(self.reserve_bytes)
         with self.generation.loaded(self.reserve_bytes, self.decoder.vae.patcher):
             if file is None:

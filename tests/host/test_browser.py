@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.host.server import ROOT, WORKFLOWS, running
+from tests.host.server import WORKFLOWS, running, template
 
 STOCK = ("404", "huggingface.co", "before initialization", "favicon")  # what the frontend says without this pack, too
 
@@ -39,7 +39,7 @@ def page(comfyui, tmp_path_factory):
 
 def open_workflow(page, name: str) -> list[str]:
     """Loads a workflow and gives the types that the frontend does not know."""
-    workflow = (ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")
+    workflow = template(name).read_text(encoding="utf-8")
     return page.evaluate(
         """async (text) => {
             await app.loadGraphData(JSON.parse(text), true, true, "test");
