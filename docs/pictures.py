@@ -44,6 +44,7 @@ SHOWN = {  # frames on a thumbnail; spread over a second where it is not named
     "tiny_continuation": (0, 20, 68, 78),
     "tiny_story": (40, 90, 138, 186),
     "wan_long_video": (10, 200, 400, 900),
+    "wan_continue_video": (0, 40, 100, 150),
 }
 
 
@@ -84,11 +85,11 @@ def save_gif(path: Path) -> None:
 def thumbnail(name: str, frames: list[np.ndarray]) -> Image.Image:
     """Four frames of the video that a workflow makes; where it upscales them, one of them small and large."""
     sheet = Image.new("RGB", (516, 516), "#333333")
-    if name == "tiny_upscale":
+    if "tiny_upscale" in name:
         sheet.paste(picture(frames[40][::4, ::4], 64), (30, 226))
         sheet.paste(picture(frames[40], 384), (116, 66))
     else:
-        for i, at in enumerate(SHOWN.get(name, (46, 50, 54, 58))):
+        for i, at in enumerate(next((at for part, at in SHOWN.items() if part in name), (46, 50, 54, 58))):
             sheet.paste(picture(frames[at], 256), (i % 2 * 260, i // 2 * 260))
     return sheet
 

@@ -15,7 +15,12 @@ from .host.progress import say
 from .inputs import AUTO, CATEGORY
 
 NONE = "none"
+MODEL_FOLDERS = ("diffusion_models",)
 TAEHV_FOLDERS = ("vae_approx", "vae")
+MODEL_SOURCE = (
+    "a causal Wan 2.1 checkpoint, such as self_forcing_dmd.pt from huggingface.co/gdhe17/Self-Forcing (checkpoints)"
+)
+TAEHV_SOURCE = "a TAEHV, such as taew2_1.safetensors from huggingface.co/Kijai/WanVideo_comfy"
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +60,7 @@ class SelfForcingLoadModel(io.ComfyNode):
             search_aliases=["self forcing loader", "causal forcing", "longlive", "load wan", "unet loader", "causvid"],
             inputs=[
                 io.Combo.Input(
-                    "file", options=folder_paths.get_filename_list("diffusion_models"),
+                    "file", display_name="model_name", options=files_in(MODEL_FOLDERS),
                     tooltip="Checkpoint: a .pt or .safetensors file in models/diffusion_models. Of a model in several "
                     "files, any.",
                 ),
@@ -86,6 +91,10 @@ class SelfForcingLoadModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, file):
+        return missing_file(file, MODEL_FOLDERS, MODEL_SOURCE) or True
+
+    @classmethod
     def execute(cls, file, family, precision, lora=NONE, strength=1.0) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", file))
         merged = None if lora == NONE else Path(folder_paths.get_full_path_or_raise("loras", lora))
@@ -108,7 +117,7 @@ class SelfForcingLoadTAEHV(io.ComfyNode):
             search_aliases=["taew2_1", "taehv", "lighttae", "tiny vae", "tiny autoencoder", "load vae", "fast vae"],
             inputs=[
                 io.Combo.Input(
-                    "file", options=taehv_files(),
+                    "file", display_name="vae_name", options=files_in(TAEHV_FOLDERS),
                     tooltip="TAEHV file: taew2_1 or lighttaew2_1, .safetensors or .pth, in models/vae_approx or "
                     "models/vae.",
                 ),
@@ -117,14 +126,36 @@ class SelfForcingLoadTAEHV(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, file):
+        return missing_file(file, TAEHV_FOLDERS, TAEHV_SOURCE) or True
+
+    @classmethod
     def execute(cls, file) -> io.NodeOutput:
         folder = next((name for name in TAEHV_FOLDERS if folder_paths.get_full_path(name, file)), TAEHV_FOLDERS[0])
         return io.NodeOutput(checkpoints.load_taehv(Path(folder_paths.get_full_path_or_raise(folder, file))))
 
 
-def taehv_files() -> list[str]:
-    """Files of both folders, each name once."""
-    return list(dict.fromkeys(file for folder in TAEHV_FOLDERS for file in folder_paths.get_filename_list(folder)))
+def files_in(folders: tuple[str, ...]) -> list[str]:
+    """Names of all files in these folders, each once; where there is none, one line that says so.
+
+    A list with nothing in it would be shown as "undefined", and a run would fail with "missing connection".
+    """
+    names = [file for folder in folders for file in folder_paths.get_filename_list(folder)]
+    return list(dict.fromkeys(names)) or [f"no file in models/{folders[0]}"]
+
+
+def missing_file(file: str | None, folders: tuple[str, ...], source: str) -> str | None:
+    """What is missing, from where and into which folder, as a sentence; None where the file is there.
+
+    Said before the run, in place of the host's "value not in list". A name that comes over a wire is not known then.
+    """
+    if file is None or any(folder_paths.get_full_path(folder, file) for folder in folders):
+        return None
+    places = folder_paths.get_folder_paths(folders[0])
+    place = next((path for path in places if Path(path).name == folders[0]), places[0])
+    searched = " or ".join(f"models/{folder}" for folder in folders)
+    got = f"no file in {searched}" if file in files_in(folders) else f"{file}, which is not in {searched}"
+    return f"Got {got}; needed: {source}. Put it into {place} and press R."
 
 
 NODES = [SelfForcingLoadTiny, SelfForcingLoadModel, SelfForcingLoadTAEHV]

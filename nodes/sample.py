@@ -32,7 +32,7 @@ class SelfForcingLatent(io.ComfyNode):
                     tooltip="Height in pixels, a multiple of 16. 480 for Wan 2.1 1.3B, 64 for the built-in model.",
                 ),
                 io.Int.Input(
-                    "frames", default=81, min=1, max=200_001, step=4,
+                    "frames", display_name="length", default=81, min=1, max=200_001, step=4,
                     tooltip="Length in frames; rounded up to 1, 5, 9, ... (a latent frame is 4 frames). Ignored when "
                     "seconds is above 0.",
                 ),

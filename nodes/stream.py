@@ -30,7 +30,10 @@ class SelfForcingStream(io.ComfyNode):
             category=inputs.CATEGORY,
             description="Makes a video and plays it in the node while it is being made; writes it to a file on the "
             "way. Cancel keeps what was made.",
-            search_aliases=["live video", "realtime", "real-time", "streaming", "watch", "demo", "autoregressive"],
+            search_aliases=[
+                "live video", "realtime", "real-time", "streaming", "watch", "demo", "autoregressive", "wan sampler",
+                "long video",
+            ],
             inputs=[
                 inputs.model(), inputs.positive(), inputs.latent(),
                 io.Vae.Input("vae", tooltip="VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
@@ -42,7 +45,7 @@ class SelfForcingStream(io.ComfyNode):
                 ),
                 inputs.preset(),
                 io.String.Input(
-                    "file", default="video/self_forcing",
+                    "file", display_name="filename_prefix", default="video/self_forcing",
                     tooltip="File name in ComfyUI's output folder, to write an mp4 to while it runs, such as "
                     "video/self_forcing or %date:yyyy-MM-dd%/fox_%width%; one for each video of a batch. Empty: no "
                     "file.",

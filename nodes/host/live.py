@@ -108,7 +108,7 @@ class LiveVideo:
     def run(self, files: list[Path], notes: Notes) -> None:
         """Makes the videos. With files, one each, what was made stays there whatever happens, and is told."""
         kept = self.images.total - self.images.first
-        check_frames(self.batch * kept, self.generation.pixels, "Give file a name, and set keep to 81.")
+        check_frames(self.batch * kept, self.generation.pixels, "Give filename_prefix a name, and set keep to 81.")
         self.say("loading")
         self.decoder.load(self.reserve_bytes)
         metadata = workflow_metadata(self.node, self.drawn) | {"seed": str(self.generation.seed)}

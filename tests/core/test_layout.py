@@ -217,6 +217,25 @@ def test_every_workflow_is_json_with_a_thumbnail():
         assert path.with_suffix(".jpg").exists(), path.name
 
 
+def test_the_address_of_the_repository_is_put_in_at_one_place():
+    own = re.compile(r"(github|gitlab)\.com/[\w.-]+/(comfyui-)?self-?forcing\b", re.IGNORECASE)
+    placeholder = [
+        path for path in [ROOT / "README.md", ROOT / "pyproject.toml"] if "REPOSITORY" in path.read_text("utf-8")
+    ]
+    assert len(placeholder) == 2
+    workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    assert 's|REPOSITORY|$GITHUB_SERVER_URL/$GITHUB_REPOSITORY|g" pyproject.toml README.md' in workflow
+    published = {"github.com/guandeh17/Self-Forcing"}  # of the paper
+    for path in [*SOURCES, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "pyproject.toml", ROOT / "Makefile"]:
+        found = {match.group(0) for match in own.finditer(path.read_text(encoding="utf-8"))}
+        assert found <= published, path.relative_to(ROOT)
+
+
+def test_registry_pictures_are_there():
+    for name in ("Icon", "Banner"):
+        assert (ROOT / project_field(name).removeprefix("REPOSITORY/raw/HEAD/")).is_file()
+
+
 def test_built_in_model_stays_small():
     weights = sorted((ROOT / "sf_core" / "tiny" / "weights").glob("*.safetensors"))
     assert weights

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.server import ROOT, running
+from tests.host.server import running, template
 
 STOCK = ("404", "huggingface.co", "before initialization", "favicon")  # what the frontend says without this pack, too
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -58,7 +58,7 @@ def change_setting(page, name: str, value) -> None:
 
 def open_workflow(page, name: str, path: str = "test") -> list[str]:
     """Loads a workflow, in a new tab, and gives the types that the frontend does not know."""
-    workflow = (ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")
+    workflow = template(name).read_text(encoding="utf-8")
     return page.evaluate(
         """async ([text, path]) => {
             await app.loadGraphData(JSON.parse(text), true, true, path);

@@ -14,11 +14,16 @@ from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
+import torch
+
+from sf_core.video import save_video
+
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "self-forcing-under-test"
 SIZE = {"width": 64, "height": 64}
 WORDS = ["a big red star orbits on a navy background", "a big red star moves right on a navy background"]
-WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+TEMPLATES = sorted((ROOT / "workflows").glob("*.json"))
+WORKFLOWS = [path.stem for path in TEMPLATES]
 START, RUN = 600, 300  # seconds; both take a few, on a machine that has nothing else to do
 
 
@@ -111,6 +116,7 @@ def running(comfyui: Path, base: Path) -> Iterator[Server]:
     """A server whose files, this pack among them, are in `base`."""
     copied = shutil.ignore_patterns(".*", "__pycache__", "runs", "tests", "benchmarks")
     shutil.copytree(ROOT, base / "custom_nodes" / PACK, ignore=copied)
+    save_clip(base / "input" / "clip.mp4")
     server = Server(comfyui, base)
     try:
         server.wait_until_up()
@@ -119,12 +125,27 @@ def running(comfyui: Path, base: Path) -> Iterator[Server]:
         server.stop()
 
 
+def save_clip(path: Path) -> None:
+    """81 frames of a square that goes to the right: the clip of a user."""
+    frames = torch.zeros(81, 64, 64, 3)
+    for at, frame in enumerate(frames):
+        frame[22:42, at % 44 : at % 44 + 20, 0] = 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_video(path, [frames], 16)
+
+
+def template(name: str) -> Path:
+    """The one template with these words in its name."""
+    (path,) = (path for path in TEMPLATES if name in path.stem)
+    return path
+
+
 def load_prompt(name: str, definitions: dict, **changes) -> dict:
     """A workflow as /prompt takes it, with inputs changed: load_prompt("name", ..., SelfForcingSampler={"seed": 1}).
 
     Where it is for files that a user has, the built-in model takes their place.
     """
-    saved = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    saved = json.loads(template(name).read_text(encoding="utf-8"))
     prompt = to_prompt(saved, definitions)
     if any(node["class_type"] == "SelfForcingLoadModel" for node in prompt.values()):
         prompt = with_built_in_model(prompt)
@@ -134,8 +155,17 @@ def load_prompt(name: str, definitions: dict, **changes) -> dict:
 
 
 def with_built_in_model(prompt: dict) -> dict:
-    """A prompt whose loaders of files are Load Tiny Self Forcing, at its size and in its words, and images plain."""
-    outputs = {"SelfForcingLoadModel": 0, "CLIPLoader": 1, "SelfForcingLoadTAEHV": 2, "VAELoader": 2}
+    """A prompt whose loaders of files are Load Tiny Self Forcing, at its size and in its words, and images plain.
+
+    An upscale model is nearest neighbours, one that interpolates repeats.
+    """
+    outputs = {
+        "SelfForcingLoadModel": 0,
+        "LoraLoaderModelOnly": 0,
+        "CLIPLoader": 1,
+        "SelfForcingLoadTAEHV": 2,
+        "VAELoader": 2,
+    }
     loaders = {name: outputs[node["class_type"]] for name, node in prompt.items() if node["class_type"] in outputs}
     changed = {"tiny": {"class_type": "SelfForcingLoadTiny", "inputs": {}}}
     for name, node in prompt.items():
@@ -147,6 +177,14 @@ def with_built_in_model(prompt: dict) -> dict:
             changed[name] = {**node, "inputs": inputs}
             if node["class_type"] == "LoadImage":
                 changed[name] = {"class_type": "EmptyImage", "inputs": {**SIZE, "batch_size": 1, "color": 988242}}
+            if node["class_type"] == "ImageUpscaleWithModel":
+                larger = {"image": inputs["image"], "upscale_method": "nearest-exact", "scale_by": 4.0}
+                changed[name] = {"class_type": "ImageScaleBy", "inputs": larger}
+            if node["class_type"] == "FrameInterpolate":
+                repeated = {"image": inputs["images"], "amount": inputs["multiplier"]}
+                changed[name] = {"class_type": "RepeatImageBatch", "inputs": repeated}
+            if node["class_type"] in ("UpscaleModelLoader", "FrameInterpolationModelLoader"):
+                del changed[name]
     for node in changed.values():
         inputs = node["inputs"]
         if node["class_type"] == "SelfForcingPrompt":
@@ -179,7 +217,7 @@ def widgets(node: dict, definition: dict) -> dict:
         if "widget" in slot:
             named[slot["name"]] = next(values)
             options = specs[slot["name"]][1] if len(specs[slot["name"]]) > 1 else {}
-            if options.get("control_after_generate") or options.get("image_upload"):
+            if any(options.get(extra) for extra in ("control_after_generate", "image_upload", "video_upload")):
                 next(values)
     assert not list(values), f"{node['type']} has more values than widgets"
     return named

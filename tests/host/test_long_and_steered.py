@@ -135,7 +135,7 @@ def test_frames_without_room_are_refused_before_anything_is_made(call, tiny, lat
     frame = 64 * 64 * 3 * 4
     monkeypatch.setattr(management, "get_free_memory", lambda *_: 20 * frame)
     monkeypatch.setattr(management, "load_models_gpu", None)
-    with pytest.raises(ValueError, match="33 frames to hand on.*Give file a name, and set keep to 81"):
+    with pytest.raises(ValueError, match="33 frames to hand on.*Give filename_prefix a name, and set keep to 81"):
         stream()
     with pytest.raises(ValueError, match="33 frames to hand on.*Self Forcing Stream with a file"):
         call("Decode", {"samples": samples}, tiny.vae)

@@ -12,7 +12,7 @@ def english(schema) -> dict:
     """A node's entry of locales/en/nodeDefs.json, from its schema."""
     entry = {"display_name": schema.display_name, "description": schema.description}
     if schema.inputs:
-        entry["inputs"] = {i.id: {"name": i.id, "tooltip": i.tooltip} for i in schema.inputs}
+        entry["inputs"] = {i.id: {"name": i.display_name or i.id, "tooltip": i.tooltip} for i in schema.inputs}
     entry["outputs"] = {
         str(n): {"name": output.display_name or output.get_io_type(), "tooltip": output.tooltip}
         for n, output in enumerate(schema.outputs)
@@ -60,4 +60,4 @@ def test_every_node_has_a_help_page_that_names_its_inputs(schemas):
         page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert page.startswith(f"# {schema.display_name}")
         for slot in schema.inputs:
-            assert f"**{slot.id}**" in page, f"{name}.md does not explain {slot.id}"
+            assert f"**{slot.display_name or slot.id}**" in page, f"{name}.md does not explain {slot.id}"

@@ -13,14 +13,17 @@ from PIL import Image
 
 from tests.host.server import PACK, RUN, WORKFLOWS, frames_of, load_prompt, running
 
-# Frames; 81 where it is not named.
+# Frames, by a part of the template's name; 81 where it is not named. The last repeats each.
 LENGTHS = {
     "tiny_long_video": 481,
     "tiny_continuation": 93,
     "tiny_story": 193,
     "tiny_stream": 161,
     "wan_long_video": 961,
+    "wan_continue_video": 161,
+    "wan_upscale_interpolate": 162,
 }
+SIDES = {"tiny_upscale": 256, "wan_upscale_interpolate": 128}  # pixels; 64 where it is not named
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +67,9 @@ def test_templates_help_and_translations_are_served(server):
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflow_runs_and_saves_a_video(server, workflow, name):
     frames = frames_of(server.run(workflow(name, SelfForcingStream={"file": "video/stream"})))
-    assert len(frames) == LENGTHS.get(name, 81)
-    assert frames[0].shape == ((256, 256, 3) if name == "tiny_upscale" else (64, 64, 3))
+    side = next((pixels for part, pixels in SIDES.items() if part in name), 64)
+    assert len(frames) == next((length for part, length in LENGTHS.items() if part in name), 81)
+    assert frames[0].shape == (side, side, 3)
 
 
 def test_video_from_an_image_begins_with_it_and_moves(server, workflow):
@@ -79,7 +83,10 @@ def test_video_from_an_image_begins_with_it_and_moves(server, workflow):
 
 def test_continuation_keeps_the_first_part_and_follows_the_second_prompt(server, workflow):
     frames = frames_of(server.run(workflow("tiny_continuation")))
-    first = frames_of(server.run(workflow("tiny_image_to_video", SelfForcingLatent={"frames": 45})))
+    words = {"text": "an orange square moves right on a navy background"}
+    first = frames_of(
+        server.run(workflow("tiny_text_to_video", SelfForcingLatent={"frames": 45}, SelfForcingPrompt=words))
+    )
     assert len(first) == 45
     assert max(abs(a - b.astype(int)).mean() for a, b in zip(first, frames[:45], strict=True)) < 4  # x264's own
     (y0, x0), (y1, x1) = (np.argwhere(frame[..., 0] > 128).mean(0) for frame in (frames[70], frames[78]))
@@ -92,6 +99,45 @@ def test_a_story_shows_its_four_prompts_one_after_the_other(server, workflow):
     seen = [np.median(frame[brightest(frame)], axis=0) for frame in (frames[40], frames[90], frames[138], frames[186])]
     red, blue, green, yellow = ([channel > 128 for channel in colour] for colour in seen)
     assert (red, blue, green, yellow) == ([1, 0, 0], [0, 0, 1], [0, 1, 0], [1, 1, 0])
+
+
+def test_a_clip_goes_on_after_its_own_frames(server, workflow):
+    words = {"text": "a red square moves right"}
+    frames = frames_of(server.run(workflow("wan_continue_video", SelfForcingPrompt=words)))
+    clip = frames_of([server.base / "input" / "clip.mp4"])
+    assert max(abs(a - b.astype(int)).mean() for a, b in zip(clip, frames[:81], strict=True)) < 12  # two encoders' own
+    assert all(frame[..., 0].max() > 128 > frame[..., 2].mean() for frame in frames[81:])
+
+
+def test_one_frame_rate_reaches_the_file(server, workflow):
+    import av
+
+    for name, rate in (("tiny_text_to_video", 8), ("wan_upscale_interpolate", 16), ("tiny_streaming", 8)):
+        changes = {"PrimitiveFloat": {"value": 8.0}, "SelfForcingLatent": {"frames": 9}}
+        (path,) = server.run(workflow(name, **changes))
+        with av.open(str(path)) as video:
+            assert video.streams.video[0].average_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("node", "folder", "source"),
+    [("SelfForcingLoadModel", "diffusion_models", "gdhe17"), ("SelfForcingLoadTAEHV", "vae_approx", "taew2_1")],
+)
+def test_an_empty_folder_is_said_with_what_belongs_there(server, node, folder, source):
+    (options,) = [server.get("/object_info")[node]["input"]["required"]["file"][1]["options"]]
+    assert options == [f"no file in models/{folder}"]
+    inputs = {"family": "auto", "precision": "auto"} if node == "SelfForcingLoadModel" else {}
+    for file in [*options, "self_forcing_dmd.pt"]:
+        prompt = {"1": {"class_type": node, "inputs": {"file": file, **inputs}}}
+        if node == "SelfForcingLoadModel":
+            prompt["2"] = {"class_type": "ModelSave", "inputs": {"model": ["1", 0], "filename_prefix": "x"}}
+        else:
+            prompt["2"] = {"class_type": "VAESave", "inputs": {"vae": ["1", 0], "filename_prefix": "x"}}
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.queue(prompt)
+        (error,) = json.loads(refused.value.read())["node_errors"]["1"]["errors"]
+        for part in ("Got", f"models/{folder}", source, str(server.base / "models" / folder), "press R"):
+            assert part in error["details"]
 
 
 def brightest(frame: np.ndarray) -> np.ndarray:
