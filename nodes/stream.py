@@ -34,7 +34,7 @@ class SelfForcingStream(io.ComfyNode):
                 ),
                 inputs.preset(),
                 io.String.Input(
-                    "file", default="",
+                    "file", default="video/self_forcing",
                     tooltip="File name in ComfyUI's output folder, to write an mp4 to while it runs, such as "
                     "video/self_forcing. Empty: no file.",
                 ),

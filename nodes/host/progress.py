@@ -13,6 +13,7 @@ import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
@@ -34,9 +35,20 @@ PREVIEW_SIZE = 256  # pixels, at least where a picture can be enlarged by a whol
 def say(node: type[io.ComfyNode], text: str) -> None:
     """Shows a line of text on the node that runs. Needs the hidden input unique_id; does nothing outside a server."""
     if node.hidden is not None and node.hidden.unique_id:
-        from server import PromptServer  # runs already; without one it would take a second to import
+        _show_text(text, node.hidden.unique_id)
 
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+def say_on_running_node(text: str) -> None:
+    """The same for code that is not a node's, such as a text encoder: on whatever node calls it."""
+    running = get_executing_context()
+    if running is not None:
+        _show_text(text, running.node_id)
+
+
+def _show_text(text: str, node_id: str) -> None:
+    from server import PromptServer  # runs already; without one it would take a second to import
+
+    PromptServer.instance.send_progress_text(text, node_id)
 
 
 class Notes:
