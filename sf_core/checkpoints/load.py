@@ -30,12 +30,13 @@ from ..sampling.families import DEFAULT, FAMILIES, Guess, family_named, guess_fa
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
 from .identify import FLOAT8_DTYPES, GET_ONE, Found, find_wan, is_scale, metadata_entry
-from .lora import Adapter, Difference, Merged, left_out, read_lora
+from .lora import Lora, Merged, read_lora
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
 Loras = Sequence[tuple[str | Path, float]]
 """Files with LoRAs and their strengths, merged in this order."""
 
+FAMILY = "family"  # metadata of files that convert.py has written
 STAGE = re.compile(r"ode[-_]init|causal[-_]ode|causal[-_]cd|ar[-_]diffusion", re.IGNORECASE)
 
 
@@ -47,6 +48,7 @@ class Description:
                 such a file has to be taken apart layer by layer, however many of them are float8
     family      a name in FAMILIES; `note` says, for people, how it was known and what else to know
     sampling    the family's, or what a model of our own training says of itself
+    causal      whether the file, a name or the user says that it is causal; nothing in the weights does
     source      which weights of the file these are, for people
     file_bytes  of the file, or of all its shards
     tensors, parameters, weight_bytes   of the model alone, without scales
@@ -56,6 +58,7 @@ class Description:
     dtype: torch.dtype
     family: str
     sampling: Sampling
+    causal: bool
     note: str
     source: str
     file_bytes: int
@@ -77,8 +80,7 @@ class Checkpoint(Description):
 def describe(path: str | Path, family: str | None = None, loras: Loras = ()) -> Description:
     """What a file is, from its header alone, and whether LoRAs go with it. Raises as `load_checkpoint` does."""
     file, found = _open(path, family)
-    _read_loras(loras, file, found)
-    return _describe(file, found, family, loras)
+    return _describe(file, found, family, _read_loras(loras, file, found))
 
 
 def load_checkpoint(path: str | Path, family: str | None = None, loras: Loras = ()) -> Checkpoint:
@@ -93,8 +95,9 @@ def load_checkpoint(path: str | Path, family: str | None = None, loras: Loras = 
     merged = _read_loras(loras, file, found)
     mapped = map_tensors(file, found.names.values())
     state = {name: _scale(mapped[at]) if is_scale(name) else mapped[at] for name, at in found.names.items()}
-    about = _describe(file, found, family, loras)
-    return Checkpoint(**vars(about), state_dict=Merged(state, merged) if merged else state)
+    about = _describe(file, found, family, merged)
+    loras = [(lora, strength) for _, lora, strength in merged]
+    return Checkpoint(**vars(about), state_dict=Merged(state, loras) if loras else state)
 
 
 def load_model(
@@ -143,15 +146,10 @@ def _open(path: str | Path, family: str | None) -> tuple[TensorFile, Found]:
     return file, find_wan(file, trusted=family is not None)
 
 
-def _headers(file: TensorFile, found: Found) -> dict[str, Tensor]:
-    """The model's tensors under Wan's names, on the meta device."""
-    return {name: file.tensors[at] for name, at in found.names.items()}
-
-
-def _read_loras(loras: Loras, file: TensorFile, found: Found) -> list[tuple[dict[str, Adapter | Difference], float]]:
-    """What each LoRA adds to the model's weights, and its strength."""
-    headers = _headers(file, found)
-    return [(read_lora(path, headers), strength) for path, strength in loras]
+def _read_loras(loras: Loras, file: TensorFile, found: Found) -> list[tuple[str, Lora, float]]:
+    """(file's name, what it adds to the model's weights, strength) of each LoRA."""
+    headers = {name: file.tensors[at] for name, at in found.names.items()}
+    return [(Path(path).name, read_lora(path, headers), strength) for path, strength in loras]
 
 
 def _scale(tensor: Tensor) -> Tensor:
@@ -160,21 +158,24 @@ def _scale(tensor: Tensor) -> Tensor:
     return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
 
 
-def _describe(file: TensorFile, found: Found, chosen: str | None, loras: Loras) -> Description:
+def _describe(file: TensorFile, found: Found, chosen: str | None, loras: list[tuple[str, Lora, float]]) -> Description:
     weights = [file.tensors[at] for name, at in found.names.items() if not is_scale(name)]
     float8 = [dtype for dtype in FLOAT8_DTYPES if any(tensor.dtype is dtype for tensor in weights)]
     guess = Guess(chosen, "chosen") if chosen else _guess(file)
     own = None if chosen else _own_sampling(file)
     notes = ["Sampled as its metadata says."] if own else _notes(file, found, guess, chosen is not None)
-    for lora, strength in loras:
-        notes.append(f"With {Path(lora).name} merged into it, strength {strength:g}.")
-        if unused := left_out(lora, _headers(file, found)):
-            notes.append(f"{len(unused)} parts of it do not fit this model and are left out, such as {unused[0]}.")
+    for name, lora, strength in loras:
+        notes.append(f"With {name} merged into it, strength {strength:g}.")
+        if lora.left_out:
+            notes.append(
+                f"{len(lora.left_out)} parts of it do not fit this model and are left out, such as {lora.left_out[0]}."
+            )
     return Description(
         config=found.config,
         dtype=float8[0] if float8 else file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,
         family=guess.family,
         sampling=own or FAMILIES[guess.family].sampling,
+        causal=found.causal or guess.evidence is not None,
         note=" ".join(notes),
         source=_source(file, found),
         file_bytes=file.nbytes,
@@ -201,11 +202,14 @@ def _source(file: TensorFile, found: Found) -> str:
 
 
 def _guess(file: TensorFile) -> Guess:
-    """The family, by the file's name; by its folder too where that leaves it open ("framewise/causal_forcing.pt").
+    """The family, by the metadata of a converted file (convert.py) or else by the file's name; by its folder too where
+    that leaves it open ("framewise/causal_forcing.pt").
 
     A Diffusers pipeline has its name one folder further up, over "transformer".
     """
     path = file.paths[0]
+    if (named := file.metadata.get(FAMILY)) in FAMILIES:
+        return Guess(named, named)
     guess = guess_family(path.name)
     if guess.evidence is None or guess.family == "causal-forcing":
         folder = path.absolute().parent
@@ -219,7 +223,8 @@ def _notes(file: TensorFile, found: Found, guess: Guess, chosen: bool) -> list[s
     if chosen:
         notes = [f"Sampled as {guess.family}, as chosen."]
     elif guess.evidence:
-        notes = [f'Sampled as {guess.family}: its name says "{guess.evidence}".']
+        where = "metadata" if file.metadata.get(FAMILY) == guess.evidence else "name"
+        notes = [f'Sampled as {guess.family}: its {where} says "{guess.evidence}".']
     else:
         notes = [f"Sampled as {DEFAULT}, since no name tells the family: choose it if it is another."]
     if STAGE.search(file.paths[0].name):

@@ -21,7 +21,7 @@ HOST_OWNED = {"torch", "torchvision", "torchaudio", "xformers", "triton", "sagea
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml"}
 ENGINE = ROOT / "sf_core"
 LAYERS = (  # of the engine, the lowest first: each imports from those before it
-    {"", "device", "video", "autoencoders"},  # "": the package itself, which knows its version
+    {"", "device", "worker", "video", "autoencoders"},  # "": the package itself, which knows its version
     {"wan"},
     {"sampling"},
     {"checkpoints", "tiny", "text_encoder"},
@@ -135,7 +135,7 @@ def test_no_modules_of_the_engine_import_each_other_in_a_circle():
 
 
 def test_the_engine_has_few_modules_that_belong_to_no_part():
-    alone = {"__init__", "__main__", "device", "memory", "pipeline", "text_encoder", "video"}
+    alone = {"__init__", "__main__", "device", "memory", "pipeline", "text_encoder", "video", "worker"}
     assert {path.stem for path in ENGINE.glob("*.py")} <= alone
 
 
@@ -198,7 +198,7 @@ def test_registry_metadata_is_complete():
 
 
 def test_pack_has_what_its_users_need():
-    for name in ["__init__.py", "LICENSE", "README.md", "nodes", "sf_core", "web", "locales", "workflows"]:
+    for name in ["__init__.py", "LICENSE", "README.md", "nodes", "sf_core", "web", "locales", "workflows", "subgraphs"]:
         assert (ROOT / name).exists(), name
 
 
@@ -225,13 +225,13 @@ def test_built_in_model_stays_small():
 def test_published_archive_leaves_out_nothing_the_pack_needs():
     ignored = {line.strip().strip("/") for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()}
     needed = {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "nodes", "sf_core", "web",
-              "locales", "workflows"}  # fmt: skip
+              "locales", "workflows", "subgraphs"}  # fmt: skip
     assert not ignored & needed
 
 
 SOURCES = [
     path
-    for folder in ["sf_core", "nodes", "web", "locales", "workflows", "tests", "scripts", ".ci", ".github"]
+    for folder in ["sf_core", "nodes", "web", "locales", "workflows", "subgraphs", "tests", "scripts", ".ci", ".github"]
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in {".py", ".json", ".js", ".md", ".sh", ".yml", ""} and path.is_file()
 ]
