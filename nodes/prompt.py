@@ -8,7 +8,8 @@ from ..sf_core.sampling.prompt_text import explain_unscheduled, parse, parse_sta
 from ..sf_core.sampling.prompts import TRANSITIONS
 from . import inputs
 from .host.conditioning import start_later, take_scheduled
-from .host.progress import say
+from .host.progress import Notes
+from .host.tiny import words_left_out
 
 
 class SelfForcingPrompt(io.ComfyNode):
@@ -47,12 +48,14 @@ class SelfForcingPrompt(io.ComfyNode):
         if not text.strip():
             raise ValueError("Got an empty prompt; the model needs words to follow. Write what the video shows.")
         first, *later = parse(text, fps)
-        if hint := explain_unscheduled(text):
-            say(cls, hint)
         conditioning = encode(clip, first.text)
         if later:
             entries = [start_later(encode(clip, prompt.text), prompt.start) for prompt in later]
             conditioning = [conditioning[0], *entries]
+        notes, hint = Notes(cls), explain_unscheduled(text)
+        left_out = [line for prompt in (first, *later) for line in words_left_out(clip, prompt.text)]
+        for line in ([hint] if hint else []) + left_out:
+            notes.add(line)
         return io.NodeOutput(conditioning)
 
 

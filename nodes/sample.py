@@ -8,8 +8,10 @@ from comfy_api.latest import io
 
 from ..sf_core.autoencoders.stream import latent_frames
 from . import inputs
+from .host.conditioning import OPEN_SIZE
 from .host.generation import REMEDY, begin_notes, prepare_generation
 from .host.memory import within_memory
+from .host.model import WAN_SIZE
 from .host.progress import PreviewProgress
 
 
@@ -20,16 +22,18 @@ class SelfForcingLatent(io.ComfyNode):
             node_id="SelfForcingLatent",
             display_name="Self Forcing Latent",
             category=inputs.CATEGORY,
-            description="The size and length of the video to make.",
+            description="The size and length of the video to make. A size of 0 is left to the model.",
             search_aliases=["empty latent video", "empty wan latent", "video size", "video length", "resolution"],
             inputs=[
                 io.Int.Input(
-                    "width", default=832, min=16, max=8192, step=16,
-                    tooltip="Width in pixels, a multiple of 16. 832 for Wan 2.1 1.3B, 64 for the built-in model.",
+                    "width", default=0, min=0, max=8192, step=16,
+                    tooltip="Width in pixels, a multiple of 16. 0: the prefix's, or else the model's own, 832 for Wan "
+                    "2.1 1.3B and 64 for the built-in model; other samplers than Self Forcing's see 832.",
                 ),
                 io.Int.Input(
-                    "height", default=480, min=16, max=8192, step=16,
-                    tooltip="Height in pixels, a multiple of 16. 480 for Wan 2.1 1.3B, 64 for the built-in model.",
+                    "height", default=0, min=0, max=8192, step=16,
+                    tooltip="Height in pixels, a multiple of 16. 0: the prefix's, or else the model's own, 480 for Wan "
+                    "2.1 1.3B and 64 for the built-in model; other samplers than Self Forcing's see 480.",
                 ),
                 io.Int.Input(
                     "frames", display_name="length", default=81, min=1, max=200_001, step=4,
@@ -54,9 +58,10 @@ class SelfForcingLatent(io.ComfyNode):
     @classmethod
     def execute(cls, width, height, frames, seconds, fps, batch_size) -> io.NodeOutput:
         length = latent_frames(max(1, round(seconds * fps)) if seconds > 0 else frames)
-        shape = [batch_size, 16, length, *latent_size(width, height)]
+        shape = [batch_size, 16, length, *latent_size(width or WAN_SIZE[0], height or WAN_SIZE[1])]
         # One zero, seen as so many: an hour of empty latents would be gigabytes of memory that nobody reads.
-        return io.NodeOutput({"samples": torch.zeros((), device=management.intermediate_device()).expand(shape)})
+        empty = {"samples": torch.zeros((), device=management.intermediate_device()).expand(shape)}
+        return io.NodeOutput(empty if width and height else {**empty, OPEN_SIZE: (width, height)})
 
 
 def latent_size(width: int, height: int) -> tuple[int, int]:

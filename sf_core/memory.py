@@ -55,7 +55,7 @@ class DecoderMemory:
 
 WAN_VAE = DecoderMemory(weights=126_900_000, kept=2370, working=3200, fine=1970)
 TAEHV = DecoderMemory(weights=11_300_000, kept=132, working=600)
-BUILT_IN = DecoderMemory(weights=670_000, kept=85, working=320)
+BUILT_IN = DecoderMemory(weights=1_030_000, kept=88, working=320)
 
 
 @dataclass(frozen=True)

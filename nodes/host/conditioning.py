@@ -15,6 +15,7 @@ from ...sf_core.sampling.context import Reencode
 from ...sf_core.sampling.prompt_text import StartTime
 from ...sf_core.wan.model import WanLayers
 
+OPEN_SIZE = "self_forcing_open_size"  # key of a LATENT: (width, height) in pixels, 0 where the model may choose
 START = "self_forcing_entrance"  # key of a CONDITIONING entry: the StartTime of a prompt after the first
 
 
@@ -27,6 +28,21 @@ def read_latents(latent: dict, wan: WanLayers, what: str = "latent") -> Tensor:
             "width]. Make it with Self Forcing Latent, or with VAE Encode and the VAE that belongs to the model."
         )
     return samples
+
+
+def settle_size(latent: dict, prefix: dict | None, own: tuple[int, int]) -> dict:
+    """A LATENT whose size was left open, at the size of the prefix, or else at the model's `own` (width, height).
+
+    Stock nodes keep the key of a LATENT that they put something into; one that is no longer a single zero has its size.
+    """
+    if OPEN_SIZE not in latent or any(latent["samples"].stride()):
+        return latent
+    if prefix is not None:
+        own = tuple(8 * side for side in prefix["samples"].shape[:-3:-1])
+    width, height = (asked or side for asked, side in zip(latent[OPEN_SIZE], own))
+    samples = latent["samples"]
+    empty = samples.new_zeros(()).expand(*samples.shape[:3], height // 8, width // 8)
+    return {key: value for key, value in latent.items() if key != OPEN_SIZE} | {"samples": empty}
 
 
 def start_later(conditioning: list, start: StartTime) -> list:

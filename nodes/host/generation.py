@@ -25,7 +25,7 @@ from ...sf_core.sampling.rollout import OnStep
 from ...sf_core.wan.compile import compile_ops
 from ...sf_core.wan.model import Network, WanLayers
 from ..inputs import CACHES, RolloutInputs
-from .conditioning import read_latents, read_negative, read_prompts, still_encoder
+from .conditioning import read_latents, read_negative, read_prompts, settle_size, still_encoder
 from .memory import loaded
 from .model import attention_of, family_of, for_compiling, traceable, wan_of
 from .patches import (
@@ -171,7 +171,7 @@ def prepare_generation(given: RolloutInputs, seed: int | None = None) -> HostGen
     """
     model = given.model if given.compile == "off" else for_compiling(given.model)
     wan = wan_of(model)
-    samples = read_latents(given.latent, wan)
+    samples = read_latents(settle_size(given.latent, given.prefix, family_of(given.model).size), wan)
     refuse_mask(given.latent.get("noise_mask"))
     batch, _, length, height, width = samples.shape
     into = model.model.process_latent_in
@@ -260,6 +260,18 @@ def shift_warning(generation: HostGeneration) -> str | None:
     return "the shift of ModelSamplingSD3 (or its like) does nothing here. Set it in Self Forcing Settings."
 
 
+def size_warning(generation: HostGeneration) -> str | None:
+    """Why the video will not look as hoped for, where the model draws well at one size only and this is another."""
+    family, plan = family_of(generation.model), generation.plan
+    (width, height), asked = family.size, (8 * plan.width, 8 * plan.height)
+    if not family.only_size or width * height / 2 <= asked[0] * asked[1] <= 2 * width * height:
+        return None
+    return (
+        f"{asked[0]} x {asked[1]} pixels, but this model was made for {width} x {height} and draws many small shapes "
+        f"on larger pictures. Set width to {width} and height to {height} in Self Forcing Latent."
+    )
+
+
 def begin_notes(generation: HostGeneration, node: type, own_steps: bool = True) -> Notes:
     """The node's notes, which begin with what will not go as expected; the log has it, too.
 
@@ -267,12 +279,8 @@ def begin_notes(generation: HostGeneration, node: type, own_steps: bool = True) 
     """
     notes = Notes(node)
     ignored = ignored_patches(generation.model, in_guider=not own_steps)
-    for message in (
-        chunk_warning(generation),
-        shift_warning(generation) if own_steps else None,
-        *ignored,
-        *generation.unheard,
-    ):
+    shift = shift_warning(generation) if own_steps else None
+    for message in (size_warning(generation), chunk_warning(generation), shift, *ignored, *generation.unheard):
         if message:
             log.warning("Self Forcing: %s", console_text(message))
             notes.add(message)

@@ -27,6 +27,7 @@ from ...sf_core.wan.config import WanConfig
 from ...sf_core.wan.model import WanLayers
 
 FAMILY = "self_forcing_family"
+WAN_SIZE = (832, 480)  # width and height in pixels that Wan 2.1 1.3B was trained at
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,16 @@ class Family:
     trained    latent frames of the chunks it was trained with; None: those of `sampling`
     preview    newest latents [B, C, F, H, W] in model space -> picture; None: ComfyUI's own preview for the latents
     reencoder  the VAE that makes stills for first-frame re-encode; None: without
+    size       width and height in pixels of a video whose size is left to the model
+    only_size  whether it draws well at no other size than that
     """
 
     sampling: Sampling = PRESETS["cli"]
     trained: int | None = None
     preview: Callable[[Tensor], Image.Image] | None = None
     reencoder: comfy.sd.VAE | None = None
+    size: tuple[int, int] = WAN_SIZE
+    only_size: bool = False
 
 
 def set_family(patcher: ModelPatcher, family: Family) -> None:

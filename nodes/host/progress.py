@@ -52,6 +52,19 @@ def say(node: type[io.ComfyNode], text: str) -> None:
         server.send_sync(NOTE, {**_about(node), "text": text}, server.client_id)
 
 
+def say_on_running_node(text: str) -> None:
+    """The same for code that is not a node's, such as a text encoder: on whatever node calls it."""
+    running = get_executing_context()
+    if running is not None:
+        _show_text(text, running.node_id)
+
+
+def _show_text(text: str, node_id: str) -> None:
+    from server import PromptServer  # runs already; without one it would take a second to import
+
+    PromptServer.instance.send_progress_text(text, str(node_id))
+
+
 class Notes:
     """Lines of text on the node that runs, all of them again for each: what is said takes the place of the last."""
 

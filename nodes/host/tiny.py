@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...sf_core import tiny
+from ...sf_core.pipeline import TinyPipeline
 from ...sf_core.sampling.config import PRESETS
 from . import checkpoints
 from .model import Family, set_family
-from .progress import frame_picture
+from .progress import frame_picture, say_on_running_node
 
 NAME = "tiny"
 
@@ -33,7 +34,8 @@ def load_patcher(disable_dynamic: bool = False) -> ModelPatcher:
         wan.state_dict(), metadata=checkpoints.wan_metadata(wan.config), disable_dynamic=disable_dynamic
     )
     patcher.cached_patcher_init = (load_patcher, ())
-    set_family(patcher, Family(PRESETS[NAME], preview=Preview()))
+    size = (TinyPipeline.width, TinyPipeline.height)
+    set_family(patcher, Family(PRESETS[NAME], preview=Preview(), size=size, only_size=True))
     return patcher
 
 
@@ -82,16 +84,28 @@ class TextModel(nn.Module):
     def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None]:
         """Embeddings [B, text_len, text_dim], and no pooled output. An empty text, as negative prompts are, is none."""
         texts = [text for ((text, _),) in tokens[NAME]]
-        for text in texts:
-            self.tell_what_is_left_out(text)
+        left_out = [line for text in texts for line in self.left_out(text)]
+        for line in left_out:
+            logging.warning(line)
+        if left_out:
+            say_on_running_node("\n".join(left_out))
         embeds = [self.encoder.encode([text]) if text.strip() else self.encoder.null(1) for text in texts]
         return torch.cat(embeds), None
 
-    def tell_what_is_left_out(self, text: str) -> None:
+    def left_out(self, text: str) -> list[str]:
+        """Which words of a prompt do not count and why, a line for each reason."""
         left_out = {"does not know": self.encoder.unknown(text), "has no room for": self.encoder.truncated(text)}
-        for why, words in left_out.items():
-            if words:
-                logging.warning(f"The built-in model {why} these words and leaves them out: {' '.join(words[:8])}")
+        return [
+            f"The built-in model {why} these words and leaves them out: {' '.join(words[:8])}"
+            for why, words in left_out.items()
+            if words
+        ]
+
+
+def words_left_out(clip: comfy.sd.CLIP, text: str) -> list[str]:
+    """`TextModel.left_out` of a prompt for the built-in text encoder; nothing for other ones."""
+    model = clip.cond_stage_model
+    return model.left_out(text) if isinstance(model, TextModel) else []
 
 
 def load_clip() -> comfy.sd.CLIP:

@@ -39,7 +39,7 @@ from .arguments import int_in, number_in, window
 WINDOW = 36  # pixel frames
 BATCH = 16
 COLUMNS = (*detect.ATTRIBUTES, "all")
-MEASURES = ("residual", "sharpness")
+MEASURES = tuple(detect.MEASURES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +168,7 @@ def velocity_error(wan: WanModel, near: WanModel, embeds: Tensor, clean: Tensor)
 
 
 def score(videos: Iterator[Tensor], clips: Clips, windows: int = 1) -> list[dict[str, float]]:
-    """Share of prompts followed, per attribute, mean residual and mean sharpness, for each window."""
+    """Share of prompts followed, per attribute, and the mean of each measure, for each window."""
     sums = [{} for _ in range(windows)]
     first = 0
     for video in videos:
@@ -177,7 +177,7 @@ def score(videos: Iterator[Tensor], clips: Clips, windows: int = 1) -> list[dict
         for number, total in enumerate(sums):
             piece = video[:, number * WINDOW : (number + 1) * WINDOW]
             found = detect.matches(detect.read(piece), asked)
-            measured = {"residual": detect.residual(piece, asked), "sharpness": detect.sharpness(piece)}
+            measured = {name: measure(piece, asked) for name, measure in detect.MEASURES.items()}
             for name, value in {**found, **measured}.items():
                 total[name] = total.get(name, 0.0) + float(value.float().sum())
     return [{name: value / first for name, value in total.items()} for total in sums]

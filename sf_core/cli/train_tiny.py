@@ -1,4 +1,4 @@
-"""Trains the built-in model from nothing: autoencoder, teacher, causal model, few-step model, export.
+"""Trains the built-in model from nothing: autoencoder, teacher, causal model, few-step model, decoder, export.
 
 Each stage is a shipped configuration of the training library (sf_core/training/configs/tiny-*.yaml) and starts from
 the one before; a stage that was stopped continues from its checkpoint. A GPU is used where there is one. On a CPU two
@@ -22,7 +22,7 @@ from .. import tiny
 from ..sampling.config import PRESETS
 from ..tiny.autoencoder import TinyAutoencoder
 from ..tiny.text import TinyTextEncoder
-from ..training.config import TrainConfig, read_config
+from ..training.config import AUTOENCODER_METHODS, TrainConfig, read_config
 from ..training.distributed import Group, local_device
 from ..training.memory import check_memory
 from ..training.run_folder import MODEL, load_run, save_model
@@ -30,7 +30,7 @@ from ..training.train import TEXT, model_metadata, train
 from ..training.trainer import config_dict, flatten
 from . import evaluate
 
-STAGES = ("autoencoder", "teacher", "causal", "dmd")
+STAGES = ("autoencoder", "teacher", "causal", "dmd", "decoder")
 MODELS = ("dmd", "causal", "teacher")  # what can be exported, best first
 SCORED, WINDOWS = 96, 4  # prompts and windows of the scores written beside the weights
 CPU = torch.device("cpu")
@@ -75,6 +75,10 @@ class Recipe:
         exported = (stage for stage in MODELS if (self.folder / stage / MODEL).exists())
         return next(exported, "teacher")
 
+    def autoencoder(self) -> str:
+        """The stage whose autoencoder is exported: "decoder", which changes what goes with the few-step model alone."""
+        return "decoder" if "decoder" in self.done() and self.furthest() == "dmd" else "autoencoder"
+
     def seconds(self) -> dict[str, float]:
         """Wall-clock time of each stage so far."""
         return {stage: self.saved(stage)["seconds"] for stage in self.done()}
@@ -104,16 +108,20 @@ class Recipe:
 def stage_config(stage: str, out: Path, seed: int = 0, changes: Sequence[str] = ()) -> TrainConfig:
     """The shipped configuration of a stage, its folders under `out`."""
     places = {"out": out / stage, "model.vae": out / "autoencoder"} if stage != "autoencoder" else {"out": out / stage}
-    before = {"causal": {"student": "teacher"}, "dmd": {"student": "causal", "teacher": "teacher"}}.get(stage, {})
-    places |= {f"model.{name}": out / source for name, source in before.items()}
+    before = {
+        "causal": {"student": "teacher"},
+        "dmd": {"student": "causal", "teacher": "teacher"},
+        "decoder": {"student": "dmd"},
+    }
+    places |= {f"model.{name}": out / source for name, source in before.get(stage, {}).items()}
     moved = [f"{name}={json.dumps(str(path))}" for name, path in places.items()]
     return read_config(f"tiny-{stage}", (*moved, f"seed={seed}", *changes))
 
 
 def fit(config: TrainConfig, processes: int) -> None:
-    """One stage, on a CPU in as many processes as asked for (the autoencoder in one)."""
+    """One stage, on a CPU in as many processes as asked for (those of the autoencoder in one)."""
     device = local_device(config.device)
-    if device.type != "cpu" or processes == 1 or config.method == "autoencoder":
+    if device.type != "cpu" or processes == 1 or config.method in AUTOENCODER_METHODS:
         return train(config, Group(), device)
     check_memory(config, processes, CPU)  # here, where an error is one line
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +152,7 @@ def export(recipe: Recipe, folder: Path) -> str:
     def write(part: str, state: dict, metadata: dict[str, str]) -> None:
         save_model(folder / f"{part}.safetensors", state, metadata, torch.bfloat16)
 
-    write("autoencoder", recipe.saved("autoencoder")["student"], origin)
+    write("autoencoder", recipe.saved(recipe.autoencoder())["student"], origin)
     write("text_encoder", saved["text"], words)
     write("transformer", saved["student"], about)
     scores = measure(folder)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
-from .autoencoder import TinyAutoencoder
+from .autoencoder import TinyAutoencoder, has_denoiser
 from .text import TinyTextEncoder
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -43,7 +43,8 @@ def load_text_encoder(path: Path | None = None) -> TinyTextEncoder:
 def load_autoencoder(path: Path | None = None) -> TinyAutoencoder:
     """The autoencoder, float32 on the CPU; raises as `read` does."""
     path = Path(path or WEIGHTS / "autoencoder.safetensors")
-    return fill(TinyAutoencoder(), read(path)[0], path).float()
+    state, _ = read(path)
+    return fill(TinyAutoencoder(has_denoiser(state)), state, path).float()
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

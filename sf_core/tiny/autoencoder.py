@@ -3,7 +3,9 @@
 The encoder is a fixed linear map, the principal components of 4 x 8 x 8 x 3 blocks of the training clips; their scale
 is flattened (standard deviation ~ eigenvalue^0.15) so that latents come out near unit variance. The decoder adds to
 the linear reconstruction what a small causal network makes of the latents; it is made of the same streaming layers as
-TAEHV, so `DecoderStream` runs it.
+TAEHV, so `DecoderStream` runs it. Before both, a denoiser brings the latents of a rollout, which are off by a little,
+back to those of clips: on a flat background such errors would show as squares of 8 x 8 pixels. What is left of them a
+deblocking filter spreads.
 
 Time is Wan's: 1 + 4k frames are 1 + k latents. The first frame is encoded as if it had been standing still for three
 frames before, so latent 0 always is a still, and decodes to one frame.
@@ -11,6 +13,7 @@ frames before, so latent 0 always is a still, and decodes to one frame.
 B batch, T pixel frames, F latent frames, C channels, H W latent size.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +28,10 @@ CHANNELS, TIME, SPACE = 16, 4, 8
 BLOCK = TIME * SPACE * SPACE * 3  # numbers in a block
 ROWS = 64  # blocks that are encoded together at least
 WIDTHS, DEPTHS = (80, 48, 32), (2, 3, 2)
+DENOISER_WIDTH, DENOISER_DEPTH = 80, 2
+SURFACES = 14  # even surfaces of the tiny world: four flat backgrounds, light and dark tiles of checkers, eight colours
+EDGE = 12 / 255  # step between neighbouring pixels from which it is an edge; up to half of it it is an error
+NEAR, STEEPNESS = 200, 4  # squared distance, in standard deviations, up to which latents are even; how sharply it ends
 
 
 class CausalBlock(Stateful):
@@ -56,10 +63,48 @@ class Grow(nn.Module):
         return F.pixel_shuffle(self.conv(x).reshape(2 * frames, -1, height, width), 2)
 
 
-class SkipDecoder(Stateful):
-    """The linear reconstruction plus the network's correction: [B, F, C, H, W] -> [B, 4F, 3, 8H, 8W]."""
+class LatentDenoiser(nn.Module):
+    """Brings latents of a rollout, which are off by a little, back to those of clips. B, F, C, H, W as ever.
+
+    Most of a picture is even: one colour over the whole of a latent pixel. Latents near those of an even `surface` are
+    set to exactly these; how near is near, a small network decides by what is around. Others it corrects.
+
+    surfaces   latents of even surfaces, [SURFACES, C]
+    scale      1 / standard deviation of what a rollout's latents are off by on them, [C]
+    """
 
     def __init__(self) -> None:
+        super().__init__()
+        blocks = [CausalBlock(DENOISER_WIDTH) for _ in range(DENOISER_DEPTH)]
+        self.net = nn.Sequential(conv(CHANNELS, DENOISER_WIDTH), *blocks, conv(DENOISER_WIDTH, 1 + CHANNELS))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+        self.register_buffer("surfaces", torch.zeros(SURFACES, CHANNELS))
+        self.register_buffer("scale", torch.ones(CHANNELS))
+
+    def forward(self, x: Tensor, states: dict | None) -> tuple[Tensor, Tensor, dict]:
+        """Latents -> denoised ones; how even each is [B, F, 1, H, W] in 0..1; the new states."""
+        states = dict(states or {})
+        shift, correction = walk(self.net, x, states).split((1, CHANNELS), 2)
+        surface, distance = self.nearest(x.float())
+        even = torch.sigmoid(STEEPNESS * (math.log(NEAR) - distance.log1p()) + shift.float())
+        return torch.lerp(x + correction, surface.to(x), even.to(x)), even.to(x), states
+
+    def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The even surface that each latent is nearest to, as a latent, and the squared distance [B, F, 1, H, W]."""
+        off = (x.movedim(2, -1)[..., None, :] - self.surfaces.float()) * self.scale.float()  # [B, F, H, W, SURFACES, C]
+        distances = off.square().sum(-1)
+        surface = (-distances / 2).softmax(-1) @ self.surfaces.float()  # between two only where both are as near
+        return surface.movedim(-1, 2), distances.amin(-1)[:, :, None]
+
+
+class SkipDecoder(Stateful):
+    """The linear reconstruction plus the network's correction: [B, F, C, H, W] -> [B, 4F, 3, 8H, 8W].
+
+    denoised   whether a denoiser goes before both
+    """
+
+    def __init__(self, denoised: bool = False) -> None:
         super().__init__()
         self.linear = nn.Linear(CHANNELS, BLOCK)
         layers = [conv(CHANNELS, WIDTHS[0])]
@@ -68,23 +113,46 @@ class SkipDecoder(Stateful):
             layers += [Grow(width, narrower)] if narrower else []
         layers += [nn.SiLU(), conv(WIDTHS[-1], 12), nn.PixelShuffle(2)]
         self.net = nn.Sequential(*layers)
+        self.denoiser = LatentDenoiser() if denoised else None
 
     def forward(self, x: Tensor, states: dict | None) -> tuple[Tensor, dict]:
         states = dict(states or {})
+        if self.denoiser is not None:
+            x, even, states["denoiser"] = self.denoiser(x, states.get("denoiser"))
         correction = walk(self.net, x, states)
+        if self.denoiser is not None:  # an even surface needs no correction
+            kept = (1 - even).repeat_interleave(TIME, 1).repeat_interleave(SPACE, 3).repeat_interleave(SPACE, 4)
+            correction = correction * kept
         blocks = self.linear(x.movedim(2, -1))  # [B, F, H, W, block]
-        return from_blocks(blocks).movedim(-1, 2) + correction, states
+        frames = from_blocks(blocks).movedim(-1, 2) + correction
+        return frames if self.denoiser is None else deblock(deblock(frames).mT).mT, states
+
+
+def deblock(x: Tensor) -> Tensor:
+    """Deblocking filter, as video codecs have it: spreads small steps between blocks of [..., 3, H, W] over a block.
+
+    Half of a step on either side of a line becomes a ramp of even slope; a large one is an edge, and stays.
+    """
+    blocks = x.unflatten(-1, (-1, SPACE))  # [..., 3, H, blocks, 8]
+    step = blocks[..., 1:, 0] - blocks[..., :-1, -1]
+    step = step * (2 - 2 * step.abs().amax(-3, keepdim=True) / EDGE).clamp(0, 1)
+    ramp = ((torch.arange(SPACE, device=x.device) + 0.5) / SPACE - 0.5).to(x)  # from one line to the next
+    before, after = F.pad(step, (1, 0))[..., None], F.pad(step, (0, 1))[..., None]
+    return (blocks + before * ramp.clamp(max=0) + after * ramp.clamp(min=0)).flatten(-2)
 
 
 class TinyAutoencoder(nn.Module):
-    """`encoder` is the linear map, `decoder` what `DecoderStream` runs. Any multiple of 8 pixels."""
+    """`encoder` is the linear map, `decoder` what `DecoderStream` runs. Any multiple of 8 pixels.
+
+    denoised   whether the decoder has a denoiser; `has_denoiser` reads it off the weights
+    """
 
     channels, time, space = CHANNELS, TIME, SPACE
 
-    def __init__(self) -> None:
+    def __init__(self, denoised: bool = False) -> None:
         super().__init__()
         self.encoder = nn.Linear(BLOCK, CHANNELS)
-        self.decoder = nn.Sequential(SkipDecoder())
+        self.decoder = nn.Sequential(SkipDecoder(denoised))
 
     def encode(self, frames: Tensor) -> Tensor:
         """frames [B, T, 8H, 8W, 3] in 0..1 -> latents [B, C, 1 + ceil((T-1)/4), H, W] in model space.
@@ -134,6 +202,11 @@ class TinyAutoencoder(nn.Module):
         The rollout's first-frame re-encode. The last few latents decide the frame.
         """
         return self.encode(self.decode(latents[:, :, -4:])[:, -1:]).to(latents)
+
+
+def has_denoiser(state: dict[str, Tensor]) -> bool:
+    """Whether weights are those of an autoencoder whose decoder has a denoiser."""
+    return any(name.startswith("decoder.0.denoiser.") for name in state)
 
 
 def _still(frames: Tensor) -> Tensor:

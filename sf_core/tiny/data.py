@@ -207,6 +207,12 @@ def palette() -> Tensor:
     return torch.tensor(list(COLOURS.values()))
 
 
+def surfaces() -> Tensor:
+    """RGB of every colour that is even over a tile: backgrounds, tiles of checkers, shapes; [14, 3] in 0..1."""
+    tiles = [(level,) * 3 for level in CHECKER_LEVELS]
+    return torch.tensor([*FLAT.values(), *tiles, *COLOURS.values()])
+
+
 @cache
 def backdrops(size: int = SIZE) -> Tensor:
     """The backgrounds as pictures, [5, size, size, 3] in 0..1."""
@@ -220,10 +226,21 @@ def render(clips: Clips, frames: int) -> Tensor:
     """Draws frames 0..frames-1 of every clip: [B, T, 64, 64, 3] in 0..1."""
     x, y, scale = trajectory(clips, torch.arange(frames, dtype=torch.float32))
     radius = torch.tensor(list(SIZES.values()))[clips.size][:, None] * scale
-    cover = torch.empty(len(clips), frames, SIZE, SIZE)
-    for shape in range(len(SHAPES)):
-        rows = (clips.shape == shape).nonzero().squeeze(1)
-        cover[rows] = coverage(shape, x[rows], y[rows], radius[rows])
+    return render_at(clips, x, y, radius)
+
+
+def render_at(clips: Clips, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Draws the shapes of clips at centres x, y with a radius (pixels, each [B, T]): [B, T, 64, 64, 3] in 0..1."""
+    cover = shape_coverage(clips.shape, x, y, radius)
     behind = backdrops()[clips.background][:, None]  # [B, 1, 64, 64, 3]
     ink = palette()[clips.colour][:, None, None, None]  # [B, 1, 1, 1, 3]
     return torch.lerp(behind, ink, cover[..., None])
+
+
+def shape_coverage(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """`coverage` where every clip has a shape of its own, [B]: [B, T, 64, 64]."""
+    cover = torch.empty(*x.shape, SIZE, SIZE)
+    for number in range(len(SHAPES)):
+        rows = (shape == number).nonzero().squeeze(1)
+        cover[rows] = coverage(number, x[rows], y[rows], radius[rows])
+    return cover

@@ -8,19 +8,27 @@ residual    mean distance of the pixels to the nearer of the prompted colour and
             picture, and its growth over a long video is drift
 sharpness   mean steepness of the edges: sum of squared over sum of plain differences of neighbouring pixels. Blur
             lowers it; what it is on drawn clips is what to compare with
+grid        how much neighbouring pixels of the background differ across the lines between latent pixels, as a multiple
+            of how much others do: 1 is no grid
+spread      standard deviation (of 255) of the background about its mean: 0 is a flat one
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import data
+from .autoencoder import SPACE
 from .data import MOTIONS, SHAPES, SIZE, Clips
 
 ATTRIBUTES = ("colour", "background", "shape", "motion")
 UNLIKE = 0.22  # a pixel this far (RGB distance) from the backdrop may belong to the shape
+MARGIN = 4  # pixels around a shape that count neither as shape nor as background
+FAINT = 0.35  # cover below which a pixel is background
+UNSEEN = 0.5 / 255  # a difference that no screen shows, added to both sides of the grid: 1 where nothing is uneven
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,14 @@ def read_colour(frames: Tensor, behind: Tensor) -> Tensor:
 
 
 def cover_of(frames: Tensor, behind: Tensor, ink: Tensor) -> Tensor:
-    """Where each pixel lies between backdrop (0) and ink [B, 3] (1), [B, T, H, W]; faint traces count as nothing."""
+    """Where each pixel lies between backdrop (0) and ink (1), [B, T, H, W]; faint traces count as nothing."""
+    return ((position_of(frames, behind, ink) - 0.2) / 0.8).clamp(0, 1)
+
+
+def position_of(frames: Tensor, behind: Tensor, ink: Tensor) -> Tensor:
+    """Where each pixel lies on the way from backdrop (0) to ink [B, 3] (1), [B, T, H, W]; not clamped."""
     way = ink[:, None, None, None] - behind
-    position = ((frames - behind) * way).sum(-1) / way.square().sum(-1)
-    return ((position - 0.2) / 0.8).clamp(0, 1)
+    return ((frames - behind) * way).sum(-1) / way.square().sum(-1)
 
 
 def locate(cover: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,6 +86,29 @@ def locate(cover: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return turn % (2 * math.pi) * SIZE / (2 * math.pi)
 
     return circular_mean(cover.sum(-2)), circular_mean(cover.sum(-1)), cover.sum((-1, -2))
+
+
+def fit_shapes(frames: Tensor, clips: Clips, rounds: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Centre x, y and radius (pixels, each [B, T]) at which the prompted shapes, drawn, are nearest to frames.
+
+    Finer than `locate`, from which it begins: Gauss-Newton on how far each pixel lies between backdrop and colour.
+    """
+    behind, ink = data.backdrops()[clips.background][:, None], data.palette()[clips.colour]
+    x, y, area = locate(cover_of(frames, behind, ink))
+    at = torch.stack([x, y, (area / math.pi).sqrt()])  # [3, B, T]
+    wanted = position_of(frames, behind, ink).flatten(2)  # [B, T, H*W]
+    reach = torch.eye(3)[:, :, None, None] / 2
+
+    def drawn(at: Tensor) -> Tensor:
+        return data.shape_coverage(clips.shape, *at).flatten(2)
+
+    for _ in range(rounds):
+        slopes = torch.stack([drawn(at + step) - drawn(at - step) for step in reach], -1)  # [B, T, H*W, 3], a pixel
+        normal = slopes.mT @ slopes + torch.eye(3) / 2
+        missing = slopes.mT @ (wanted - drawn(at))[..., None]
+        at = at + torch.linalg.solve(normal, missing)[..., 0].clamp(-1, 1).movedim(-1, 0)
+    x, y, radius = at
+    return x % SIZE, y % SIZE, radius.clamp(min=1)
 
 
 def read_shape(cover: Tensor, x: Tensor, y: Tensor, area: Tensor) -> Tensor:
@@ -140,3 +175,46 @@ def sharpness(frames: Tensor) -> Tensor:
     down = frames[:, :, 1:, :-1] - frames[:, :, :-1, :-1]
     steep = (right.square() + down.square()).mean(-1)  # [B, T, H-1, W-1], squared
     return steep.flatten(1).sum(1) / steep.sqrt().flatten(1).sum(1).clamp(min=1e-9)
+
+
+def grid(frames: Tensor, clips: Clips) -> Tensor:
+    """How the background differs across lines between latent pixels, over how it differs elsewhere: [B].
+
+    Neighbouring pixels of frames [B, T, H, W, 3] are compared after the prompted backdrop is taken away, so the tiles
+    of a checkered one do not count.
+    """
+    there, off = _background(frames, clips)
+    across, within = torch.zeros(2, 2, len(frames))  # each [2, B]: sum of differences, number of them
+    for axis in (2, 3):
+        size = frames.shape[axis] - 1
+        pairs = there.narrow(axis, 0, size) & there.narrow(axis, 1, size)
+        shape = [size if dim == axis else 1 for dim in range(4)]
+        line = (torch.arange(1, size + 1) % SPACE == 0).view(shape)
+        differences = off.diff(dim=axis).abs().mean(-1)
+        across += _sum_where(differences, pairs & line)
+        within += _sum_where(differences, pairs & ~line)
+    return (across[0] / across[1].clamp(min=1) + UNSEEN) / (within[0] / within[1].clamp(min=1) + UNSEEN)
+
+
+def spread(frames: Tensor, clips: Clips) -> Tensor:
+    """Standard deviation, of 255, of the background about its mean in each frame [B, T, H, W, 3], over all: [B]."""
+    there, off = _background(frames, clips)
+    weight = there[..., None] / there.sum((2, 3), keepdim=True)[..., None].clamp(min=1)  # [B, T, H, W, 1]
+    mean = (off * weight).sum((2, 3), keepdim=True)
+    return 255 * ((off - mean).square() * weight).sum((2, 3)).mean((1, 2)).sqrt()
+
+
+def _background(frames: Tensor, clips: Clips) -> tuple[Tensor, Tensor]:
+    """Which pixels are background and not near a shape, bool [B, T, H, W]; how far each is from the backdrop."""
+    behind = data.backdrops()[clips.background][:, None]
+    cover = cover_of(frames, behind, data.palette()[clips.colour]).flatten(0, 1)[:, None]  # [B*T, 1, H, W]
+    near = F.max_pool2d(F.pad(cover, [MARGIN] * 4, mode="circular"), 2 * MARGIN + 1, 1)
+    return (near < FAINT).view(frames.shape[:-1]), frames - behind
+
+
+def _sum_where(values: Tensor, which: Tensor) -> Tensor:
+    """Sum and number of the chosen values of each clip, [2, B]."""
+    return torch.stack([(values * which).flatten(1).sum(1), which.flatten(1).sum(1)])
+
+
+MEASURES = {"residual": residual, "sharpness": lambda frames, clips: sharpness(frames), "grid": grid, "spread": spread}

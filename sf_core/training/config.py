@@ -33,8 +33,10 @@ METHODS = {
     "ode": "few-step student from trajectories of a many-step causal teacher",
     "consistency": "few-step student by consistency along a teacher's trajectory",
     "autoencoder": "the autoencoder of the tiny world",
+    "decoder": "its decoder, for latents of rollouts",
 }
 SELF_FORCING = ("dmd", "sid", "gan")
+AUTOENCODER_METHODS = ("autoencoder", "decoder")
 CONTEXTS = ("own", "teacher-forced")
 PRECISIONS = ("bfloat16", "float32")
 WORLDS = ("tiny", "wan")

@@ -26,7 +26,7 @@ from ..checkpoints.autoencoder import load_autoencoder
 from ..checkpoints.load import load_model
 from ..sampling.families import DEFAULT
 from ..text_encoder import load_text_encoder
-from ..tiny.autoencoder import CHANNELS, SPACE, TinyAutoencoder
+from ..tiny.autoencoder import CHANNELS, SPACE, TinyAutoencoder, has_denoiser
 from ..tiny.data import vocabulary
 from ..tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
 from ..wan.config import WAN_1_3B, WanConfig
@@ -231,8 +231,12 @@ def read_lineage(source: str) -> dict[str, str]:
 
 
 def lineage(text: dict[str, Tensor] | None = None, vae: dict[str, Tensor] | None = None) -> dict[str, str]:
-    """Hashes that tell text encoders and autoencoders apart, of their weights as they are exported."""
-    states = {"text encoder": text, "autoencoder": vae}
+    """Hashes that tell text encoders and autoencoders apart, of their weights as they are exported.
+
+    Of an autoencoder the encoder alone counts: it says what latents mean, and decoders of one latent space may differ.
+    """
+    encoder = {name: value for name, value in (vae or {}).items() if name.startswith("encoder.")}
+    states = {"text encoder": text, "autoencoder": encoder}
     return {
         part: fingerprint({name: value.bfloat16() for name, value in state.items()})
         for part, state in states.items()
@@ -258,6 +262,7 @@ def load_tiny_autoencoder(source: Path | None) -> TinyAutoencoder:
     """The shipped autoencoder, or that of a file or of a run's folder."""
     if source is None or source.is_file():
         return tiny.load_autoencoder(source)
-    autoencoder = TinyAutoencoder()
-    load_full(autoencoder, load_run(source)["student"])
+    state = load_run(source)["student"]
+    autoencoder = TinyAutoencoder(has_denoiser(state))
+    load_full(autoencoder, state)
     return autoencoder

@@ -42,7 +42,7 @@ from ..sampling.plan import Plan
 from ..text_encoder import bytes_loaded
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
-from .config import SELF_FORCING, ModelConfig, TrainConfig
+from .config import AUTOENCODER_METHODS, SELF_FORCING, ModelConfig, TrainConfig
 from .encoders import DTYPES, NEW, check_exists, latent_size, student_dtype
 from .lora import has_adapter
 from .methods.discriminator import Discriminator
@@ -119,7 +119,7 @@ def plan_memory(config: TrainConfig, processes: int = 1, device: torch.device | 
 
 def check_memory(config: TrainConfig, processes: int, device: torch.device) -> None:
     """Raises MemoryError, with the plan and remedies, for a run that does not fit."""
-    if config.method == "autoencoder":
+    if config.method in AUTOENCODER_METHODS:
         return
     available, plan = available_memory(device), plan_memory(config, processes, device)
     together = processes if device.type == "cpu" else 1  # processes on one CPU share its memory
@@ -129,7 +129,11 @@ def check_memory(config: TrainConfig, processes: int, device: torch.device) -> N
 
 def out_of_memory(config: TrainConfig, processes: int, device: torch.device) -> MemoryError:
     """Out of memory, as an error with the plan and remedies."""
-    plan = "" if config.method == "autoencoder" else f", where {plan_memory(config, processes, device)} were expected"
+    plan = (
+        ""
+        if config.method in AUTOENCODER_METHODS
+        else f", where {plan_memory(config, processes, device)} were expected"
+    )
     return MemoryError(f"Got out of memory on {device}{plan}. {REMEDIES}")
 
 

@@ -17,6 +17,7 @@ from .memory import check_memory, out_of_memory
 from .methods.autoencoder import FitAutoencoder
 from .methods.base import Method
 from .methods.consistency import Consistency
+from .methods.decoder import FitDecoder
 from .methods.diffusion import Bidirectional, DiffusionForcing, TeacherForcing
 from .methods.dmd import DMD
 from .methods.gan import GAN
@@ -60,6 +61,8 @@ def make_method(config: TrainConfig, group: Group, device: torch.device) -> Meth
     """The method of a run, its networks and data opened. Raises as opening the files does."""
     if config.method == "autoencoder":
         return FitAutoencoder(config, device)
+    if config.method == "decoder":
+        return FitDecoder(config, open_encoders(config.model, device), device)
     torch.manual_seed(config.seed)  # of a new text encoder
     encoders = open_encoders(config.model, device, config.data.negative)
     data = open_data(config, encoders, group)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sf_core.cli.main import main
 from sf_core.sampling.config import PRESETS
 from sf_core.sampling.noise import SeededNoise
 from sf_core.tiny import data, detect
+from sf_core.tiny.autoencoder import LatentDenoiser
 from tests.core.rolling import roll_out
 
 
@@ -125,6 +127,71 @@ def test_blur_lowers_sharpness_and_size_does_not():
     sharp, soft = detect.sharpness(frames), detect.sharpness(blurred.unflatten(0, (8, 2)))
     assert (soft < 0.7 * sharp).all()
     assert detect.sharpness(frames.repeat(1, 1, 2, 2, 1)) == pytest.approx(sharp, rel=0.1)
+
+
+def uneven(across: float, within: float) -> torch.Tensor:
+    """A picture [64, 64, 1] whose neighbours differ by so much across the lines between latent pixels and elsewhere."""
+    place = torch.arange(1, data.SIZE)
+    steps = torch.where(place % 8 == 0, across, within) * (-1.0) ** (place + place // 8)
+    ramp = torch.cat([torch.zeros(1), steps.cumsum(0)])
+    return (ramp[:, None] + ramp)[..., None]
+
+
+@pytest.mark.parametrize("background", data.BACKGROUNDS)
+def test_grid_and_spread_of_a_background_are_those_it_was_given(background):
+    """On checkers too, whose tiles are no grid; the shape does not count."""
+    clips = replace(
+        data.draw(2, torch.Generator().manual_seed(0)),
+        background=torch.tensor([data.BACKGROUNDS.index(background)] * 2),
+    )
+    frames = data.render(clips, 3)
+    assert detect.grid(frames, clips).tolist() == pytest.approx([1, 1], abs=0.01)
+    assert detect.spread(frames, clips).tolist() == pytest.approx([0, 0], abs=0.01)
+    unseen = 0.5 / 255
+    for across, within in ((0.02, 0.005), (0.005, 0.005), (0.004, 0.02)):
+        given = detect.grid(frames + uneven(across, within), clips)
+        assert given.tolist() == pytest.approx([(across + unseen) / (within + unseen)] * 2, rel=0.03)
+    squares = 0.03 * (-1.0) ** (torch.arange(data.SIZE) // 8)
+    spread = detect.spread(frames + (squares[:, None] * squares / 0.03)[..., None], clips)
+    assert spread.tolist() == pytest.approx([255 * 0.03] * 2, rel=0.05)
+
+
+def test_shapes_are_found_where_they_were_drawn():
+    clips = data.draw(8, torch.Generator().manual_seed(3))
+    x, y, scale = data.trajectory(clips, torch.arange(9.0))
+    radius = torch.tensor(list(data.SIZES.values()))[clips.size][:, None] * scale
+    for frames, off in ((data.render(clips, 9), 0.02), (tiny.load_autoencoder().decode(encoded(clips)), 1.0)):
+        found = detect.fit_shapes(frames, clips)
+        for one, drawn in zip(found, (x, y, radius), strict=True):
+            apart = (one - drawn + data.SIZE / 2) % data.SIZE - data.SIZE / 2
+            assert apart.abs().max() < off
+
+
+def encoded(clips: data.Clips) -> torch.Tensor:
+    return tiny.load_autoencoder().encode(data.render(clips, 9))
+
+
+def test_backgrounds_of_rollouts_are_nearly_flat(text):
+    clips, prompts = evaluate.ask(20, seed=0)
+    videos = evaluate.generate(tiny.load_transformer(), tiny.load_autoencoder(), text.encode(prompts))
+    scores = evaluate.score(videos, clips)[0]
+    assert scores["grid"] <= 1.8 and scores["spread"] <= 2  # 5.6 and 4.3 without the denoiser
+
+
+@torch.no_grad()
+def test_a_new_denoiser_sets_latents_near_even_ones_to_these_and_leaves_others():
+    denoiser = LatentDenoiser()
+    vae = tiny.load_autoencoder()
+    still = data.surfaces()[:, None, None, None].expand(-1, 1, 8, 8, 3)
+    denoiser.surfaces.copy_(vae.encode(still).flatten(1))
+    denoiser.scale.fill_(10)
+    generator = torch.Generator().manual_seed(0)
+    even = denoiser.surfaces[torch.randint(14, (1, 4, 8, 8), generator=generator)].movedim(-1, 2)  # [1, 4, C, 8, 8]
+    noise = torch.randn(even.shape, generator=generator)
+    near, flat, _ = denoiser(even + 0.1 * noise, None)
+    far, other, _ = denoiser(even + 100 * noise, None)
+    assert torch.allclose(near, even, atol=1e-2) and flat.min() > 0.99
+    assert torch.allclose(far, even + 100 * noise, atol=0.1) and other.max() < 0.01
 
 
 def test_a_model_is_evaluated_as_its_file_says_it_is_sampled(tmp_path, capsys):

@@ -12,23 +12,28 @@ from sf_core.checkpoints.load import describe
 from sf_core.cli import train_tiny as train
 from sf_core.cli.main import main
 from sf_core.sampling.config import PRESETS
+from sf_core.tiny.autoencoder import has_denoiser
 from sf_core.tiny.data import draw, render
 from sf_core.training.config import ModelConfig
 from sf_core.training.distributed import Group
-from sf_core.training.encoders import NEW, open_encoders
+from sf_core.training.encoders import NEW, load_tiny_autoencoder, open_encoders
 from sf_core.training.methods import autoencoder
 from sf_core.training.methods.autoencoder import FitAutoencoder
+from sf_core.training.methods.decoder import POOL, Pairs, unevenness
 from sf_core.training.optim import Muon, orthogonalise
 from sf_core.training.run_folder import load_run, read_losses
 from sf_core.training.step_random import StepRandom
+from sf_core.training.train import make_method
 from sf_core.training.train import train as run
 
 STEPS = 2
 SMALL = ("batch=4", "data.pool=64")
+# A model of two steps shows no prompt; the decoder learns from rollouts of the shipped one, in its latents.
+SHIPPED = ("model.student=built-in", f"model.vae={tiny.WEIGHTS / 'autoencoder.safetensors'}", "batch=4", "data.pool=2")
 
 
 def stage(folder, name, steps=STEPS):
-    changes = [word for change in SMALL for word in ("--set", change)]
+    changes = [word for change in (SHIPPED if name == "decoder" else SMALL) for word in ("--set", change)]
     options = [
         "--out",
         str(folder),
@@ -84,8 +89,40 @@ def test_the_autoencoder_is_trained_on_a_gpu(tmp_path):
     assert load_run(tmp_path / "autoencoder")["step"] == 2
 
 
+def test_a_decoder_is_trained_on_rollouts_and_leaves_the_latents_alone(trained):
+    shipped, made = tiny.load_autoencoder(), load_tiny_autoencoder(trained / "decoder")
+    assert torch.equal(made.encoder.weight, shipped.encoder.weight)
+    assert not torch.equal(made.decoder[0].linear.weight, shipped.decoder[0].linear.weight)
+    pairs = Pairs(**torch.load(trained / "decoder" / POOL, weights_only=True))
+    assert pairs.made.shape == pairs.drawn.shape == (len(pairs), 16, 15, 8, 8)
+    assert 0.1 < (pairs.made - pairs.drawn).square().mean().sqrt() < 0.6
+    assert torch.equal(pairs.frames(0, 0)[3], pairs.frames(0, 0)[0])  # a video's first latent frame is a still
+    again = shipped.encode(pairs.frames(0, 0)[None, 3:])
+    assert torch.allclose(again[0], pairs.drawn[0, :, :6], atol=1e-4)
+
+
+def test_a_decoder_needs_a_model_that_follows_prompts_in_its_own_latents(trained, tmp_path):
+    config = train.stage_config("decoder", trained, changes=("data.pool=2", f"out={tmp_path}"))
+    with pytest.raises(ValueError, match="Got 2 rollouts of .*dmd, none of which shows what its prompt says"):
+        make_method(config, Group(), torch.device("cpu"))
+    others = train.stage_config("decoder", trained, changes=("model.student=built-in",))
+    with pytest.raises(ValueError, match="trained with another autoencoder|trained with another text encoder"):
+        make_method(others, Group(), torch.device("cpu"))
+
+
+def test_a_decoder_weighs_the_grid_of_latent_pixels():
+    flat, line, elsewhere = torch.zeros(3, 1, 3, 32, 32).unbind(0)
+    line[..., :8] = 0.1
+    elsewhere[..., :12] = 0.1
+    assert unevenness(flat) == 0
+    assert unevenness(line) > 3 * unevenness(elsewhere) > 0
+
+
 def test_stages_start_from_the_ones_before(trained):
     teacher, dmd = (train.stage_config(name, trained) for name in ("teacher", "dmd"))
+    decoder = train.stage_config("decoder", trained)
+    assert decoder.model.vae == trained / "autoencoder" and decoder.model.student == str(trained / "dmd")
+    assert decoder.sampling == PRESETS["tiny"]
     assert teacher.model.vae == trained / "autoencoder"
     assert dmd.model.student == str(trained / "causal") and dmd.model.teacher == str(trained / "teacher")
     assert dmd.sampling == replace(PRESETS["tiny"], sink=0, pinned=False)
@@ -110,6 +147,7 @@ def test_export_writes_parts_that_load(trained, tmp_path, monkeypatch):
     assert metadata["seed"] == "3" and metadata["stage"] == "dmd"
     assert metadata["command"].startswith("python -m sf_core train tiny --")
     assert "--seed 3 --set data.pool=64 --set steps=2 --set batch=4" in metadata["command"]
+    assert has_denoiser(tiny.read(tmp_path / "autoencoder.safetensors")[0])
     assert describe(tmp_path / "transformer.safetensors").sampling == PRESETS["tiny"]
     assert "shape" in json.loads(metadata["scores"])["video"]["windows"][0]
     assert metadata["command"] in (tmp_path / "README.md").read_text()

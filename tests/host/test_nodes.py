@@ -412,6 +412,45 @@ def test_length_is_rounded_up_to_whole_latent_frames(call, frames, seconds, fps,
     assert not samples.any()
 
 
+def test_size_that_is_left_open_is_the_models_own(call, tiny, sample):
+    left_open = call("Latent", 0, 0, FRAMES, 0.0, 16.0, 1)
+    assert left_open["samples"].shape[-2:] == (60, 104)  # for stock samplers
+    assert torch.equal(sample(latent=left_open), sample())
+    wide = call("Latent", 128, 0, FRAMES, 0.0, 16.0, 1)
+    assert sample(latent=wide).shape[-2:] == (8, 16)
+
+
+def test_size_that_is_left_open_is_the_prefixs(call, sample):
+    prefix = {"samples": torch.zeros(1, 16, 3, 10, 12)}
+    left_open = call("Latent", 0, 0, FRAMES, 0.0, 16.0, 1)
+    assert sample(latent=left_open, prefix=prefix).shape[-2:] == (10, 12)
+
+
+def test_size_is_no_longer_open_when_something_is_in_the_latent(call, tiny, sample):
+    import nodes
+
+    left_open = call("Latent", 0, 0, 1, 0.0, 16.0, 1)
+    upscaled = nodes.LatentUpscale().upscale(left_open, "nearest-exact", 96, 80, "disabled")[0]
+    assert sample(latent=upscaled).shape[-2:] == (10, 12)
+
+
+def test_size_the_built_in_model_was_not_made_for_is_told_on_the_node(tiny, monkeypatch):
+    from any_folder_name.nodes.host import generation, progress
+    from any_folder_name.nodes.inputs import RolloutInputs
+
+    said = []
+    monkeypatch.setattr(progress, "say", lambda node, text: said.append(text))
+    for side, told in ((8, False), (10, False), (16, True), (4, True)):
+        said.clear()
+        latent = {"samples": torch.zeros(1, 16, 3, side, side)}
+        generation.begin_notes(generation.prepare_generation(RolloutInputs(tiny.model, tiny.prompt, latent, 0)), None)
+        assert any("made for 64 x 64" in text and "Set width to 64" in text for text in said) == told
+    said.clear()
+    latent = {"samples": torch.zeros(1, 16, 3, 16, 16)}
+    generation.begin_notes(generation.prepare_generation(RolloutInputs(wan_model(), tiny.prompt, latent, 0)), None)
+    assert not said
+
+
 # --- What goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -484,6 +523,24 @@ def test_words_the_built_in_model_does_not_know_are_named(call, tiny, caplog):
     call("Prompt", tiny.clip, "a red unicorn moves right")
     assert "unicorn" in caplog.text
     assert "red" not in caplog.text
+
+
+def test_words_the_built_in_model_does_not_know_are_told_on_the_node(call, tiny, monkeypatch):
+    import nodes
+    from any_folder_name.nodes.host import progress
+    from comfy_execution.utils import CurrentNodeContext
+
+    said = []
+    monkeypatch.setattr(progress, "say", lambda node, text: said.append(text))
+    monkeypatch.setattr(progress, "_show_text", lambda text, node_id: said.append((node_id, text)))
+    with CurrentNodeContext("prompt", "7"):
+        nodes.CLIPTextEncode().encode(tiny.clip, "a red unicorn moves right")
+        assert len(said) == 1 and said[0][0] == "7" and "unicorn" in said[0][1]
+        call("Prompt", tiny.clip, "0: a red unicorn\n2s: a blue dragon square")
+    assert "unicorn" in said[-1] and "dragon" in said[-1]
+    said.clear()
+    call("Prompt", tiny.clip, "a red circle")
+    assert not said
 
 
 def test_prompt_of_another_text_encoder_is_refused(sample):
