@@ -116,7 +116,8 @@ class LiveVideo:
                 deque(self.frames(), maxlen=0)
             else:
                 written = {**_metadata(self.node), "seed": str(self.generation.seed)}
-                save_video(file, self.frames(), self.given.fps, keep=True, metadata=written)
+                length = self.length - self.first
+                save_video(file, self.frames(), self.given.fps, keep=True, metadata=written, length=length)
 
     def frames(self) -> Iterator[Tensor]:
         """The frames [T, H, W, 3] in 0..1 that are shown, chunk by chunk."""

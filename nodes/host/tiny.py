@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...sf_core import tiny
+from ...sf_core.device import console_text
 from ...sf_core.sampling.config import PRESETS
 from . import checkpoints
 from .model import Family, set_family
@@ -91,7 +92,8 @@ class TextModel(nn.Module):
         left_out = {"does not know": self.encoder.unknown(text), "has no room for": self.encoder.truncated(text)}
         for why, words in left_out.items():
             if words:
-                logging.warning(f"The built-in model {why} these words and leaves them out: {' '.join(words[:8])}")
+                named = console_text(" ".join(words[:8]))
+                logging.warning("The built-in model %s these words and leaves them out: %s", why, named)
 
 
 def load_clip() -> comfy.sd.CLIP:
