@@ -314,7 +314,7 @@ NUMBERS = [(command, option) for command, option, kind in typed_options() if kin
 
 
 def test_numbers_of_all_commands_are_known():
-    assert {"generate", "bench", "evaluate", "train tiny", "train", "info"} == {command for command, _ in NUMBERS}
+    assert {"generate", "bench", "evaluate", "train tiny", "train", "info"} <= {command for command, _ in NUMBERS}
     assert {("evaluate", "--seed"), ("bench", "--window"), ("train", "--processes")} <= set(NUMBERS)
     assert len(NUMBERS) >= 35
 
