@@ -52,6 +52,7 @@ class SelfForcingSigmas(io.ComfyNode):
         )
 
     @classmethod
+    @inputs.check_numbers
     def execute(cls, model, preset, steps, denoise=1.0) -> io.NodeOutput:
         sampling = inputs.change_sampling(family_of(model).sampling, preset, steps)
         levels = [step.sigma for step in sampling.steps_of(False, denoise)]
@@ -77,6 +78,7 @@ class SelfForcingSamplerSelect(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @inputs.check_numbers
     def execute(
         cls, chunk, window, sink, prefix=None, cache=inputs.AUTO, compile="off", history="window"
     ) -> io.NodeOutput:

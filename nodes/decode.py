@@ -28,6 +28,7 @@ class SelfForcingDecode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @inputs.check_numbers
     def execute(cls, latent, vae, tile=0) -> io.NodeOutput:
         samples = latent["samples"]
         check_channels(samples, vae)

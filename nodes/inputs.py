@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from comfy.model_patcher import ModelPatcher
@@ -21,6 +24,28 @@ CATEGORY = "Self Forcing"
 AUTO = "auto"
 CACHES = {AUTO: None, "fp8": E4M3}
 NAMED = PRESETS | {name: family.sampling for name, family in FAMILIES.items()}
+
+
+def check_numbers(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """A node's execute that begins with a look at its numbers: ComfyUI lets nan pass, and all that comes by a wire.
+
+    Raises ValueError for a number that is not between an input's min and max.
+    """
+    signature = inspect.signature(execute)
+
+    @functools.wraps(execute)
+    def checked(cls, *args, **inputs) -> io.NodeOutput:
+        given = {**signature.bind_partial(cls, *args).arguments, **inputs}
+        for slot in cls.define_schema().inputs:
+            value = given.get(slot.id)
+            if isinstance(slot, (io.Int.Input, io.Float.Input)) and isinstance(value, (int, float)):
+                if not slot.min <= value <= slot.max:
+                    raise ValueError(
+                        f"Got {slot.id} {value}; it is a number from {slot.min} to {slot.max}. Change {slot.id}."
+                    )
+        return execute(cls, *args, **inputs)
+
+    return checked
 
 
 def model() -> io.Input:

@@ -12,7 +12,7 @@ from ..sf_core.device import console_text
 from ..sf_core.sampling.families import FAMILIES
 from .host import checkpoints, tiny
 from .host.progress import say
-from .inputs import AUTO, CATEGORY
+from .inputs import AUTO, CATEGORY, check_numbers
 
 NONE = "none"
 MODEL_FOLDERS = ("diffusion_models",)
@@ -44,6 +44,7 @@ class SelfForcingLoadTiny(io.ComfyNode):
         )
 
     @classmethod
+    @check_numbers
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(tiny.load_patcher(), tiny.load_clip(), tiny.load_vae())
 
@@ -95,6 +96,7 @@ class SelfForcingLoadModel(io.ComfyNode):
         return missing_file(file, MODEL_FOLDERS, MODEL_SOURCE) or True
 
     @classmethod
+    @check_numbers
     def execute(cls, file, family, precision, lora=NONE, strength=1.0) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", file))
         merged = None if lora == NONE else Path(folder_paths.get_full_path_or_raise("loras", lora))
@@ -130,6 +132,7 @@ class SelfForcingLoadTAEHV(io.ComfyNode):
         return missing_file(file, TAEHV_FOLDERS, TAEHV_SOURCE) or True
 
     @classmethod
+    @check_numbers
     def execute(cls, file) -> io.NodeOutput:
         folder = next((name for name in TAEHV_FOLDERS if folder_paths.get_full_path(name, file)), TAEHV_FOLDERS[0])
         return io.NodeOutput(checkpoints.load_taehv(Path(folder_paths.get_full_path_or_raise(folder, file))))

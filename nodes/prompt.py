@@ -44,6 +44,7 @@ class SelfForcingPrompt(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @inputs.check_numbers
     def execute(cls, clip, text, fps=16.0) -> io.NodeOutput:
         if not text.strip():
             raise ValueError("Got an empty prompt; the model needs words to follow. Write what the video shows.")
@@ -102,6 +103,7 @@ class SelfForcingNextPrompt(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @inputs.check_numbers
     def execute(cls, first, next, start, transition, blend, fps=16.0) -> io.NodeOutput:
         if not first or not next:
             raise ValueError("Got empty conditioning; both prompts are needed. Connect one to first and one to next.")

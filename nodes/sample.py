@@ -56,6 +56,7 @@ class SelfForcingLatent(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @inputs.check_numbers
     def execute(cls, width, height, frames, seconds, fps, batch_size) -> io.NodeOutput:
         length = latent_frames(max(1, round(seconds * fps)) if seconds > 0 else frames)
         shape = [batch_size, 16, length, *latent_size(width or WAN_SIZE[0], height or WAN_SIZE[1])]
@@ -97,6 +98,7 @@ class SelfForcingSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @inputs.check_numbers
     def execute(cls, **given) -> io.NodeOutput:
         given = inputs.RolloutInputs(**given)
         generation = prepare_generation(given)

@@ -70,6 +70,7 @@ class SelfForcingSettings(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @inputs.check_numbers
     def execute(
         cls, model, preset, steps, chunk, window, sink, sink_positions, context_noise, shift, first_chunk, first_steps,
         reencode_vae=None,
@@ -112,6 +113,7 @@ class SelfForcingFP8(io.ComfyNode):
         )
 
     @classmethod
+    @inputs.check_numbers
     def execute(cls, model, enabled) -> io.NodeOutput:
         return io.NodeOutput(checkpoints.quantise_model(model) if enabled else model)
 

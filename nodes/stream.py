@@ -90,6 +90,7 @@ class SelfForcingStream(io.ComfyNode):
         return True
 
     @classmethod
+    @inputs.check_numbers
     def execute(cls, **given) -> io.NodeOutput:
         given = inputs.StreamInputs(**given)
         drawn = secrets.randbelow(2**53) if given.seed == DRAWN else None

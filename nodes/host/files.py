@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue
 
 import folder_paths
 from comfy.cli_args import args
@@ -18,6 +18,7 @@ from torch import Tensor
 from ...sf_core.video import save_video
 
 DRAWN = -1  # as a seed: another one for each run
+WAITING = 2  # pieces that wait for a slow encoder or disk before the rollout does
 SUBGRAPH_INPUT = "-10"  # the node that stands for a subgraph's inputs, in saved workflows
 
 
@@ -32,26 +33,23 @@ def output_name(path: Path) -> str:
 
 
 class Recorder:
-    """A file that frames are given to; `save_video` asks for them, so it waits in a thread of its own.
+    """A file of `length` frames that are given to it; a thread writes them while the next ones are made.
 
-    The thread works only while `add` waits for it.
+    count  frames that are in the file
     """
 
-    def __init__(self, path: Path, fps: float, metadata: dict[str, str]) -> None:
+    def __init__(self, path: Path, fps: float, metadata: dict[str, str], length: int) -> None:
         self.path, self.count = path, 0
-        self._pieces: SimpleQueue[Tensor | None] = SimpleQueue()
-        self._taken = threading.Semaphore(0)
+        self._pieces: Queue[Tensor | None] = Queue(WAITING)
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._write, args=(fps, metadata), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(fps, metadata, length), daemon=True)
         self._thread.start()
 
     def add(self, frames: Tensor) -> None:
-        """Writes frames [T, H, W, 3] in 0..1. Raises what `save_video` raises."""
-        self._pieces.put(frames)
-        self._taken.acquire()
+        """Hands over frames [T, H, W, 3] in 0..1. Raises what `save_video` has raised over earlier ones."""
         if self._error is not None:
             raise self._error
-        self.count += len(frames)
+        self._pieces.put(frames)
 
     def close(self) -> None:
         """Ends the file, which is whole then. One without frames is none, and no error."""
@@ -61,31 +59,32 @@ class Recorder:
             if self._error is not None and self.count:
                 raise self._error
 
-    def _write(self, fps: float, metadata: dict[str, str]) -> None:
+    def _write(self, fps: float, metadata: dict[str, str], length: int) -> None:
         try:
-            save_video(self.path, self._frames(), fps, keep=True, metadata=metadata)
-        except BaseException as error:  # noqa: BLE001 - it is raised in `add`
+            save_video(self.path, self._frames(), fps, keep=True, metadata=metadata, length=length)
+        except BaseException as error:  # noqa: BLE001 - it is raised in `add` or `close`
             self._error = error
-        finally:
-            self._taken.release()
+            while self._pieces.get() is not None:  # nobody may wait for room in it
+                pass
 
     def _frames(self) -> Iterator[Tensor]:
         while (piece := self._pieces.get()) is not None:
             yield piece
-            self._taken.release()
+            self.count += len(piece)
+        self._pieces.put(None)  # for those who look for the end once more
 
 
 class Recording:
     """The files of a batch of videos, one each. What was added before an exception is whole files, too."""
 
-    def __init__(self, paths: list[Path], fps: float, metadata: dict[str, str]) -> None:
-        self.recorders = [Recorder(path, fps, metadata) for path in paths]
+    def __init__(self, paths: list[Path], fps: float, metadata: dict[str, str], length: int) -> None:
+        self.recorders = [Recorder(path, fps, metadata, length) for path in paths]
 
     def __enter__(self) -> Recording:
         return self
 
     def add(self, frames: Tensor) -> None:
-        """Writes frames [B, T, H, W, 3] in 0..1."""
+        """Hands over frames [B, T, H, W, 3] in 0..1."""
         for recorder, video in zip(self.recorders, frames):
             recorder.add(video)
 
@@ -93,6 +92,11 @@ class Recording:
     def written(self) -> list[Path]:
         """The files there are something in."""
         return [recorder.path for recorder in self.recorders if recorder.count]
+
+    @property
+    def count(self) -> int:
+        """Frames that are in each of them."""
+        return min((recorder.count for recorder in self.recorders), default=0)
 
     def __exit__(self, *error: object) -> None:
         with ExitStack() as stack:  # each is closed, also where another cannot be

@@ -112,16 +112,15 @@ class LiveVideo:
         self.say("loading")
         self.decoder.load(self.reserve_bytes)
         metadata = workflow_metadata(self.node, self.drawn) | {"seed": str(self.generation.seed)}
-        recording, count, whole = Recording(files, self.given.fps, metadata), 0, False
+        recording, whole = Recording(files, self.given.fps, metadata, self.length - self.first), False
         try:
             with self.generation.loaded(self.reserve_bytes, self.decoder.vae.patcher), recording:
                 for frames in self.frames():
                     recording.add(frames)
-                    count += frames.shape[1]
             whole = True
         finally:
             if not whole and recording.written:
-                self._tell_stopped(recording.written, count, notes)
+                self._tell_stopped(recording.written, recording.count, notes)
 
     def frames(self) -> Iterator[Tensor]:
         """The frames [B, T, H, W, 3] in 0..1 that are shown, chunk by chunk."""

@@ -31,6 +31,7 @@ from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from comfy.samplers import cfg_function
 from torch import Tensor
 
+from ...sf_core.device import console_text
 from ...sf_core.sampling.schedule import Step
 from ...sf_core.wan.model import BlockOps, run_block, velocity
 from .conditioning import START, read_negative, take_scheduled
@@ -74,7 +75,7 @@ class Guarded:
                 return self.function(args)
             except RunsModel:
                 self.works = False
-                log.warning("Self Forcing: %s", line_of(FORWARD, [describe(self.function)]))
+                log.warning("Self Forcing: %s", console_text(line_of(FORWARD, [describe(self.function)])))
         return self.given(args)
 
 

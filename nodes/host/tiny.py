@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...sf_core import tiny
+from ...sf_core.device import console_text
 from ...sf_core.pipeline import TinyPipeline
 from ...sf_core.sampling.config import PRESETS
 from . import checkpoints
@@ -86,7 +87,7 @@ class TextModel(nn.Module):
         texts = [text for ((text, _),) in tokens[NAME]]
         left_out = [line for text in texts for line in self.left_out(text)]
         for line in left_out:
-            logging.warning(line)
+            logging.warning(console_text(line))
         if left_out:
             say_on_running_node("\n".join(left_out))
         embeds = [self.encoder.encode([text]) if text.strip() else self.encoder.null(1) for text in texts]

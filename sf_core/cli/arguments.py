@@ -19,9 +19,13 @@ def int_in(low: int, high: int) -> Callable[[str], int]:
     """A whole number in low..high."""
 
     def parse(text: str) -> int:
-        if not text.lstrip("+-").isdecimal() or not low <= int(text) <= high:
+        try:
+            number = int(text) if text.lstrip("+-").isdecimal() else None
+        except ValueError:  # two signs, or more digits than Python reads
+            number = None
+        if number is None or not low <= number <= high:
             raise argparse.ArgumentTypeError(f"got {text}; use a whole number from {low} to {high}")
-        return int(text)
+        return number
 
     return parse
 
@@ -39,6 +43,11 @@ def number_in(low: float, high: float) -> Callable[[str], float]:
         return number
 
     return parse
+
+
+def seed(text: str) -> int:
+    """A seed, from which others are counted up."""
+    return int_in(0, 2**63 - 1)(text)
 
 
 def size(text: str) -> int:

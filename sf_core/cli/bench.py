@@ -47,7 +47,7 @@ from ..wan.compile import MODES, compile_ops
 from ..wan.config import WAN_1_3B, WanConfig
 from ..wan.fp8 import E4M3, quantise_model
 from ..wan.model import Network, WanModel
-from .arguments import DTYPES, device, int_in
+from .arguments import DTYPES, device, int_in, size, window
 
 PROMPT_TOKENS = 64
 
@@ -150,12 +150,12 @@ def matmul_peak(
     """Operations per second of the best of a few square matrix products, each repeated."""
     best = 0.0
     sizes = sizes or ((4096, 8192) if device.type == "cuda" else (1024, 1536, 2048))
-    for size in sizes:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    for side in sizes:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         for _ in range(repeats):
             began = now(device)
             a @ b
-            best = max(best, 2 * size**3 / (now(device) - began))
+            best = max(best, 2 * side**3 / (now(device) - began))
     return best
 
 
@@ -277,10 +277,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--job", choices=JOBS, default="cpu", help="cpu: dim 512, 8 layers, 416 x 240; wan-1.3b: full size, 832 x 480")
     add("--frames", type=int_in(1, 10_000), default=21, help="latent frames (21)")
-    add("--width", type=int, help="pixels")
-    add("--height", type=int, help="pixels")
-    add("--window", type=int, help="latent frames attended to (all)")
-    add("--sink", type=int, default=0, help="first latent frames that stay in the window (0)")
+    add("--width", type=size, help="pixels")
+    add("--height", type=size, help="pixels")
+    add("--window", type=window, help="latent frames attended to (all)")
+    add("--sink", type=int_in(0, 1000), default=0, help="first latent frames that stay in the window (0)")
     add("--device", type=device, default="auto", help="cpu, cuda, mps (cuda if there is one)")
     add("--dtype", choices=DTYPES, default=None, help="numbers to compute in (float32 on cpu, else bfloat16)")
     add("--fp8", action="store_true", help="float8 weights")
@@ -296,10 +296,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     torch.set_num_threads(args.threads)
     job = JOBS[args.job]
-    size = {"height": (args.height or 8 * job.plan.height) // 8, "width": (args.width or 8 * job.plan.width) // 8}
+    pixels = {"height": (args.height or 8 * job.plan.height) // 8, "width": (args.width or 8 * job.plan.width) // 8}
     sampling = override(job.plan.sampling, window=args.window, sink=args.sink)
     cache_dtype = E4M3 if args.fp8_cache else None
-    plan = replace(job.plan, sampling=sampling, frames=args.frames, cache_dtype=cache_dtype, **size)
+    plan = replace(job.plan, sampling=sampling, frames=args.frames, cache_dtype=cache_dtype, **pixels)
     job = Job(job.config, plan, args.device, DTYPES.get(args.dtype, default_dtype(args.device)))
     decoders = {"none": [], "both": ["vae", "taehv"]}.get(args.decoder, [args.decoder])
     other = adapter(args.against) if args.against else None

@@ -34,7 +34,7 @@ from ..video import contact_sheet, save_picture
 from ..wan.attention import FullAttention
 from ..wan.fp8 import E4M3, quantise_model
 from ..wan.model import Network, WanModel, encode_prompt, velocity
-from .arguments import int_in, number_in, window
+from .arguments import int_in, number_in, seed, window
 
 WINDOW = 36  # pixel frames
 BATCH = 16
@@ -54,10 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder that belongs to them (beside it, or built in)")
     add("--autoencoder", type=Path, metavar="FILE", help="autoencoder that belongs to them (beside it, or built in)")
-    add("--prompts", type=int, default=96, metavar="N", help="number of prompts (96)")
-    add("--windows", type=int, default=1, metavar="N", help=f"windows of {WINDOW} frames to generate and score (1)")
+    add("--prompts", type=int_in(1, 100_000), default=96, metavar="N", help="number of prompts (96)")
+    add(
+        "--windows",
+        type=int_in(1, 10_000),
+        default=1,
+        metavar="N",
+        help=f"windows of {WINDOW} frames to generate and score (1)",
+    )
     add("--split", choices=("all", "trained", "held-out"), default="all", help="which combinations to ask for (all)")
-    add("--seed", type=int, default=0, help="of prompts and noise (0)")
+    add("--seed", type=seed, default=0, help="of prompts and noise (0)")
     add("--fp8", action="store_true", help="float8 weights in the blocks")
     add("--fp8-cache", action="store_true", help="float8 cache")
     add("--window", type=window, default=given, help="latent frames attended to, or all (9)")
@@ -70,8 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    if args.prompts < 1 or args.windows < 1:
-        raise ValueError(f"Got {args.prompts} prompts and {args.windows} windows; both must be 1 or more.")
     if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
         raise ValueError(f"Got --sheet {args.sheet}; it is written as PNG. Name a .png file in a folder that exists.")
     torch.set_num_threads(1)

@@ -297,7 +297,9 @@ def run(args: argparse.Namespace) -> str:
         lambda: release_memory(args.device),
     )
     if preview:
-        save_picture(preview, contact_sheet(torch.stack(list(tiles.values())), tiles))
+        save_picture(
+            preview, contact_sheet(torch.stack(list(tiles.values())), tiles), f"The video is whole in {args.out!r}. "
+        )
     timer.seconds["total"] = time.perf_counter() - started
     report = _report(request, args, preview, timer)
     return json.dumps(report, indent=2) if args.json else _sentence(report)
@@ -313,7 +315,7 @@ def _write(pipeline: Pipeline, request: Request, timer: Timer, args: argparse.Na
 
         def write(pieces: Iterator[HostCopy]) -> None:
             shown = drop_frames((piece.wait()[0] for piece in pieces), request.skipped)
-            save_video(args.out, _watch(shown, length, timer, tiles, bar), args.fps)
+            save_video(args.out, _watch(shown, length, timer, tiles, bar), args.fps, length=length)
 
         run_beside(generation.pieces(decoder, request.frames, _step_reporter(bar, chunks), timer), write)
     timer.settle()

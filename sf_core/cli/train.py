@@ -14,6 +14,7 @@ from ..training.config import read_config
 from ..training.distributed import Group, local_device
 from ..training.memory import plan_memory
 from ..training.train import train
+from .arguments import int_in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="change a value of it")
     add("--plan", action="store_true", help="say what memory the run takes, and end")
     shared = "with --plan: how many processes share the batch, and with shard: true the weights (WORLD_SIZE, else 1)"
-    add("--processes", type=int, metavar="N", default=os.environ.get("WORLD_SIZE", "1"), help=shared)
+    add("--processes", type=int_in(1, 100_000), metavar="N", default=os.environ.get("WORLD_SIZE", "1"), help=shared)
 
 
 def run(args: argparse.Namespace) -> str | None:
     config = read_config(args.config, args.changes)
     if args.plan:
-        if args.processes < 1:
-            raise ValueError(f"Got --processes {args.processes}; a run takes 1 or more.")
         return str(plan_memory(config, args.processes))
     device = local_device(config.device)
     group = Group.join(device)

@@ -29,6 +29,7 @@ from ..training.run_folder import MODEL, load_run, save_model
 from ..training.train import TEXT, model_metadata, train
 from ..training.trainer import config_dict, flatten
 from . import evaluate
+from .arguments import int_in, seed
 
 STAGES = ("autoencoder", "teacher", "causal", "dmd", "decoder")
 MODELS = ("dmd", "causal", "teacher")  # what can be exported, best first
@@ -41,16 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = "folder for the stages' folders; a stage continues from its own (runs/tiny)"
     add("--out", type=Path, default=Path("runs/tiny"), help=out)
     add("--stage", choices=(*STAGES, "export"), help="do only this stage (all, then export)")
-    add("--steps", type=int, metavar="N", help="steps of the stage, instead of the recipe's")
-    add("--processes", type=int, default=2, help="processes that share each batch on a CPU (2)")
-    add("--seed", type=int, default=0, help="of weights, data and noise (0); an export has that of its run")
+    add("--steps", type=int_in(1, 10**9), metavar="N", help="steps of the stage, instead of the recipe's")
+    add("--processes", type=int_in(1, 1024), default=2, help="processes that share each batch on a CPU (2)")
+    add("--seed", type=seed, default=0, help="of weights, data and noise (0); an export has that of its run")
     add("--weights", type=Path, default=tiny.WEIGHTS, help="folder that the model is exported to (the package's own)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="change a value of the stages")
 
 
 def run(args: argparse.Namespace) -> str:
-    if args.processes < 1 or (args.steps is not None and args.steps < 1):
-        raise ValueError(f"Got --processes {args.processes}, --steps {args.steps}; both must be 1 or more.")
     if args.steps and args.stage not in STAGES:
         raise ValueError("Got --steps without a stage to apply it to; add --stage, one of " + ", ".join(STAGES) + ".")
     for stage in [args.stage] if args.stage else [*STAGES, "export"]:

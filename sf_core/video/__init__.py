@@ -2,11 +2,12 @@
 
 from .clip import Clip, open_clip, read_video
 from .destination import check_destination, check_folder, check_names, check_outputs
-from .picture import contact_sheet, fitted, save_picture
+from .picture import DiskFullError, contact_sheet, fitted, save_picture
 from .write import gif_rate, recover, save_video
 
 __all__ = [
     "Clip",
+    "DiskFullError",
     "check_destination",
     "check_folder",
     "check_names",

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -193,26 +194,39 @@ def as_images(frames: Tensor | Iterable[Tensor]) -> Iterator[np.ndarray]:
         yield from (piece.clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy()
 
 
-def save_picture(path: str | Path, image: Image.Image) -> None:
-    """Writes a picture whole or not at all; an earlier one is replaced. Raises OSError, also for a full disk."""
-    target = Path(path).resolve()
+class DiskFullError(OSError):
+    """No room on a disk; its text is a sentence."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(errno.ENOSPC, sentence)
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
+def format_size(size: float) -> str:
+    """Bytes on a disk for people."""
+    if size >= 2**29:
+        return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**19 else f"{max(1, size / 2**10):.0f} KiB"
+
+
+def save_picture(path: str | Path, image: Image.Image, kept: str = "") -> None:
+    """Writes a picture whole or not at all; an earlier one is replaced. Raises OSError, and DiskFullError where there
+    is no room, which says what is `kept`.
+    """
+    target, data = Path(path).resolve(), BytesIO()
+    image.save(data, Image.registered_extensions()[target.suffix.lower()])
     hidden = target.with_name(f".{os.getpid()}.picture{target.suffix}")
     try:
-        with told_full(path):
-            image.save(hidden)
-            os.replace(hidden, target)
-    finally:
-        hidden.unlink(missing_ok=True)
-
-
-@contextmanager
-def told_full(path: str | Path, kept: str = "") -> Iterator[None]:
-    """Turns the system's error for a full disk into a sentence. Raises OSError (ENOSPC)."""
-    try:
-        yield
+        hidden.write_bytes(data.getvalue())
+        os.replace(hidden, target)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise OSError(
-            errno.ENOSPC, f"Got a full disk while writing {str(path)!r}. {kept}Make room and run again."
+        raise DiskFullError(
+            f"Got a full disk while writing {str(path)!r}, which needs {format_size(len(data.getvalue()))}. {kept}Make "
+            "room, or write to another disk."
         ) from None
+    finally:
+        hidden.unlink(missing_ok=True)

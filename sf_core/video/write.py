@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..device import console_text
 from .destination import CODECS, SOFTWARE, STEM, check_destination, kind_of
-from .picture import as_images
+from .picture import DiskFullError, as_images, format_size
 
 try:
     import fcntl
@@ -68,6 +68,9 @@ class Writer(Protocol):
     def stop(self) -> None:
         """Closes what is open after an error; what has been added stays at `path`."""
 
+    def bytes_of(self, frames: int) -> float:
+        """Bytes of disk that so many frames take while they are written, as those before them did."""
+
 
 def save_video(
     path: str | Path,
@@ -75,6 +78,7 @@ def save_video(
     fps: float = 16,
     keep: bool = False,
     metadata: dict[str, str] | None = None,
+    length: int | None = None,
 ) -> int:
     """Writes frames [T, H, W, 3] in 0..1, or an iterable of such pieces; returns how many frames were written.
 
@@ -83,9 +87,10 @@ def save_video(
 
     keep      where `frames` raises, the frames before that become a whole video before the exception goes on
     metadata  entries of the container, for .mp4 and .webm
+    length    how many frames there will be, for what a full disk is told to need
 
-    Raises ValueError for a name, size or rate that cannot be written, OSError when the place cannot be written to or
-    the disk is full, which leaves what was written.
+    Raises ValueError for a name, size or rate that cannot be written, OSError when the place cannot be written to,
+    DiskFullError when there is no room, which leaves what was written.
     """
     check_destination(path)
     if not 1 <= fps <= 1000:
@@ -93,6 +98,7 @@ def save_video(
     target = Path(os.path.realpath(path))
     recover(target.parent)
     images, count = _Images(frames, keep), 0
+    length = len(frames) if isinstance(frames, Tensor) else length
     writer = _writer(target, kind_of(path), fps, metadata or {})
     try:
         for image in images:
@@ -102,10 +108,10 @@ def save_video(
             raise ValueError("Got no frames to write; a video needs at least one.")
         _move(writer.finish(), target)
     except OSError as error:
-        if error.errno != errno.ENOSPC or not count:
+        if error.errno != errno.ENOSPC:
             raise
         writer.stop()
-        raise _full(error, writer.path, target, count, keep) from None
+        raise _full(writer, target, (count, length), keep) from None
     finally:
         writer.stop()
         _remove(writer.path)
@@ -113,20 +119,46 @@ def save_video(
     return count
 
 
-def _full(error: OSError, left: Path, target: Path, count: int, keep: bool) -> OSError:
-    """The error of a full disk, once what was written has a name that stays."""
-    name = target if keep else _free_name(target.with_name(f"{_short(target.stem)}.recovered{target.suffix}"))
-    size = _size(left) / 2**20
-    _move(left, name)
-    return OSError(
-        errno.ENOSPC,
-        f"Got a full disk after {count} frames, of which {size:.1f} MiB are kept in {str(name)!r}. A longer video "
-        "needs more in proportion. Make room, or write to another disk",
+def _full(writer: Writer, target: Path, frames: tuple[int, int | None], keep: bool) -> DiskFullError:
+    """The error of a full disk, once what was written has a name that stays. frames: written, and in all."""
+    count, length = frames
+    left, kept = writer.path, _frames_in(writer.path) if count else 0
+    of_all = f"{count} of {length} frames" if length else f"{count} frames"
+    if not kept:
+        return DiskFullError(
+            f"Got a full disk after {of_all} of {str(target)!r}, too early to keep any. Make room, or write to another "
+            "disk."
+        )
+    room = f"The whole video needs about {format_size(writer.bytes_of(length))} while it is written"
+    more = room if length else "A longer video needs more in proportion"
+    size, name = (
+        format_size(_size(left)),
+        _free_name(target.with_name(f"{_short(target.stem)}.recovered{target.suffix}")),
+    )
+    _move(left, name := target if keep else name)
+    return DiskFullError(
+        f"Got a full disk after {of_all}. {kept} of them, {size}, are kept in {str(name)!r}. {more}. Make room, or "
+        "write to another disk."
     )
 
 
+def _frames_in(path: Path) -> int:
+    """The frames of what was written, also where it was broken off."""
+    if path.is_dir():
+        return len(list(path.glob("*.png")))
+    if not path.is_file():
+        return 0
+    try:
+        with av.open(_url(path)) as file:
+            return sum(packet.size > 0 for packet in file.demux(video=0))
+    except (av.FFmpegError, LookupError):  # nothing but a header
+        return 0
+
+
 def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+    """Bytes that a file or folder takes on its disk."""
+    stats = [file.stat() for file in (path.iterdir() if path.is_dir() else [path])]
+    return sum(max(stat.st_size, 512 * getattr(stat, "st_blocks", 0)) for stat in stats)
 
 
 def recover(folder: str | Path) -> list[Path]:
@@ -255,7 +287,8 @@ class _Film:
         self.files: list[BinaryIO] = []
         self.containers: list[av.container.OutputContainer] = []
         self.streams: list[av.VideoStream] = []
-        self.count = self.good = 0
+        self.count = self.good = self.packets = self.bytes = 0
+        self.is_whole = True  # the quick copy, up to the last byte
 
     def add(self, image: np.ndarray) -> None:
         height, width, _ = image.shape
@@ -265,12 +298,21 @@ class _Film:
         elif self.size != (height, width):
             raise ValueError(f"Got a frame of {width} x {height} pixels among others; all need one size. Resize them.")
         for number, (container, stream) in enumerate(zip(self.containers, self.streams)):
-            self.good = self.files[-1].tell() if number else self.good
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = self.count, 1 / self.fps
-            container.mux(stream.encode(frame))
+            packets = stream.encode(frame)
+            if number:
+                self.is_whole = False
+            else:
+                self.packets, self.bytes = self.packets + len(packets), self.bytes + sum(p.size for p in packets)
+            container.mux(packets)
         self.files[-1].flush()
+        self.good, self.is_whole = self.files[-1].tell(), True
         self.count += 1
+
+    def bytes_of(self, frames: int) -> float:
+        quick = self.good / max(1, self.count)
+        return frames * (quick + (self.bytes / self.packets if self.packets else quick))
 
     def _open(self, height: int, width: int) -> None:
         self.size = height, width
@@ -295,19 +337,27 @@ class _Film:
         return self.hidden
 
     def stop(self) -> None:
-        for container in self.containers[::-1]:
+        for number, container in reversed(list(enumerate(self.containers))):
             try:
+                self._make_room()
                 container.close()
-            except (OSError, av.FFmpegError):
-                pass  # it is an error that has brought us here, or the quick copy, which needs no ending
+            except (OSError, av.FFmpegError):  # it is an error that has brought us here, or there is no room
+                self.is_whole = self.is_whole and not number
         self.containers.clear()
         for file in self.files:
             try:
                 file.close()
             except OSError:
-                pass
+                self.is_whole = False
+        if self.files and not self.is_whole:
+            os.truncate(self.path, self.good)
         self.files.clear()
         self.hidden.unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        """Empties the hidden file, which nobody needs any more, so that the last frames of the quick copy have room."""
+        if self.files and self.hidden.is_file() and self.count:
+            os.truncate(self.hidden, 0)
 
 
 class _Gif:
@@ -317,6 +367,7 @@ class _Gif:
         self.path, self.ticks = path, _ticks(fps)
         self.file: BinaryIO | None = None
         self.before: np.ndarray | None = None
+        self.count = 0
         rate = gif_rate(fps)
         if abs(rate / fps - 1) > 1e-6:
             level = logging.WARNING if abs(rate / fps - 1) > 0.05 else logging.INFO
@@ -345,6 +396,10 @@ class _Gif:
             self.file.write(b"\x3b")
             raise
         self.before = shown
+        self.count += 1
+
+    def bytes_of(self, frames: int) -> float:
+        return frames * _size(self.path) / max(1, self.count)
 
     def finish(self) -> Path:
         self.file.close()
@@ -425,6 +480,9 @@ class _Folder:
         finally:
             part.unlink(missing_ok=True)
         self.count += 1
+
+    def bytes_of(self, frames: int) -> float:
+        return frames * _size(self.path) / max(1, self.count)
 
     def finish(self) -> Path:
         self.stop()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..device import console_text
 from .model import EAGER, BlockOps
 
 MODES = ("off", "default", "max-autotune")
@@ -69,7 +70,7 @@ class Fallback:
                 except RuntimeError as error:  # what Dynamo, Inductor and their compilers raise
                     self.works = False
                     reason = " ".join(str(error).split())[:200]
-                    log.warning("torch.compile does not work here and is left out: %s", reason)
+                    log.warning("torch.compile does not work here and is left out: %s", console_text(reason))
             return plain(*args)
 
         return call

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import console_text
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
 FLOAT8_UNITS = (8, 9)  # the compute capability from which NVIDIA's GPUs have them
@@ -63,7 +65,7 @@ def _try_product(device: torch.device) -> bool:
     try:
         torch._scaled_mm(x, x.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
     except RuntimeError as error:  # of torch on Windows, and of older ones on newer GPUs
-        reason = str(error).splitlines()[0]
+        reason = console_text(str(error).splitlines()[0])
         log.warning("This torch has no float8 products on %s, which then saves memory and no time: %s", device, reason)
         return False
     return True

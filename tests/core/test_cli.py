@@ -1,5 +1,6 @@
 """The command line, in this process and with small random models in place of the built-in one."""
 
+import argparse
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ import torch
 from sf_core import tiny
 from sf_core.autoencoders.stream import DecoderStream
 from sf_core.autoencoders.taehv import TAEHV, Layout
-from sf_core.cli import generate
-from sf_core.cli.main import STOPPED, main
+from sf_core.cli import arguments, generate
+from sf_core.cli.main import COMMANDS, STOPPED, main
 from sf_core.tiny.text import TEXT_DIM, TEXT_LEN, TinyTextEncoder
 from sf_core.video import read_video, save_video
 from sf_core.wan.config import WanConfig
@@ -305,27 +307,45 @@ IMPOSSIBLE = [
 ]
 
 
-NUMBERS = [
-    ("generate", "--frames"), ("generate", "--seed"), ("generate", "--width"), ("generate", "--height"),
-    ("generate", "--fps"), ("generate", "--steps"), ("generate", "--first-steps"), ("generate", "--shift"),
-    ("generate", "--chunk"), ("generate", "--first-chunk"), ("generate", "--window"), ("generate", "--sink"),
-    ("generate", "--context-noise"), ("generate", "--strength"), ("generate", "--guidance"), ("generate", "--tile"),
-    ("generate", "--lora-strength"), ("bench", "--frames"), ("bench", "--threads"), ("bench", "--repeats"),
-    ("evaluate", "--prompts"), ("evaluate", "--windows"), ("evaluate", "--seed"), ("evaluate", "--context-noise"),
-    ("train tiny", "--steps"), ("train tiny", "--processes"), ("train tiny", "--seed"), ("info", "--width"),
-]  # fmt: skip
+def typed_options():
+    """(command, option, type) of each option of the command line whose values have a type."""
+    for name, command in COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        import_module(command.module, "sf_core.cli").add_arguments(parser)
+        for action in parser._actions:
+            if action.option_strings and action.type is not None:
+                yield name, action.option_strings[0], action.type
+
+
+NUMBERS = [(command, option) for command, option, kind in typed_options() if kind not in (Path, arguments.device)]
+
+
+def test_numbers_of_all_commands_are_known():
+    assert {"generate", "bench", "evaluate", "train tiny", "train", "info"} <= {command for command, _ in NUMBERS}
+    assert {("evaluate", "--seed"), ("bench", "--window"), ("train", "--processes")} <= set(NUMBERS)
+    assert len(NUMBERS) >= 35
 
 
 @pytest.mark.parametrize(("command", "option"), NUMBERS, ids=map(" ".join, NUMBERS))
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "", "0x10"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "", "0x10", "+-5", f"-1{'0' * 400}", "9" * 5000])
 def test_what_is_no_number_is_refused(capsys, command, option, value):
-    words = [PROMPT, "--out", "clip.mp4"] if command == "generate" else []
-    assert option in refused(capsys, *command.split(), *words, f"{option}={value}")
+    words = {"generate": [PROMPT, "--out", "clip.mp4"], "train": ["teacher"]}.get(command, [])
+    line = refused(capsys, *command.split(), *words, f"{option}={value}")
+    assert option in line and "use a" in line and len(line) < 600
 
 
-@pytest.mark.parametrize("option", ["--frames", "--threads", "--repeats"])
-def test_numbers_of_bench_are_at_least_one(capsys, option):
-    assert "from 1 to" in refused(capsys, "bench", option, "0")
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [(command, option, "0") for command, option in NUMBERS if option in (
+        "--frames", "--threads", "--repeats", "--width", "--height", "--window", "--prompts", "--windows",
+        "--processes",
+    )]
+    + [("bench", "--width", "100"), ("bench", "--sink", "-1"), ("evaluate", "--seed", str(2**63)),
+       ("train tiny", "--seed", "-1"), ("train tiny", "--steps", "0")],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(capsys, command, option, value):
+    words = {"generate": [PROMPT, "--out", "clip.mp4"], "train": ["teacher"]}.get(command, [])
+    assert re.search(f"{option}: got {value[:20]}.*; use a ", refused(capsys, *command.split(), *words, option, value))
 
 
 @pytest.mark.parametrize("options, remedy", IMPOSSIBLE, ids=[" ".join(options) for options, _ in IMPOSSIBLE])

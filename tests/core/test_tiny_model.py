@@ -112,7 +112,7 @@ def test_evaluation_prints_a_table_and_a_sheet(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--prompts", "0"], "must be 1 or more"), (["--sheet", "nowhere/sheet.png"], "a folder that exists"),
+    [(["--prompts", "0"], "whole number from 1"), (["--sheet", "nowhere/sheet.png"], "a folder that exists"),
      (["--model", "nowhere.safetensors"], "Got no file nowhere.safetensors")],
 )  # fmt: skip
 def test_evaluation_refuses_impossible_requests(capsys, arguments, message):

@@ -136,7 +136,7 @@ def test_the_plan_is_for_the_processes_that_there_are(tmp_path, monkeypatch, cap
         assert main(["train", str(path), "--plan"]) == 0
     assert main(["train", str(path), "--plan", "--processes", "2"]) == 0 and told == [1, 4, 2]
     assert main(["train", str(path), "--plan", "--processes", "0"]) == 2
-    assert "Got --processes 0; a run takes 1 or more" in capsys.readouterr().err
+    assert "got 0; use a whole number from 1" in capsys.readouterr().err
 
 
 def test_memory_that_runs_out_is_told_with_remedies(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
@@ -408,3 +409,21 @@ def test_guidance_gives_what_stock_samplers_give_for_the_same_latents(call, tiny
     theirs = calls[-1]
     for key in ("cond_denoised", "uncond_denoised", "denoised", "input", "sigma"):
         torch.testing.assert_close(ours[key], theirs[key], atol=2e-3, rtol=1e-3)
+
+
+def test_names_in_the_log_are_escaped_where_the_console_lacks_their_letters(pack, monkeypatch, caplog):
+    from any_folder_name.nodes.host import patches
+
+    def function(args):
+        return args["model"].apply_model()
+
+    function.__qualname__ = "狐"
+    monkeypatch.setattr("sys.stderr", TextIOWrapper(BytesIO(), "ascii"))
+    assert patches.Guarded(function, lambda args: "given")({"model": patches.ModelView(None)}) == "given"
+    assert "\\u72d0" in caplog.text and "狐" not in caplog.text
+
+
+def test_words_in_the_log_are_escaped_too(call, tiny, monkeypatch, caplog):
+    monkeypatch.setattr("sys.stderr", TextIOWrapper(BytesIO(), "ascii"))
+    call("Prompt", tiny.clip, "a red circle \u72d0")
+    assert "\\u72d0" in caplog.text and "\u72d0" not in caplog.text
