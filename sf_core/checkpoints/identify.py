@@ -231,6 +231,7 @@ LORA = re.compile(r"(^|[._])lora[._]|lokr_w|hada_w|\.diff(_b)?$")
 
 WAN = "a Wan diffusion model"
 WAN_VAE = "the Wan 2.1 VAE"
+WAN22_VAE = "the Wan 2.2 VAE"
 TAEHV = "a TAEHV"
 T5 = "a text encoder (T5)"
 
@@ -277,7 +278,7 @@ STRANGERS = tuple(
         (
             r"(^|\.)(decoder\.upsamples\.\d+\.upsamples|encoder\.downsamples\.\d+\.downsamples"
             r"|(down|up)_blocks\.\d+\.(down|up)sampler)\.",
-            "the Wan 2.2 VAE",
+            WAN22_VAE,
             "vae",
         ),
         (

@@ -5,9 +5,14 @@ It checks itself when it is made, so nothing further in asks again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..wan.shot_cache import Shots
 from .schedule import Step, even_steps, few_steps
+from .unipc import unipc_steps, unshifted
+
+SOLVERS = ("renoise", "unipc")
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,11 @@ class Sampling:
     sink          first latent frames that never leave the window
     pinned        give sink keys positions just before the window, so that distances stay what training saw
     context_noise timestep (0..1000) told to the network when a finished chunk enters the cache
+    solver        one of SOLVERS: "renoise" goes from each guess of the clean latents on with fresh noise, "unipc" along
+                  the flow, with whole timesteps (unipc.py)
+    shots         what a scene cut does (shot_cache.py); None: it forgets all but the sink
+    holds_prefix  latent frames of a prefix that make no whole chunk are held at timestep 0 inside the first new chunk,
+                  instead of a chunk of their own
 
     Raises ValueError for lists that do not fall, sizes below 1 and a window smaller than sink + chunk.
     Source: arXiv 2506.08009 section 3; presets `cli` and `demo` are the published inference script and web demo.
@@ -38,6 +48,9 @@ class Sampling:
     sink: int = 0
     pinned: bool = False
     context_noise: float = 0.0
+    solver: str = "renoise"
+    shots: Shots | None = None
+    holds_prefix: bool = False
 
     def __post_init__(self) -> None:
         for steps in filter(None, (self.steps, self.first_steps)):
@@ -63,6 +76,27 @@ class Sampling:
                 f"Got a window of {self.window} latent frames with sink {self.sink} and chunk {largest}; the window "
                 f"must hold both. Use a window of at least {self.sink + largest}, or a smaller sink or chunk."
             )
+        if self.solver not in SOLVERS:
+            raise ValueError(f"Got solver {self.solver!r}; there is {', '.join(SOLVERS)}.")
+        self._check_shots()
+
+    def _check_shots(self) -> None:
+        """Raises ValueError where frames pinned at a scene cut would not stay whole, or leave no room for a chunk."""
+        if self.shots is None or not self.shots.pinned or not self.sink or self.window is None:
+            return
+        chunk, sink, window = self.chunk, self.sink, self.window
+        if sink % chunk or window % chunk:
+            raise ValueError(
+                f"Got a window of {window} latent frames and sink {sink} with chunk {chunk}, for a model that pins the "
+                f"first frames of a shot; both must be multiples of the chunk. Use a window of {-(-window // chunk) * chunk} "
+                f"and sink {-(-sink // chunk) * chunk}."
+            )
+        if window < (least := sink + min(sink, chunk) + chunk):
+            raise ValueError(
+                f"Got a window of {window} latent frames with sink {sink} and chunk {chunk}, for a model that pins the "
+                f"first frames of a shot; the window must hold all three. Use a window of at least {least}, or a "
+                "smaller sink."
+            )
 
     def steps_of(self, first: bool, strength: float = 1.0) -> tuple[Step, ...]:
         """The (timestep, sigma) list of a chunk; `first` for the first one that is generated.
@@ -72,7 +106,15 @@ class Sampling:
         steps = self.first_steps if first and self.first_steps else self.steps
         if strength < 1:
             steps = (1000 * strength, *(step for step in steps if step < 1000 * strength))
+        if self.solver == "unipc":
+            return unipc_steps(steps, self.shift)
         return few_steps(steps, self.shift, self.warp)
+
+    def at_levels(self, sigmas: Sequence[float]) -> Sampling:
+        """The same with steps at these noise levels (0..1], falling."""
+        if self.solver == "unipc":
+            return replace(self, steps=tuple(unshifted(sigma, self.shift) for sigma in sigmas), first_steps=None)
+        return replace(self, steps=tuple(1000 * sigma for sigma in sigmas), shift=1.0, warp=True, first_steps=None)
 
 
 def override(sampling: Sampling, **changes) -> Sampling:

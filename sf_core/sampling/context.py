@@ -17,6 +17,7 @@ from ..device import upload
 from ..wan.cache import CachedAttention, CacheShape, RollingCache
 from ..wan.config import WanConfig
 from ..wan.model import Network, PromptKV
+from ..wan.shot_cache import ShotCache
 from .noise import Noise
 from .plan import Chunk, Plan
 from .prompts import REREADING, PromptSchedule, pad_to_longer
@@ -41,15 +42,21 @@ class Context:
             network.config, plan, plan.cache_dtype or network.dtype, self.device, prompts.branches,
             keeps_all=network.ops.recomputes,
         )  # fmt: skip
-        self.history = History(self.cache.slots if prompts.rereads or reencode else 0)
+        rereads = prompts.rereads and not plan.sampling.shots
+        self.history = History(self.cache.slots if rereads or reencode else 0)
         self.prompt: PromptKV | None = None
         self.chunk: Chunk | None = None  # the one under way
         self.attend: CachedAttention | None = None  # its self-attention
+        self.held: Tensor | None = None  # its first frames [B, C, held, H, W], where a prefix gives them
         self._followed: tuple[int, float] | None = None
 
-    def enter(self, chunk: Chunk) -> None:
-        """Begins a chunk: its prompt is encoded where it is a new one, and the cache brought in line with it."""
+    def enter(self, chunk: Chunk, prefix: Tensor | None = None) -> None:
+        """Begins a chunk: its prompt is encoded where it is a new one, and the cache brought in line with it.
+
+        prefix  latents [B, C, F, H, W] of which the chunk may hold some
+        """
         self.chunk = chunk
+        self.held = self.part(prefix, chunk)[:, :, : chunk.held] if chunk.held else None
         transition = self._follow_prompt(chunk.start)
         if not chunk.cached:
             return
@@ -64,7 +71,24 @@ class Context:
 
         write  whether the chunk's keys and values go into the cache; not where they carry gradient
         """
-        v = self._velocity(x, step.timestep, self.attend if write else self.attend.read_only())
+        timestep = step.timestep
+        if self.held is not None:
+            x, timestep = self.hold(x), self.hold_timestep(timestep)
+        v = self._velocity(x, timestep, self.attend if write else self.attend.read_only())
+        x0 = self._guided_x0(x, v, step)
+        return x0 if self.held is None else self.hold(x0)
+
+    def hold(self, x: Tensor) -> Tensor:
+        """Latents of the chunk under way with the frames in place that a prefix gives."""
+        return torch.cat((self.held, x[:, :, self.chunk.held :]), dim=2)
+
+    def hold_timestep(self, timestep: float) -> Tensor:
+        """A timestep for each frame, [1, F]: 0 for those that are held."""
+        held = self.chunk.held
+        return torch.tensor([[0.0] * held + [timestep] * (self.chunk.frames - held)], dtype=torch.float64)
+
+    def _guided_x0(self, x: Tensor, v: Tensor, step: Step) -> Tensor:
+        """x0 [B, C, frames, H, W] of latents and the velocities of all branches, with guidance."""
         positive, negative = v.chunk(2) if self.prompts.is_guided else (v, None)
         if self.prompts.guide is not None:
             of_negative = None if negative is None else x0_from_velocity(x, negative, step.sigma)
@@ -83,6 +107,7 @@ class Context:
             self.cache.cut(chunk.end)
         elif not chunk.is_last:
             is_clean = chunk.given and not self.plan.full_history
+            self.attend = self.cache.finish(self.attend)
             self._commit(x0, 0.0 if is_clean else self.plan.sampling.context_noise, self.attend)
 
     def noise(self, noise: Noise, chunk: Chunk) -> Callable[[int], Tensor]:
@@ -97,8 +122,8 @@ class Context:
     def apply_transition(self, transition: str, frame: int) -> None:
         """Brings the cache in line with a prompt that starts at `frame`; see prompts.py."""
         if transition == "cut":
-            self.cache.cut(frame)
-        if transition not in REREADING:
+            self.cache.begin_shot(frame)
+        if transition not in REREADING or self.plan.sampling.shots:
             return
         latents, cache = self.history.latents, self.cache
         if transition == "renew":
@@ -177,6 +202,13 @@ def allocate_cache(
             "Got pinned sinks with gradient checkpointing; their keys move on before the backward pass reads them "
             "again. Turn off one of the two."
         )
+    if keeps_all and sampling.shots:
+        raise ValueError(
+            "Got a model of several shots with gradient checkpointing; what its window holds changes before the "
+            "backward pass reads it again. Turn off gradient checkpointing."
+        )
     slots = plan.frames if keeps_all else plan.window
     shape = CacheShape(plan.batch * branches, plan.height, plan.width, slots, plan.sink, sampling.pinned, plan.window)
+    if sampling.shots:
+        return ShotCache(config, shape, sampling.shots, dtype, device)
     return RollingCache(config, shape, dtype, device)

@@ -5,7 +5,7 @@
         x = noise                       (over a source clip, for video to video)
         for each step of the list:
             x0 = denoise x, attending to the window
-            x = x0 with fresh noise, less of it
+            x = x0 with fresh noise, less of it     (or what another solver makes of x and x0)
         yield chunk, x0
         context.append(chunk, x0)       keys and values of the clean chunk enter the cache
 
@@ -28,6 +28,7 @@ from .noise import Noise
 from .plan import Chunk, Plan
 from .prompts import PromptSchedule
 from .schedule import Step, add_noise
+from .unipc import UniPC
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _generate(
 ) -> Iterator[tuple[Chunk, Tensor]]:
     context = Context(network, plan, prompts, reencode)
     for chunk in plan.chunks:
-        context.enter(chunk)
+        context.enter(chunk, prefix)
         if chunk.given:
             x0 = context.part(prefix, chunk)
         else:
@@ -110,6 +111,7 @@ def denoise(
     gradient  whether the last step carries gradient, as training wants it; the cache is then left alone
     """
     x = noise(0) if source is None else add_noise(source, noise(0), steps[0].sigma)
+    solve = SOLVERS[context.plan.sampling.solver](steps, noise)
     for i, step in enumerate(steps):
         learns = gradient and i + 1 == len(steps)
         with torch.set_grad_enabled(learns):
@@ -117,8 +119,24 @@ def denoise(
         if on_step is not None:
             on_step(Progress(context.chunk, i + 1, len(steps), context.plan.total_steps, x0))
         if i + 1 < len(steps):
-            x = add_noise(x0, noise(i + 1), steps[i + 1].sigma)
+            x = solve(i, x, x0)
     return x0
+
+
+def renoise(steps: tuple[Step, ...], noise: Callable[[int], Tensor]) -> Solver:
+    """The few-step sampler: the guess of the clean latents, with fresh noise of the next level."""
+    return lambda i, x, x0: add_noise(x0, noise(i + 1), steps[i + 1].sigma)
+
+
+def unipc(steps: tuple[Step, ...], noise: Callable[[int], Tensor]) -> Solver:
+    """UniPC, which draws no noise but the first."""
+    return UniPC(steps)
+
+
+Solver = Callable[[int, Tensor, Tensor], Tensor]
+"""(i, x_t, guess of the clean latents) at step i -> x_t at step i + 1."""
+
+SOLVERS = {"renoise": renoise, "unipc": unipc}
 
 
 def _check(network: Network, plan: Plan, prompts: PromptSchedule, prefix: Tensor | None, source: Tensor | None) -> None:

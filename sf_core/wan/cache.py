@@ -95,6 +95,14 @@ class RollingCache:
         """Forgets everything but the sinks; `frame` comes next."""
         self.ring_first = max(self.ring_first, frame)
 
+    def begin_shot(self, frame: int) -> None:
+        """A scene cut at `frame`: here everything but the sinks is forgotten."""
+        self.cut(frame)
+
+    def finish(self, attend: CachedAttention) -> CachedAttention:
+        """The self-attention with which a chunk is written once it is denoised: that of its steps."""
+        return attend
+
     def chunk(self, start: int, frames: int, attention: Attention = sdpa) -> CachedAttention:
         """How the chunk of frames start .. start + frames - 1 sees itself and the window before it.
 
@@ -223,17 +231,22 @@ class CachedAttention:
         if self.write:
             self._write(keys, k)
             self._write(values, v)
-            if self.attends_to_all:
-                return self.attention(q, keys.read(self.length), values.read(self.length), None)
-        return self.attention(q, self._append(keys, k), self._append(values, v), None)
+        filled = self.read_keys(keys), values.read(self.length)
+        if self.write and self.attends_to_all:
+            return self.attention(q, *filled, None)
+        return self.attention(q, self._append(filled[0], k), self._append(filled[1], v), None)
+
+    def read_keys(self, keys: SlotBuffer) -> Tensor:
+        """Keys [B, N, filled * S, D] of a layer with the positions that their frames have for this chunk."""
+        return keys.read(self.length)
 
     def _write(self, buffer: SlotBuffer, chunk: Tensor) -> None:
         tokens = self.cache.tokens
         for slot, offset, count in self.runs:
             buffer.write(slot * tokens, chunk[:, :, offset * tokens : (offset + count) * tokens])
 
-    def _append(self, buffer: SlotBuffer, chunk: Tensor) -> Tensor:
+    def _append(self, filled: Tensor, chunk: Tensor) -> Tensor:
         """[frames of the window before the chunk, chunk] along the tokens, as a new tensor."""
-        tokens, filled = self.cache.tokens, buffer.read(self.length)
+        tokens = self.cache.tokens
         kept = [filled[:, :, low * tokens : high * tokens] for low, high in self.before]
         return torch.cat((*kept, chunk), dim=2)
