@@ -49,7 +49,7 @@ class SelfForcingLoadModel(io.ComfyNode):
             node_id="SelfForcingLoadModel",
             display_name="Load Self Forcing Model",
             category=CATEGORY,
-            description="Loads a causal Wan 2.1 checkpoint (Self Forcing, Causal Forcing, LongLive, ...) in whatever "
+            description="Loads a causal Wan checkpoint (Self Forcing, Causal Forcing, LongLive, ...) in whatever "
             "format it comes, as a MODEL that stock nodes take too.",
             search_aliases=["self forcing loader", "causal forcing", "longlive", "load wan", "unet loader", "causvid"],
             inputs=[
@@ -102,14 +102,14 @@ class SelfForcingLoadTAEHV(io.ComfyNode):
             node_id="SelfForcingLoadTAEHV",
             display_name="Load TAEHV",
             category=CATEGORY,
-            description="Loads a tiny autoencoder for Wan 2.1 video (taew2_1, lighttaew2_1): far faster and smaller "
-            "than the Wan VAE, a little softer. The VAE works in VAE Decode and VAE Encode too.",
+            description="Loads a tiny autoencoder for Wan video (taew2_1, lighttaew2_1; taew2_2 for LongLive 2): far "
+            "faster and smaller than the Wan VAE, a little softer. The VAE works in VAE Decode and VAE Encode too.",
             search_aliases=["taew2_1", "taehv", "lighttae", "tiny vae", "tiny autoencoder", "load vae", "fast vae"],
             inputs=[
                 io.Combo.Input(
                     "file", options=taehv_files(),
-                    tooltip="TAEHV file: taew2_1 or lighttaew2_1, .safetensors or .pth, in models/vae_approx or "
-                    "models/vae.",
+                    tooltip="TAEHV file: taew2_1, lighttaew2_1 or taew2_2, .safetensors or .pth, in models/vae_approx "
+                    "or models/vae.",
                 ),
             ],
             outputs=[io.Vae.Output(tooltip="VAE, for Self Forcing Decode, VAE Decode and VAE Encode.")],

@@ -25,7 +25,7 @@ class SelfForcingStream(io.ComfyNode):
             search_aliases=["live video", "realtime", "real-time", "streaming", "watch", "demo", "autoregressive"],
             inputs=[
                 inputs.model(), inputs.positive(), inputs.latent(),
-                io.Vae.Input("vae", tooltip="VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
+                io.Vae.Input("vae", tooltip="VAE that belongs to the model: the built-in one, TAEHV or Wan's."),
                 inputs.seed(-1),
                 io.Float.Input(
                     "fps", default=16.0, min=1.0, max=120.0, step=1.0,
@@ -64,8 +64,9 @@ class SelfForcingStream(io.ComfyNode):
         given = inputs.StreamInputs(**given)
         drawn = secrets.randbelow(2**53) if given.seed == -1 else None
         generation = prepare_generation(given, drawn)
-        check_tile(given.tile)
-        video = LiveVideo(generation, require_decoder(given.vae, given.latent["samples"]), given, cls)
+        decoder = require_decoder(given.vae, given.latent["samples"])
+        check_tile(given.tile, decoder)
+        video = LiveVideo(generation, decoder, given, cls)
         notes = begin_notes(generation, cls)
         if drawn is not None:
             notes.add(f"seed {drawn}")

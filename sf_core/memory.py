@@ -3,7 +3,8 @@
     weights + KV cache + prompt + decoder + the larger of (a forward, a step of the decoder)
 
 since chunks are made and decoded in turns. What decoders take goes by pixels; it was counted, tensor by tensor, for
-832 x 480 and for half the width and height. What convolution kernels borrow besides is not in it.
+832 x 480 (1280 x 704 with Wan 2.2) and for half the width and height. What convolution kernels borrow besides is not in
+it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from .wan.fp8 import E4M3, quantise_model
 from .wan.model import WanModel
 
 LONGEST_TRAINED = 21  # latent frames of a training clip, 81 frames of video
-TILE = 32  # latent pixels: what is suggested
-COARSE, BETWEEN = 550, 144  # numbers per pixel of a whole frame while tiles are used: before them, and beside them
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,20 @@ class DecoderMemory:
     kept     per pixel of a frame, from one chunk to the next
     working  per pixel of a frame, while it runs
     fine     of `kept`, what belongs to the sizes that can run tile by tile, 0 where none can
+    coarse   per pixel of a frame while tiles are used, before they run
+    between  the same, beside them
+    space    pixels of a latent pixel's side
+    tile     side of the tiles that are suggested, in latent pixels; None where there are none
     """
 
     weights: int
     kept: int
     working: int
     fine: int = 0
+    coarse: int = 0
+    between: int = 0
+    space: int = 8
+    tile: int | None = None
 
     def held(self, pixels: int, tiled: bool) -> int:
         """Numbers that stay. Tiles' memories wait in the CPU's."""
@@ -49,12 +56,16 @@ class DecoderMemory:
         """Numbers that come and go; `tile` in latent pixels."""
         if not tile:
             return pixels * self.working
-        seen = min(pixels, (8 * tile) ** 2)
-        return max(COARSE * pixels, BETWEEN * pixels + seen * (self.fine + self.working))
+        seen = min(pixels, (self.space * tile) ** 2)
+        return max(self.coarse * pixels, self.between * pixels + seen * (self.fine + self.working))
 
 
-WAN_VAE = DecoderMemory(weights=126_900_000, kept=2370, working=3200, fine=1970)
+WAN_VAE = DecoderMemory(126_900_000, kept=2370, working=3200, fine=1970, coarse=550, between=144, tile=32)
+WAN22_VAE = DecoderMemory(
+    704_700_000, kept=1805, working=3100, fine=1715, coarse=400, between=176, space=16, tile=32
+)  # fmt: skip
 TAEHV = DecoderMemory(weights=11_300_000, kept=132, working=600)
+TAEHV22 = DecoderMemory(weights=11_500_000, kept=33, working=250, space=16)
 BUILT_IN = DecoderMemory(weights=670_000, kept=85, working=320)
 
 
@@ -154,12 +165,12 @@ class MemoryPlan:
     @property
     def width(self) -> int:
         """Pixels."""
-        return 8 * self.plan.width
+        return self.config.space * self.plan.width
 
     @property
     def height(self) -> int:
         """Pixels."""
-        return 8 * self.plan.height
+        return self.config.space * self.plan.height
 
     @property
     def window(self) -> int:
@@ -208,17 +219,20 @@ def float8_bytes(config: WanConfig, dtype: torch.dtype) -> int:
 
 def smaller_plans(plan: MemoryPlan, limit: int) -> Iterator[tuple[str, MemoryPlan]]:
     """(option of `generate`, the plan with it), one change each, those that cost the least quality first."""
-    tiled = plan.decoder is WAN_VAE and plan.tile is None and plan.height * plan.width > (8 * TILE) ** 2
-    if tiled:
-        yield f"--tile {8 * TILE}", replace(plan, tile=TILE)
+    decoder = plan.decoder
+    if decoder and decoder.tile and plan.tile is None:
+        side = decoder.space * decoder.tile
+        if plan.height * plan.width > side**2:
+            yield f"--tile {side}", replace(plan, tile=decoder.tile)
     if plan.guided:
         yield "--guidance 1", replace(plan, guided=False)
     if plan.plan.cache_dtype is None:
         yield "--fp8-cache", plan.with_fp8_cache()
     if not plan.fp8 and plan.weights_fp8 < plan.weights:
         yield "--fp8", replace(plan, fp8=True)
-    if plan.decoder is WAN_VAE:
-        yield "--taehv instead of --vae", replace(plan, decoder=TAEHV, tile=None)
+    if decoder and decoder.tile:
+        small = TAEHV22 if plan.config.channels == 48 else TAEHV
+        yield "--taehv instead of --vae", replace(plan, decoder=small, tile=None)
     shorter = range(plan.window - plan.plan.sampling.chunk, plan.shortest_window - 1, -plan.plan.sampling.chunk)
     if shorter:
         window = plan.longest_window(limit, plan.plan.sampling.chunk)

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import comfy.sd
 import torch
-from comfy.latent_formats import Wan21
+from comfy.latent_formats import Wan21, Wan22
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
@@ -136,7 +136,7 @@ def quantisation_metadata(layers: dict[str, dict]) -> dict[str, str]:
 def wan_metadata(config: WanConfig) -> dict[str, str]:
     """What ComfyUI cannot read off the weights' shapes, as the metadata of a file would say it."""
     fields = {
-        "causal_ar": True,
+        **({} if config.channels == 48 else {"causal_ar": True}),  # ComfyUI's causal Wan has Wan 2.1's latents
         "num_heads": config.heads,
         "freq_dim": config.freq_dim,
         "text_dim": config.text_dim,
@@ -184,24 +184,28 @@ def quantise_matrix(name: str, matrix: Tensor) -> dict[str, Tensor]:
 # --- VAE -------------------------------------------------------------------------------------------------------------
 
 
-def load_taehv(path: Path) -> comfy.sd.VAE:
-    """The TAEHV for Wan 2.1 latents in a file. Raises ValueError for another file.
+FORMATS = {16: Wan21, 48: Wan22}  # by channels of the latents
 
-    ComfyUI takes a float16 TAEHV of 16 channels for HunyuanVideo's. taew2_1 reads and writes Wan's latents as the model
-    sees them; lighttaew2_1 those of the Wan VAE itself, and has the same layers: its name tells.
+
+def load_taehv(path: Path) -> comfy.sd.VAE:
+    """The TAEHV for Wan 2.1 or Wan 2.2 latents in a file. Raises ValueError for another file.
+
+    ComfyUI takes a float16 TAEHV of 16 channels for HunyuanVideo's, and gives one of 48 raw latents. taew2_1 and
+    taew2_2 read and write Wan's latents as the model sees them; lighttaew2_1 those of the Wan VAE itself, and has the
+    same layers: its name tells.
     """
-    network = load_autoencoder(path, TAEHV, channels=16)
-    state = network.state_dict()
-    if network.space != 8 or "decoder.22.bias" not in state:
+    network = load_autoencoder(path, TAEHV, channels=None)
+    state, form = network.state_dict(), FORMATS[network.channels]
+    if network.space != form.spacial_downscale_ratio or "decoder.22.bias" not in state:
         raise ValueError(
-            f"Got {path.name}, a TAEHV of another model; Wan 2.1 models need one of theirs. "
-            "Use taew2_1 or lighttaew2_1."
+            f"Got {path.name}, a TAEHV of another model; Wan models need one of theirs. "
+            "Use taew2_1 or lighttaew2_1, or taew2_2 for LongLive 2."
         )
     vae = comfy.sd.VAE(dict(state))
     model, raw = vae.first_stage_model, "lighttae" in path.name.lower()
-    model.latent_format = None if raw else Wan21
-    model.process_in = _unchanged if raw else Wan21().process_in
-    model.process_out = _unchanged if raw else Wan21().process_out
+    model.latent_format = None if raw else form
+    model.process_in = _unchanged if raw else form().process_in
+    model.process_out = _unchanged if raw else form().process_out
     vae.process_output = lambda frames: frames.clamp_(0, 1)
     vae.patcher.cached_patcher_init = (load_taehv_patcher, (path,))
     return vae

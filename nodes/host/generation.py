@@ -18,8 +18,8 @@ from torch import Tensor
 from ...sf_core.memory import MemoryPlan
 from ...sf_core.pipeline import Generation
 from ...sf_core.sampling.plan import Chunk, Plan, round_up_to_chunks
-from ...sf_core.sampling.prompt_text import StartTime, schedule
-from ...sf_core.sampling.prompts import REREADING, PromptSchedule
+from ...sf_core.sampling.prompt_text import EncodedPrompt, schedule
+from ...sf_core.sampling.prompts import PromptSchedule
 from ...sf_core.sampling.rollout import OnStep
 from ...sf_core.wan.compile import compile_ops
 from ...sf_core.wan.model import Network, WanLayers
@@ -50,7 +50,7 @@ class HostGeneration:
     model: ModelPatcher
     plan: Plan
     length: int
-    prompts: list[tuple[StartTime, Tensor]]
+    prompts: list[EncodedPrompt]
     seed: int
     negative: Tensor | None = None
     guidance: float = 1.0
@@ -70,18 +70,20 @@ class HostGeneration:
     @property
     def memory(self) -> MemoryPlan:
         """What it takes of the device, beside the weights."""
-        rereads = any(start.transition in REREADING for start, _ in self.prompts[1:]) or self.reencoder is not None
+        starts = [prompt.start.transition for prompt in self.prompts[1:]]
+        rereads = any(map(self.plan.sampling.rereads_at, starts)) or self.reencoder is not None
         return MemoryPlan(self.wan.config, self.plan, self.dtype, rereads=rereads, guided=self.negative is not None)
 
     @property
     def what(self) -> str:
         """The video, in words for an error."""
-        return f"{self.length} latent frames of {8 * self.plan.width} x {8 * self.plan.height} pixels"
+        space = self.wan.config.space
+        return f"{self.length} latent frames of {space * self.plan.width} x {space * self.plan.height} pixels"
 
     @property
     def pixels(self) -> int:
         """Pixels of a frame."""
-        return 64 * self.plan.height * self.plan.width
+        return self.wan.config.space**2 * self.plan.height * self.plan.width
 
     @property
     def reencoder(self) -> comfy.sd.VAE | None:
@@ -176,7 +178,7 @@ def prepare_generation(given: RolloutInputs, seed: int | None = None) -> HostGen
     negative = negative_for(model.model_options, given.cfg, given.negative, batch)
     return HostGeneration(
         model, plan, length,
-        read_prompts(given.positive, batch),
+        read_prompts(given.positive, batch, sampling.shots is not None),
         given.seed if seed is None else seed,
         negative, given.cfg,
         prefix=repeat_to_batch(prefix, batch),

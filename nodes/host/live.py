@@ -45,16 +45,16 @@ def require_decoder(vae: comfy.sd.VAE, samples: Tensor) -> StreamingDecoder:
     if decoder is None:
         raise ValueError(
             f"Got a VAE of type {type(vae.first_stage_model).__name__}, which cannot decode piece by piece. Connect "
-            "the Wan 2.1 VAE, a TAEHV of Load TAEHV, or the built-in one; or use Self Forcing Sampler and VAE Decode."
+            "the Wan VAE, a TAEHV of Load TAEHV, or the built-in one; or use Self Forcing Sampler and VAE Decode."
         )
     return decoder
 
 
 def next_file(prefix: str, generation: HostGeneration) -> Path:
     """The next free .mp4 of that name in ComfyUI's output folder."""
-    plan = generation.plan
+    plan, space = generation.plan, generation.wan.config.space
     folder, name, counter, _, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory(), 8 * plan.width, 8 * plan.height
+        prefix, folder_paths.get_output_directory(), space * plan.width, space * plan.height
     )
     return Path(folder) / f"{name}_{counter:05}_.mp4"
 
@@ -76,7 +76,7 @@ class LiveVideo:
     @property
     def tile(self) -> int | None:
         """Side of the decoder's tiles in latent pixels; None: the whole picture."""
-        return self.given.tile // 8 or None
+        return self.given.tile // self.decoder.space or None
 
     @property
     def length(self) -> int:

@@ -194,7 +194,8 @@ class TellingCall:
     def __call__(self, part: Callable, module: torch.nn.Module, *args):
         if part is velocity:
             x, t = args[:2]
-            self.options["sigmas"] = torch.full((1,), t / 1000, device=x.device)
+            noisiest = t.max().item() if isinstance(t, Tensor) else t  # frames that are held have 0
+            self.options["sigmas"] = torch.full((1,), noisiest / 1000, device=x.device)
         elif part is run_block:
             self.options["block_index"] = args[2]
         return part(module, *args)

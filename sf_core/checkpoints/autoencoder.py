@@ -86,8 +86,10 @@ STAGED = re.compile(r"\b(en|de)coder\.(down|up)_blocks\.(\d{1,3})\.(?:resnets\.(
 UP_BLOCK = re.compile(r"\bdecoder\.up_blocks\.(\d{1,3})\.(resnets|upsamplers)\.(\d{1,3})\.")
 
 
-def load_autoencoder(path: str | Path, kind: type[Autoencoder], channels: int) -> Autoencoder:
+def load_autoencoder(path: str | Path, kind: type[Autoencoder], channels: int | None) -> Autoencoder:
     """The autoencoder of that kind in a file, in the file's dtype, around its tensors; for latents of `channels`.
+
+    Without channels it may be for any that a kind is known for.
 
     Raises CheckpointError, a ValueError, for any other file.
     """
@@ -98,16 +100,17 @@ def load_autoencoder(path: str | Path, kind: type[Autoencoder], channels: int) -
         autoencoder = kind.from_state_dict({name: mapped[at] for name, at in names.items()})
     except ValueError as error:
         raise ValueError(f"{title}: {error}") from None
-    if autoencoder.channels != channels:
+    known = [channels] if channels else [of for known, of in KINDS if known is kind]
+    if autoencoder.channels not in known:
         raise CheckpointError(
             f"{title}, an autoencoder for latents of {autoencoder.channels} channels",
-            f"the model makes {channels}",
+            f"the model makes {' or '.join(map(str, known))}",
             about.remedy,
         )
     return autoencoder
 
 
-def _kind(kind: type[Autoencoder], channels: int) -> Kind:
+def _kind(kind: type[Autoencoder], channels: int | None) -> Kind:
     """What is known of a kind, that for latents of other channels where there is none for these."""
     return KINDS.get((kind, channels)) or next(about for (known, _), about in KINDS.items() if known is kind)
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
+from . import nvfp4
 from .tensorfiles import CheckpointError, TensorFile
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -66,13 +67,19 @@ MARKERS = ("scaled_fp8", "comfy_quant", "freqs")  # tensors that say nothing the
 class Found:
     """A model in a file: its shape and, for every tensor of it (float8 scales included), {Wan's name: file's name}.
 
-    `root` is the prefix its names have in the file, wrappers removed; `causal` whether the file itself says so.
+    `root` is the prefix its names have in the file, wrappers removed; `causal` whether the file itself says so;
+    `packed` has {part: file's name} of weights in four bits (nvfp4.py), which in `names` go by their first part.
     """
 
     config: WanConfig
     names: dict[str, str]
     root: str
     causal: bool
+    packed: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def headers(self, file: TensorFile) -> dict[str, Tensor]:
+        """The model's tensors under Wan's names, on the meta device."""
+        return _headers(file, self.names, self.packed)
 
 
 def find_wan(file: TensorFile, trusted: bool = False) -> Found:
@@ -83,13 +90,38 @@ def find_wan(file: TensorFile, trusted: bool = False) -> Found:
     title = file.paths[0].name
     _refuse_loras(file.tensors, title)
     root, names = _best_root(file.tensors, title)
-    tensors = {name: file.tensors[at] for name, at in names.items()}
+    names, packed = _packed(names, title)
+    tensors = _headers(file, names, packed)
     facts = _transformer_facts(file.metadata)
     causal = facts.get("causal_ar") is True or "generator" in root
-    _refuse_variants(tensors, title, trusted or facts.get("causal_ar") is True)
+    _refuse_variants(tensors, title, trusted or facts.get("causal_ar") is True, causal)
     config = _config(tensors, facts, title)
     _check(tensors, config, title)
-    return Found(config, names, root, causal)
+    return Found(config, names, root, causal, packed)
+
+
+def _headers(file: TensorFile, names: dict[str, str], packed: dict[str, dict[str, str]]) -> dict[str, Tensor]:
+    tensors = {name: file.tensors[at] for name, at in names.items()}
+    for name in packed:
+        rows, *half = tensors[name].shape or (0,)
+        tensors[name] = torch.empty(rows, *(2 * columns for columns in half), dtype=torch.bfloat16, device="meta")
+    return tensors
+
+
+def _packed(names: dict[str, str], title: str) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Names with one for each weight in four bits, and {weight: {part: file's name}} of these.
+
+    Raises CheckpointError for one without a part.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    for name, at in names.items():
+        layer, _, last = name.rpartition(".")
+        if last.startswith(nvfp4.PREFIX):
+            parts.setdefault(f"{layer}.weight", {})[last.removeprefix(nvfp4.PREFIX)] = at
+    if missing := [f"{weight} ({part})" for weight, at in parts.items() for part in nvfp4.PARTS if part not in at]:
+        raise _incomplete(title, missing)
+    plain = {name: at for name, at in names.items() if not name.rpartition(".")[2].startswith(nvfp4.PREFIX)}
+    return plain | {weight: at["values"] for weight, at in parts.items()}, parts
 
 
 def is_scale(name: str) -> bool:
@@ -347,18 +379,25 @@ def _stranger(names: list[str], teachers: set[str], title: str) -> CheckpointErr
     return wrong_file(title, names, NEEDED, GET_ONE)
 
 
-def _refuse_variants(tensors: dict[str, Tensor], title: str, causal: bool) -> None:
-    """Raises CheckpointError for Wan models that cannot be sampled here; `causal` lets a 14B model pass."""
+def _refuse_variants(tensors: dict[str, Tensor], title: str, trusted: bool, causal: bool) -> None:
+    """Raises CheckpointError for Wan models that cannot be sampled here.
+
+    trusted  lets a 14B model pass, and Wan 2.2 5B as `causal` does
+    """
     dim, takes, *_ = _shape(tensors, "patch_embedding.weight", 5, title)
     gives = _shape(tensors, "head.head.weight", 2, title)[0] // 4
     if takes == 36 or any("k_img" in name or name.startswith("img_emb") for name in tensors):
         what = "a Wan image-to-video model"
         remedy = f"Text-to-video models start from an image too: give it as a prefix. {GET_ONE}"
-    elif takes == gives == 48:
-        what, remedy = "Wan 2.2 5B or a relative, whose latents have 48 channels instead of 16", GET_ONE
+    elif takes == gives == 48 and not (trusted or causal):
+        what = "Wan 2.2 5B or a relative, which nothing calls causal"
+        remedy = (
+            "Get model_bf16.pt from huggingface.co/Efficient-Large-Model/LongLive-2.0-5B. If it is that, choose the "
+            "family longlive-2"
+        )
     elif takes != gives:
         what, remedy = f"a Wan variant that takes {takes} channels and gives {gives} (inpainting, control)", GET_ONE
-    elif dim == DIM_14B and not causal:
+    elif dim == DIM_14B and not trusted:
         what = "a Wan 14B model that nothing calls causal (the step-distilled 'self forcing' 14B models are not)"
         remedy = f"{GET_ONE}. If it is causal all the same, choose its family"
     else:

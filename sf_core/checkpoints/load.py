@@ -12,7 +12,7 @@ Float8 weights stay float8. A scaled one has its scale beside it, under one name
     blocks.0.self_attn.q.weight_scale    float32, [] for the tensor or [out] per row: weight = float8 * scale
     blocks.0.self_attn.q.input_scale     float32 [], where the file has one: for float8 activations
 
-`dequantised` makes plain weights of them.
+`dequantised` makes plain weights of them. Weights in four bits (nvfp4.py) are bfloat16 when they are read.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..sampling.config import Sampling
-from ..sampling.families import DEFAULT, FAMILIES, Guess, family_named, guess_family
+from ..sampling.config import Sampling, read_sampling
+from ..sampling.families import DEFAULT, FAMILIES, OF_48_CHANNELS, Guess, family_named, guess_family
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
 from .identify import FLOAT8_DTYPES, GET_ONE, Found, find_wan, is_scale, metadata_entry
 from .lora import Adapter, Difference, Merged, left_out, read_lora
+from .nvfp4 import Unpacked
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
 Loras = Sequence[tuple[str | Path, float]]
@@ -91,8 +92,12 @@ def load_checkpoint(path: str | Path, family: str | None = None, loras: Loras = 
     """
     file, found = _open(path, family)
     merged = _read_loras(loras, file, found)
-    mapped = map_tensors(file, found.names.values())
+    packed = [at for parts in found.packed.values() for at in parts.values()]
+    mapped = map_tensors(file, {*found.names.values(), *packed})
     state = {name: _scale(mapped[at]) if is_scale(name) else mapped[at] for name, at in found.names.items()}
+    if packed:
+        in_four_bits = {name: {part: mapped[at] for part, at in parts.items()} for name, parts in found.packed.items()}
+        state = Unpacked(state, in_four_bits)
     about = _describe(file, found, family, loras)
     return Checkpoint(**vars(about), state_dict=Merged(state, merged) if merged else state)
 
@@ -140,17 +145,13 @@ def _open(path: str | Path, family: str | None) -> tuple[TensorFile, Found]:
     if family is not None:
         family_named(family)
     file = read_header(path)
-    return file, find_wan(file, trusted=family is not None)
-
-
-def _headers(file: TensorFile, found: Found) -> dict[str, Tensor]:
-    """The model's tensors under Wan's names, on the meta device."""
-    return {name: file.tensors[at] for name, at in found.names.items()}
+    named = family or _guess(file).family
+    return file, find_wan(file, trusted=family is not None or named == OF_48_CHANNELS)
 
 
 def _read_loras(loras: Loras, file: TensorFile, found: Found) -> list[tuple[dict[str, Adapter | Difference], float]]:
     """What each LoRA adds to the model's weights, and its strength."""
-    headers = _headers(file, found)
+    headers = found.headers(file)
     return [(read_lora(path, headers), strength) for path, strength in loras]
 
 
@@ -161,18 +162,19 @@ def _scale(tensor: Tensor) -> Tensor:
 
 
 def _describe(file: TensorFile, found: Found, chosen: str | None, loras: Loras) -> Description:
-    weights = [file.tensors[at] for name, at in found.names.items() if not is_scale(name)]
+    headers = found.headers(file)
+    weights = [tensor for name, tensor in headers.items() if not is_scale(name)]
     float8 = [dtype for dtype in FLOAT8_DTYPES if any(tensor.dtype is dtype for tensor in weights)]
-    guess = Guess(chosen, "chosen") if chosen else _guess(file)
+    guess = Guess(chosen, "chosen") if chosen else _fitting(_guess(file), found.config)
     own = None if chosen else _own_sampling(file)
     notes = ["Sampled as its metadata says."] if own else _notes(file, found, guess, chosen is not None)
     for lora, strength in loras:
         notes.append(f"With {Path(lora).name} merged into it, strength {strength:g}.")
-        if unused := left_out(lora, _headers(file, found)):
+        if unused := left_out(lora, headers):
             notes.append(f"{len(unused)} parts of it do not fit this model and are left out, such as {unused[0]}.")
     return Description(
         config=found.config,
-        dtype=float8[0] if float8 else file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,
+        dtype=float8[0] if float8 else headers["blocks.0.self_attn.q.weight"].dtype,
         family=guess.family,
         sampling=own or FAMILIES[guess.family].sampling,
         note=" ".join(notes),
@@ -188,7 +190,7 @@ def _own_sampling(file: TensorFile) -> Sampling | None:
     """What a model of our own training says of itself."""
     entry = metadata_entry(file.metadata, "sampling")
     try:
-        return Sampling(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}) if entry else None
+        return read_sampling(entry) if entry else None
     except (TypeError, ValueError) as error:
         title = f"{file.paths[0].name}, whose metadata cannot be right ({error})"
         raise CheckpointError(title, "its `sampling` must fit", "Choose a family, or correct it") from None
@@ -214,12 +216,21 @@ def _guess(file: TensorFile) -> Guess:
     return guess
 
 
+def _fitting(guess: Guess, config: WanConfig) -> Guess:
+    """The guess, where the model's latents are those of that family; else a family whose they are."""
+    if (config.channels == 48) == (guess.family == OF_48_CHANNELS):
+        return guess
+    return Guess(OF_48_CHANNELS if config.channels == 48 else DEFAULT, None)
+
+
 def _notes(file: TensorFile, found: Found, guess: Guess, chosen: bool) -> list[str]:
     """How the family was known, and doubts about the file, in sentences."""
     if chosen:
         notes = [f"Sampled as {guess.family}, as chosen."]
     elif guess.evidence:
         notes = [f'Sampled as {guess.family}: its name says "{guess.evidence}".']
+    elif guess.family == OF_48_CHANNELS:
+        notes = [f"Sampled as {OF_48_CHANNELS}, the one family known whose latents have 48 channels."]
     else:
         notes = [f"Sampled as {DEFAULT}, since no name tells the family: choose it if it is another."]
     if STAGE.search(file.paths[0].name):

@@ -63,10 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompt from a text file")
     add("--out", required=True, metavar="FILE", help="output: .mp4, .webm, .gif, or a folder/ of PNGs")
     add("--seed", type=int_in(-1, MAX_SEED), default=0, help="seed (0); -1 draws one and prints it")
-    add("--frames", type=int_in(1, MAX_FRAMES), help="pixel frames, --start included (81; 80 more; --source's)")
-    add("--width", type=size, help="width in pixels, a multiple of 16 (64, with --model 832)")
-    add("--height", type=size, help="height in pixels, a multiple of 16 (64, with --model 480)")
-    add("--fps", type=int_in(1, 120), default=16, help="frames per second the file plays at (16)")
+    frames = "pixel frames, --start included (81; 80 more; --source's; of LongLive 2 125, and 124 more)"
+    add("--frames", type=int_in(1, MAX_FRAMES), help=frames)
+    add("--width", type=size, help="width in pixels, a multiple of 16 (64, with --model 832; of LongLive 2: 32, 1280)")
+    add("--height", type=size, help="height in pixels, a multiple of 16 (64, with --model 480; of LongLive 2: 32, 704)")
+    add("--fps", type=int_in(1, 120), help="frames per second the file plays at (16; of LongLive 2 24)")
     add("--device", type=device, default="auto", help="device: cpu, cuda, cuda:1, mps (cuda if there is one)")
     add("--dtype", choices=DTYPES, default=None, help="dtype to compute in (float32 on cpu, else bfloat16)")
     add("--preview", nargs="?", const="", metavar="PNG", help="contact sheet, too (beside the video)")
@@ -111,8 +112,8 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", type=Path, metavar="FILE", help="causal Wan: file, index of shards, or folder")
     decoder = group.add_mutually_exclusive_group()
-    decoder.add_argument("--vae", type=Path, metavar="FILE", help="Wan 2.1 VAE")
-    decoder.add_argument("--taehv", type=Path, metavar="FILE", help="TAEHV (taew2_1), a small and fast decoder")
+    decoder.add_argument("--vae", type=Path, metavar="FILE", help="Wan 2.1 VAE; of LongLive 2: Wan 2.2 VAE")
+    decoder.add_argument("--taehv", type=Path, metavar="FILE", help="TAEHV (taew2_1 or 2_2), small and fast")
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder, UMT5-XXL: file or folder")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer, where the text encoder's file lacks it")
     lora = "LoRA merged into the model (LongLive's lora.pt); may be given several times"
@@ -136,7 +137,7 @@ def read_pipeline(args: argparse.Namespace) -> Pipeline:
     if args.model is None:
         if stray := [f"--{name.replace('_', '-')}" for name in files if getattr(args, name) is not None]:
             raise ValueError(f"Got {' and '.join(stray)} without --model, to which it belongs. Add --model FILE.")
-        return TinyPipeline(_runtime(args))
+        return _with_defaults(TinyPipeline(_runtime(args)), args)
     decoder = args.vae or args.taehv
     if decoder is None or args.text_encoder is None:
         raise ValueError(
@@ -145,7 +146,15 @@ def read_pipeline(args: argparse.Namespace) -> Pipeline:
         )
     loras, is_taehv = _loras(args), args.vae is None
     named = ModelFiles(args.model, args.text_encoder, decoder, is_taehv, args.tokenizer, args.family, loras)
-    return FilePipeline(named, _runtime(args))
+    return _with_defaults(FilePipeline(named, _runtime(args)), args)
+
+
+def _with_defaults(pipeline: Pipeline, args: argparse.Namespace) -> Pipeline:
+    """The pipeline with what the options say in pixels, and the options with its frame rate."""
+    args.fps = args.fps or pipeline.fps
+    if args.tile:
+        pipeline.runtime = dataclasses.replace(pipeline.runtime, tile=max(1, args.tile // pipeline.config.space))
+    return pipeline
 
 
 def _loras(args: argparse.Namespace) -> tuple[tuple[Path, float], ...]:
@@ -166,9 +175,8 @@ def _runtime(args: argparse.Namespace) -> Runtime:
         dtype,
         args.fp8,
         E4M3 if args.fp8_cache else None,
-        args.tile and args.tile // 8,
-        attention_kernel(args.attention, args.device, dtype),
-        compile_ops(args.compile),
+        attention=attention_kernel(args.attention, args.device, dtype),
+        ops=compile_ops(args.compile),
     )
 
 

@@ -22,10 +22,17 @@ from ..sampling.families import FAMILIES
 from ..sampling.plan import Plan
 from .arguments import size, window
 
-DECODERS = {
-    "Wan VAE": (memory.WAN_VAE, None),
-    "Wan VAE, --tile 256": (memory.WAN_VAE, memory.TILE),
-    "TAEHV": (memory.TAEHV, None),
+DECODERS = {  # by channels of the latents
+    16: {
+        "Wan VAE": (memory.WAN_VAE, None),
+        "Wan VAE, --tile 256": (memory.WAN_VAE, 32),
+        "TAEHV": (memory.TAEHV, None),
+    },
+    48: {
+        "Wan VAE": (memory.WAN22_VAE, None),
+        "Wan VAE, --tile 512": (memory.WAN22_VAE, 32),
+        "TAEHV": (memory.TAEHV22, None),
+    },
 }
 
 
@@ -67,18 +74,20 @@ def _file(about: Description) -> list[str]:
 
 def _memory(about: Description, sampling: Sampling, width: int, height: int) -> list[str]:
     dtype = torch.float16 if plain_dtype(about.dtype) is torch.float16 else torch.bfloat16
-    video = Plan(sampling, LONGEST_TRAINED, height // 8, width // 8)
+    frames, space = max(LONGEST_TRAINED, sampling.window or 0), about.config.space
+    video = Plan(sampling, frames, height // space, width // space)
     plain = MemoryPlan(about.config, video, dtype, loaded_weight_bytes(about, dtype))
     small = replace(plain, fp8=True).with_fp8_cache()
+    decoders = _decoders(plain)
     rows = [
         ("weights", plain.use.weights, small.use.weights),
         ("cache", plain.use.cache, small.use.cache),
         ("prompt", plain.use.prompt, small.use.prompt),
         ("a forward", plain.use.activations, small.use.activations),
-        *((name, _decoding(plain, name), _decoding(small, name)) for name in DECODERS),
-        *((f"total, {name}", _with(plain, name).total, _with(small, name).total) for name in DECODERS),
+        *((name, _decoding(plain, name), _decoding(small, name)) for name in decoders),
+        *((f"total, {name}", _with(plain, name).total, _with(small, name).total) for name in decoders),
     ]
-    size = f"{width} x {height}, window {plain.window}, {LONGEST_TRAINED} latent frames"
+    size = f"{width} x {height}, window {plain.window}, {frames} latent frames"
     precision = str(dtype).removeprefix("torch.")
     return [
         f"{f'Memory at {size}':58}{precision:>12}{'--fp8 --fp8-cache':>20}",
@@ -86,8 +95,12 @@ def _memory(about: Description, sampling: Sampling, width: int, height: int) -> 
     ]
 
 
+def _decoders(plan: MemoryPlan) -> dict[str, tuple[memory.DecoderMemory, int | None]]:
+    return DECODERS.get(plan.config.channels, DECODERS[16])
+
+
 def _with(plan: MemoryPlan, name: str) -> MemoryPlan:
-    decoder, tile = DECODERS[name]
+    decoder, tile = _decoders(plan)[name]
     return replace(plan, decoder=decoder, tile=tile)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..wan.shot_cache import Shots
+from .prompts import REREADING
 from .schedule import Step, even_steps, few_steps
 from .unipc import unipc_steps, unshifted
 
@@ -86,10 +87,11 @@ class Sampling:
             return
         chunk, sink, window = self.chunk, self.sink, self.window
         if sink % chunk or window % chunk:
+            whole = [-(-frames // chunk) * chunk for frames in (window, sink)]
             raise ValueError(
                 f"Got a window of {window} latent frames and sink {sink} with chunk {chunk}, for a model that pins the "
-                f"first frames of a shot; both must be multiples of the chunk. Use a window of {-(-window // chunk) * chunk} "
-                f"and sink {-(-sink // chunk) * chunk}."
+                f"first frames of a shot; both must be multiples of the chunk. Use a window of {whole[0]} and sink "
+                f"{whole[1]}."
             )
         if window < (least := sink + min(sink, chunk) + chunk):
             raise ValueError(
@@ -110,6 +112,10 @@ class Sampling:
             return unipc_steps(steps, self.shift)
         return few_steps(steps, self.shift, self.warp)
 
+    def rereads_at(self, transition: str) -> bool:
+        """Whether the window is read again where a prompt takes over in that way."""
+        return transition in REREADING and self.shots is None
+
     def at_levels(self, sigmas: Sequence[float]) -> Sampling:
         """The same with steps at these noise levels (0..1], falling."""
         if self.solver == "unipc":
@@ -127,6 +133,14 @@ def override(sampling: Sampling, **changes) -> Sampling:
         if isinstance(count := changes.get(name), int):
             changes |= {name: even_steps(count)} | ({"warp": True} if name == "steps" else {})
     return replace(sampling, **changes)
+
+
+def read_sampling(entry: dict) -> Sampling:
+    """The sampling that metadata describe, `dataclasses.asdict` of one. Raises TypeError and ValueError for others."""
+    entry = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    if isinstance(shots := entry.get("shots"), dict):
+        entry["shots"] = Shots(**shots)
+    return Sampling(**entry)
 
 
 PRESETS = {

@@ -20,7 +20,7 @@ from ..wan.model import Network, PromptKV
 from ..wan.shot_cache import ShotCache
 from .noise import Noise
 from .plan import Chunk, Plan
-from .prompts import REREADING, PromptSchedule, pad_to_longer
+from .prompts import PromptSchedule, pad_to_longer
 from .schedule import Step, x0_from_velocity
 
 Reencode = Callable[[Tensor], Tensor]
@@ -42,7 +42,7 @@ class Context:
             network.config, plan, plan.cache_dtype or network.dtype, self.device, prompts.branches,
             keeps_all=network.ops.recomputes,
         )  # fmt: skip
-        rereads = prompts.rereads and not plan.sampling.shots
+        rereads = any(plan.sampling.rereads_at(prompt.transition) for prompt in prompts.prompts[1:])
         self.history = History(self.cache.slots if rereads or reencode else 0)
         self.prompt: PromptKV | None = None
         self.chunk: Chunk | None = None  # the one under way
@@ -123,7 +123,7 @@ class Context:
         """Brings the cache in line with a prompt that starts at `frame`; see prompts.py."""
         if transition == "cut":
             self.cache.begin_shot(frame)
-        if transition not in REREADING or self.plan.sampling.shots:
+        if not self.plan.sampling.rereads_at(transition):
             return
         latents, cache = self.history.latents, self.cache
         if transition == "renew":
@@ -143,12 +143,13 @@ class Context:
 
     def _follow_prompt(self, frame: int) -> str | None:
         """Encodes the prompt of a chunk that starts at `frame`; the transition where another prompt begins."""
-        followed, embeds = self.prompts.embeds_at(frame)
-        before, self._followed = self._followed, followed
+        before = self._followed
+        begins = before is not None and self.prompts.number_at(frame) != before[0]
+        followed, embeds = self.prompts.embeds_at(frame, begins)
+        self._followed = followed
         if followed != before:
             branches = pad_to_longer(embeds, self.prompts.negative) if self.prompts.is_guided else (embeds,)
             self.prompt = self.network.encode_prompt(torch.cat(branches) if len(branches) > 1 else embeds)
-        begins = before is not None and followed[0] != before[0]
         return self.prompts.prompts[followed[0]].transition if begins else None
 
     def _reread(self, latents: Tensor, frame: int) -> None:

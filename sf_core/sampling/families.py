@@ -1,4 +1,4 @@
-"""The published causal Wan 1.3B models: how each is sampled, and which one a file is, by its name.
+"""The published causal Wan models: how each is sampled, and which one a file is, by its name.
 
 The numbers are those of each model's own inference configuration; where its sampler does something ours does not, the
 description says so. Checkpoints of different families have the same tensors, so only names tell them apart.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from ..wan.shot_cache import Shots
 from .config import Sampling
 
 
@@ -90,12 +91,21 @@ FAMILIES = {
         Sampling(FOUR, shift=8.0, chunk=3, window=21),
         "CausVid, 4 steps, warped. huggingface.co/tianweiy/CausVid: autoregressive_checkpoint_warp_4step_cfg2/model.pt",
     ),
+    # NVlabs/LongLive, configs/inference.yaml and inference_i2v.yaml (one with 2 steps is distilled for them).
+    "longlive-2": Family(
+        Sampling(FOUR, shift=5.0, chunk=8, window=32, sink=8, solver="unipc", shots=Shots(jump=8), holds_prefix=True),
+        "LongLive 2.0: Wan 2.2 5B, 1280 x 704 at 24 fps, chunks of 8 latent frames, 4 steps of UniPC; several shots, "
+        "each beginning with a cut; an image is held as the first frame. NVIDIA Open Model License. "
+        "huggingface.co/Efficient-Large-Model/LongLive-2.0-5B: model_bf16.pt",
+    ),
 }
 
 DEFAULT = "self-forcing"
+OF_48_CHANNELS = "longlive-2"  # the one family whose latents are the Wan 2.2 VAE's
 
 # First match wins. Searched in the path's last two parts, lower case, separators made into single dashes.
 PATTERNS = (
+    (r"long-?live-?(v|version-?)?2(?![0-9]|-?step)", "longlive-2"),
     (r"long-?live.*(infinit|endless)", "longlive-infinity"),
     (r"long-?live", "longlive"),
     (r"reward-?forcing", "reward-forcing"),

@@ -37,9 +37,9 @@ def model() -> WanModel:
     return wan
 
 
-def normal(name: str, shape: tuple[int, ...]) -> Tensor:
+def normal(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """What was drawn for an input of that name."""
-    drawn = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF).standard_normal(shape)
+    drawn = np.random.RandomState((zlib.crc32(name.encode()) + 7919 * seed) & 0xFFFFFFFF).standard_normal(shape)
     return torch.from_numpy(drawn.astype(np.float32))
 
 
@@ -107,3 +107,15 @@ def replay(case: str, negative: Tensor | None = None) -> Tensor:
             guidance=fact["guidance_scale"],
         )
     )  # fmt: skip
+
+
+def lora_tensors(wan: WanModel, rank: int = 8) -> dict[str, Tensor]:
+    """A LoRA for all linears of the blocks, under the published names, as the golden tensors were made with it."""
+    tensors = {}
+    for name, weight in wan.named_parameters():
+        if name.startswith("blocks.") and weight.ndim == 2:
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            for half, shape, scale in (("A", (rank, weight.shape[1]), 1), ("B", (weight.shape[0], rank), 0.5)):
+                drawn = normal(f"lora:{layer}.lora_{half}.weight", shape, seed=1)
+                tensors[f"{layer}.lora_{half}.weight"] = scale * drawn / shape[1] ** 0.5
+    return tensors

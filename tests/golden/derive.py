@@ -36,7 +36,7 @@ FACTS = (
     "gan_critic(non-rel, r1=r2=1)", "gan_critic(relativistic, r1=r2=1)",
 )  # fmt: skip
 CALL = ("first_frame", "rope_offset", "slots")  # what is kept of a forward of LongLive 2.0
-LEFT_OUT = ("nvfp4.matmul", "nvfp4.x", "lora.blocks.1.cross_attn")
+LEFT_OUT = ("nvfp4.matmul", "nvfp4.x", "lora.blocks.0", "lora.blocks.1.cross_attn", "lora.blocks.1.ffn.2.lora")
 FACT = (
     "batch", "chunk", "frames", "guidance_scale", "inference_overrides", "initial_frames", "multi_shot_rope_offset",
     "multi_shot_sink", "prompt_texts", "prompts", "sampling_steps", "sink", "window", "config", "quirk",
