@@ -413,9 +413,9 @@ def test_lighttae_reads_raw_latents(call, folder):
 
 
 def test_tiny_autoencoders_of_other_models_are_refused(call, folder):
-    save_taehv(folder, "taew2_2.safetensors", weights=taehv_weights(channels=48))
-    with pytest.raises(ValueError, match="latents of 48 channels.*Use taew2_1"):
-        call("LoadTAEHV", "taew2_2.safetensors")
+    save_taehv(folder, "taehv1_5.safetensors", weights=taehv_weights(channels=32))
+    with pytest.raises(ValueError, match="latents of 32 channels; the model makes 16 or 48.*Get taew2_1"):
+        call("LoadTAEHV", "taehv1_5.safetensors")
     save_taehv(folder, "taesd.safetensors", weights={"taesd_decoder.1.weight": torch.zeros(64, 4, 3, 3)})
     with pytest.raises(ValueError, match="Got taesd.safetensors, a TAESD.*a TAEHV .* is needed here"):
         call("LoadTAEHV", "taesd.safetensors")
