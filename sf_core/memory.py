@@ -179,9 +179,10 @@ class MemoryPlan:
 
     @property
     def shortest_window(self) -> int:
-        """The shortest window there can be: sink and chunk."""
+        """The shortest window there can be: sink and chunk, and what a shot pins."""
         sampling = self.plan.sampling
-        return sampling.sink + max(sampling.chunk, sampling.first_chunk or 0)
+        pinned = min(sampling.sink, sampling.chunk) if sampling.shots and sampling.shots.pinned else 0
+        return sampling.sink + pinned + max(sampling.chunk, sampling.first_chunk or 0)
 
     def with_window(self, window: int) -> MemoryPlan:
         return self._replace_plan(sampling=replace(self.plan.sampling, window=window))
@@ -192,9 +193,10 @@ class MemoryPlan:
     def longest_window(self, limit: int, step: int = 1) -> int | None:
         """The longest window that stays within `limit` bytes, shorter than this one by multiples of `step`.
 
-        None if not even the shortest does.
+        None if not even the shortest does. With shots it is a multiple of the chunk.
         """
-        windows = range(self.window, self.shortest_window - 1, -step)
+        chunk = self.plan.sampling.chunk if self.plan.sampling.shots else 1
+        windows = range(self.window // chunk * chunk, self.shortest_window - 1, -max(step, chunk))
         found = bisect_left(windows, True, key=lambda window: self.with_window(window).total <= limit)
         return windows[found] if found < len(windows) else None
 

@@ -271,6 +271,16 @@ def test_memory_of_the_release_settings():
     assert "--tile 512" in sentence and "--taehv instead of --vae" in sentence
 
 
+@pytest.mark.parametrize("step", [1, 8])
+def test_shorter_windows_hold_sink_pin_and_chunk(step):
+    plan = full_plan()
+    assert plan.shortest_window == 24
+    window = plan.longest_window(plan.total - 1, step)
+    assert window == 24 and plan.with_window(window).total < plan.total
+    assert plan.longest_window(2**30, step) is None
+    assert "--window 24" in advise(plan, plan.with_window(24).total)
+
+
 def test_a_cut_needs_no_second_reading_of_the_window():
     files = {"prompt": "0: a\n4s: b\n8s cut: c", "frames": 381, "width": 1280, "height": 704, "sampling": LONGLIVE2}
     assert not Request(**files, fps=24, space=16).rereads

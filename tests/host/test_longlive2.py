@@ -114,6 +114,7 @@ def test_the_latent_is_the_models(call, model, nodes):
 
 def test_text_to_video(call, model, sample, vae, prompt):
     from any_folder_name.nodes.host.model import family_of, wan_of
+
     from tests.host.core import core_latents
 
     sampling = family_of(model).sampling

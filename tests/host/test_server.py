@@ -20,6 +20,8 @@ LENGTHS = {
     "tiny_story": 193,
     "tiny_stream": 161,
     "wan_long_video": 961,
+    "wan22_longlive2_text_to_video": 253,
+    "wan22_longlive2_image_to_video": 125,
 }
 
 
