@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from .autoencoders import taehv, wan_vae
 from .autoencoders.stream import DecoderStream, EncoderStream, latent_frames, pixel_frames
 from .checkpoints.autoencoder import WAN_VAES, Autoencoder, load_autoencoder
 from .checkpoints.load import Checkpoint, Description, dequantised, describe, load_checkpoint, load_model
-from .device import Timer, available_memory, default_device, default_dtype, release_memory
+from .device import HostCopy, Timer, available_memory, default_device, default_dtype, release_memory
 from .memory import DecoderMemory, MemoryPlan
 from .sampling.config import PRESETS, Sampling
 from .sampling.context import Reencode
@@ -39,11 +40,13 @@ from .sampling.prompt_text import EncodedPrompt, Prompt, parse, scene_texts, sch
 from .sampling.prompts import PromptSchedule
 from .sampling.rollout import OnStep, rollout
 from .text_encoder import bytes_loaded, load_text_encoder
-from .video import Clip
 from .wan.attention import Attention, sdpa
 from .wan.config import WanConfig
 from .wan.fp8 import E4M3, Fp8Linear, quantise_block, quantise_model
 from .wan.model import EAGER, BlockOps, Network, WanModel
+
+if TYPE_CHECKING:  # a machine that only measures needs no PyAV
+    from .video import Clip
 
 TEXT_ENCODER_WORK = 2**30  # bytes that a text encoder takes beside its weights, roughly
 PIECE = 16  # frames of a clip that are encoded at a time: 4 latents, what a tile takes in one turn
@@ -200,13 +203,25 @@ class Generation:
     def frames(
         self, decoder: Stream, length: int, on_step: OnStep | None = None, timer: Timer | None = None
     ) -> Iterator[Tensor]:
-        """The first `length` frames, in pieces [B, T, H, W, 3] in 0..1 on the CPU, one per chunk."""
+        """The first `length` frames, in pieces [B, T, H, W, 3] in 0..1 on the CPU, as `pieces` makes them."""
+        for piece in self.pieces(decoder, length, on_step, timer):
+            yield piece.wait()
+
+    def pieces(
+        self, decoder: Stream, length: int, on_step: OnStep | None = None, timer: Timer | None = None
+    ) -> Iterator[HostCopy]:
+        """The same, on their way to the CPU: latent by latent of the first chunk, which is waited for, then one piece
+        per chunk. A GPU has not made them yet; hand them to a thread that waits, as `run_beside` does.
+        """
         timer, wanted = timer or Timer(self.prompts.device), latent_frames(length)
         for chunk, x0 in timer.each("rollout", self.chunks(on_step)):
-            with timer.measure("decode"):
-                piece = decoder.decode(x0[:, :, : wanted - chunk.start])[:, :length].cpu()
-            length -= piece.shape[1]
-            yield piece
+            x0 = x0[:, :, : wanted - chunk.start]
+            for latents in x0.split(x0.shape[2] if chunk.index else 1, 2):
+                with timer.queued("decode"):
+                    frames = decoder.decode(latents)[:, :length]
+                    piece = HostCopy(frames)
+                length -= frames.shape[1]
+                yield piece
 
 
 class Pipeline(ABC):

@@ -30,7 +30,7 @@ from ..sampling.families import DEFAULT, FAMILIES, OF_48_CHANNELS, Guess, family
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
 from .identify import FLOAT8_DTYPES, GET_ONE, Found, find_wan, is_scale, metadata_entry
-from .lora import Adapter, Difference, Merged, left_out, read_lora
+from .lora import Lora, Merged, read_lora
 from .nvfp4 import Unpacked
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
@@ -78,8 +78,7 @@ class Checkpoint(Description):
 def describe(path: str | Path, family: str | None = None, loras: Loras = ()) -> Description:
     """What a file is, from its header alone, and whether LoRAs go with it. Raises as `load_checkpoint` does."""
     file, found = _open(path, family)
-    _read_loras(loras, file, found)
-    return _describe(file, found, family, loras)
+    return _describe(file, found, family, _read_loras(loras, file, found))
 
 
 def load_checkpoint(path: str | Path, family: str | None = None, loras: Loras = ()) -> Checkpoint:
@@ -98,8 +97,9 @@ def load_checkpoint(path: str | Path, family: str | None = None, loras: Loras = 
     if packed:
         in_four_bits = {name: {part: mapped[at] for part, at in parts.items()} for name, parts in found.packed.items()}
         state = Unpacked(state, in_four_bits)
-    about = _describe(file, found, family, loras)
-    return Checkpoint(**vars(about), state_dict=Merged(state, merged) if merged else state)
+    about = _describe(file, found, family, merged)
+    loras = [(lora, strength) for _, lora, strength in merged]
+    return Checkpoint(**vars(about), state_dict=Merged(state, loras) if loras else state)
 
 
 def load_model(
@@ -149,10 +149,10 @@ def _open(path: str | Path, family: str | None) -> tuple[TensorFile, Found]:
     return file, find_wan(file, trusted=family is not None or named == OF_48_CHANNELS)
 
 
-def _read_loras(loras: Loras, file: TensorFile, found: Found) -> list[tuple[dict[str, Adapter | Difference], float]]:
-    """What each LoRA adds to the model's weights, and its strength."""
+def _read_loras(loras: Loras, file: TensorFile, found: Found) -> list[tuple[str, Lora, float]]:
+    """(file's name, what it adds to the model's weights, strength) of each LoRA."""
     headers = found.headers(file)
-    return [(read_lora(path, headers), strength) for path, strength in loras]
+    return [(Path(path).name, read_lora(path, headers), strength) for path, strength in loras]
 
 
 def _scale(tensor: Tensor) -> Tensor:
@@ -161,17 +161,19 @@ def _scale(tensor: Tensor) -> Tensor:
     return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
 
 
-def _describe(file: TensorFile, found: Found, chosen: str | None, loras: Loras) -> Description:
+def _describe(file: TensorFile, found: Found, chosen: str | None, loras: list[tuple[str, Lora, float]]) -> Description:
     headers = found.headers(file)
     weights = [tensor for name, tensor in headers.items() if not is_scale(name)]
     float8 = [dtype for dtype in FLOAT8_DTYPES if any(tensor.dtype is dtype for tensor in weights)]
     guess = Guess(chosen, "chosen") if chosen else _fitting(_guess(file), found.config)
     own = None if chosen else _own_sampling(file)
     notes = ["Sampled as its metadata says."] if own else _notes(file, found, guess, chosen is not None)
-    for lora, strength in loras:
-        notes.append(f"With {Path(lora).name} merged into it, strength {strength:g}.")
-        if unused := left_out(lora, headers):
-            notes.append(f"{len(unused)} parts of it do not fit this model and are left out, such as {unused[0]}.")
+    for name, lora, strength in loras:
+        notes.append(f"With {name} merged into it, strength {strength:g}.")
+        if lora.left_out:
+            notes.append(
+                f"{len(lora.left_out)} parts of it do not fit this model and are left out, such as {lora.left_out[0]}."
+            )
     return Description(
         config=found.config,
         dtype=float8[0] if float8 else headers["blocks.0.self_attn.q.weight"].dtype,

@@ -47,8 +47,7 @@ from ..wan.compile import MODES, compile_ops
 from ..wan.config import WAN_1_3B, WanConfig
 from ..wan.fp8 import E4M3, quantise_model
 from ..wan.model import Network, WanModel
-from .arguments import device
-from .generate import DTYPES
+from .arguments import DTYPES, device
 
 PROMPT_TOKENS = 64
 

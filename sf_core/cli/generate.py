@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..device import (
+    HostCopy,
     Timer,
     available_memory,
     default_dtype,
@@ -46,11 +47,11 @@ from ..video import (
 from ..wan.attention import KERNELS, attention_kernel
 from ..wan.compile import MODES, compile_ops
 from ..wan.fp8 import E4M3
-from .arguments import device, fraction, int_in, number_in, size, steps, window
+from ..worker import run_beside
+from .arguments import DTYPES, device, fraction, int_in, number_in, size, steps, window
 
 MAX_FRAMES = 1_000_000  # 17 hours
 TILES = 12  # frames on the contact sheet
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------
@@ -286,7 +287,6 @@ def run(args: argparse.Namespace) -> str:
         lambda: _out_of_memory(plan, args.device),
         lambda: release_memory(args.device),
     )
-    timer.seconds["write"] -= timer.seconds["rollout"] + timer.seconds["decode"]
     if preview:
         save_picture(preview, contact_sheet(torch.stack(list(tiles.values())), tiles))
     timer.seconds["total"] = time.perf_counter() - started
@@ -298,12 +298,16 @@ def _write(pipeline: Pipeline, request: Request, timer: Timer, args: argparse.Na
     """Writes the video; returns the frames of the contact sheet by their numbers."""
     generation, decoder = pipeline.prepare(request, timer, _note_ignored)
     length, chunks, tiles = request.frames - request.skipped, len(generation.plan.chunks), {}
-    with timer.measure("write"), tqdm(total=length, unit=" frames", file=sys.stderr) as bar:
+    with tqdm(total=length, unit=" frames", file=sys.stderr) as bar:
         if args.compile != "off":
             bar.set_description(f"compiling, then chunk 1/{chunks}")
-        pieces = generation.frames(decoder, request.frames, _step_reporter(bar, chunks), timer)
-        shown = drop_frames((piece[0] for piece in pieces), request.skipped)
-        save_video(args.out, _watch(shown, length, timer, tiles, bar), args.fps)
+
+        def write(pieces: Iterator[HostCopy]) -> None:
+            shown = drop_frames((piece.wait()[0] for piece in pieces), request.skipped)
+            save_video(args.out, _watch(shown, length, timer, tiles, bar), args.fps)
+
+        run_beside(generation.pieces(decoder, request.frames, _step_reporter(bar, chunks), timer), write)
+    timer.settle()
     return tiles
 
 
@@ -320,7 +324,8 @@ def _step_reporter(bar: tqdm, chunks: int) -> OnStep:
 def _watch(
     pieces: Iterator[Tensor], length: int, timer: Timer, tiles: dict[int, Tensor], bar: tqdm
 ) -> Iterator[Tensor]:
-    """The pieces, with a progress bar; notes when the first was there and keeps the frames of the contact sheet."""
+    """The pieces, with a progress bar; notes when the first was there, how long it takes to write them, and keeps the
+    frames of the contact sheet."""
     done, started = 0, time.perf_counter()
     wanted = {round(i * (length - 1) / (TILES - 1)) for i in range(TILES)}
     for piece in pieces:
@@ -330,7 +335,9 @@ def _watch(
         tiles.update((i, piece[i - done].clone()) for i in range(done, done + len(piece)) if i in wanted)
         done += len(piece)
         bar.update(len(piece))
+        handed = time.perf_counter()
         yield piece
+        timer.add("write", time.perf_counter() - handed)
 
 
 def _check_memory(plan: MemoryPlan, device: torch.device) -> None:

@@ -242,3 +242,10 @@ def test_memory_of_the_full_size_is_planned(model, prompt):
     generation = HostGeneration(model, plan, 128, [EncodedPrompt(StartTime(), prompt[0][0])], 0)
     assert generation.what == "128 latent frames of 1280 x 704 pixels" and generation.pixels == 1280 * 704
     assert generation.memory.use.cache == 2 * 2 * 32 * 880 * 128 * generation.dtype.itemsize
+
+
+def test_what_a_prompt_says_of_its_scenes_is_known(call):
+    from any_folder_name.nodes.host.patches import ignored_conditioning
+
+    conditioning = call("Prompt", Clip(), "0: a boat\n4s cut: a castle", 24.0)
+    assert ignored_conditioning(positive=conditioning) == []
