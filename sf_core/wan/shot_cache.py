@@ -151,7 +151,7 @@ class ShotCache(RollingCache):
         self._keep(self.held[:protected] + self.held[protected + over :])
 
     def _keep(self, frames: list[int]) -> None:
-        """Lets go of all other frames. Where slots are left empty, those at the end are."""
+        """Lets go of all other frames; their slots are free."""
         kept = set(frames)
         self.held = frames
         self.slot = {frame: slot for frame, slot in self.slot.items() if frame in kept}
