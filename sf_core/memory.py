@@ -62,7 +62,7 @@ class DecoderMemory:
 
 WAN_VAE = DecoderMemory(126_900_000, kept=2370, working=3200, fine=1970, coarse=550, between=144, tile=32)
 WAN22_VAE = DecoderMemory(
-    704_700_000, kept=1805, working=3100, fine=1715, coarse=400, between=176, space=16, tile=32
+    704_700_000, kept=1790, working=3200, fine=1700, coarse=400, between=176, space=16, tile=32
 )  # fmt: skip
 TAEHV = DecoderMemory(weights=11_300_000, kept=132, working=600)
 TAEHV22 = DecoderMemory(weights=11_500_000, kept=33, working=250, space=16)

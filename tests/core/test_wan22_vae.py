@@ -12,6 +12,7 @@ from sf_core.autoencoders.wan22_vae import WAN22, Layout, Wan22VAE
 from sf_core.autoencoders.wan_vae import DecoderStream, EncoderStream, WanVAE
 from sf_core.checkpoints.autoencoder import load_autoencoder, wan_vae_names
 from sf_core.checkpoints.tensorfiles import CheckpointError
+from sf_core.memory import WAN22_VAE
 from tests.core.goldens import FOLDER, frames_second
 from tests.core.longlive2 import tensors
 from tests.core.regenerate import weights
@@ -104,6 +105,16 @@ def test_a_margin_is_no_wider_than_what_a_tile_looks_at(small):
     narrow.margin -= 1
     x = drawn(1, 48, 3, 25, 3)
     assert (narrow.decode(x, tile=9) - small.decode(x)).abs().max() > 1e-5
+
+
+def test_what_a_stream_keeps_is_what_the_memory_plan_says():
+    with torch.device("meta"):
+        stream = DecoderStream(Wan22VAE().requires_grad_(False))
+        stream.decode(torch.empty(1, 48, 3, 22, 40))
+    fine, coarse = (sum(t.numel() for t in past.values()) for past in (stream.fine.tiles[0].past, stream.past))
+    pixels = 22 * 40 * 16**2
+    assert (fine + coarse) / pixels == pytest.approx(WAN22_VAE.kept, rel=0.01)
+    assert fine / pixels == pytest.approx(WAN22_VAE.fine, rel=0.01)
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
