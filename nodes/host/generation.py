@@ -15,6 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...sf_core.device import console_text
 from ...sf_core.memory import MemoryPlan
 from ...sf_core.pipeline import Generation
 from ...sf_core.sampling.plan import Chunk, Plan, round_up_to_chunks
@@ -275,6 +276,6 @@ def begin_notes(generation: HostGeneration, node: type, own_steps: bool = True) 
         *generation.unheard,
     ):
         if message:
-            log.warning("Self Forcing: %s", message)
+            log.warning("Self Forcing: %s", console_text(message))
             notes.add(message)
     return notes

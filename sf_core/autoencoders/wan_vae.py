@@ -300,8 +300,8 @@ class WanVAE(nn.Module):
         try:
             with torch.device("meta"):
                 vae = cls(cls.layout.of(state))
-        except (KeyError, IndexError) as error:
-            raise cls._wrong(state, error) from None
+        except (LookupError, ArithmeticError, RuntimeError) as error:  # the last: sizes beyond all memory
+            raise cls._wrong(state, error if isinstance(error, LookupError) else "a layer") from None
         needed, found = ({name: tensor.shape for name, tensor in d.items()} for d in (vae.state_dict(), state))
         if wrong := needed.items() ^ found.items():
             raise cls._wrong(state, min(wrong)[0])

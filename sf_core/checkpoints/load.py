@@ -37,6 +37,7 @@ from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 Loras = Sequence[tuple[str | Path, float]]
 """Files with LoRAs and their strengths, merged in this order."""
 
+FAMILY = "family"  # metadata of files that convert.py has written
 STAGE = re.compile(r"ode[-_]init|causal[-_]ode|causal[-_]cd|ar[-_]diffusion", re.IGNORECASE)
 
 
@@ -48,6 +49,7 @@ class Description:
                 such a file has to be taken apart layer by layer, however many of them are float8
     family      a name in FAMILIES; `note` says, for people, how it was known and what else to know
     sampling    the family's, or what a model of our own training says of itself
+    causal      whether the file, a name or the user says that it is causal; nothing in the weights does
     source      which weights of the file these are, for people
     file_bytes  of the file, or of all its shards
     tensors, parameters, weight_bytes   of the model alone, without scales
@@ -57,6 +59,7 @@ class Description:
     dtype: torch.dtype
     family: str
     sampling: Sampling
+    causal: bool
     note: str
     source: str
     file_bytes: int
@@ -179,6 +182,7 @@ def _describe(file: TensorFile, found: Found, chosen: str | None, loras: list[tu
         dtype=float8[0] if float8 else headers["blocks.0.self_attn.q.weight"].dtype,
         family=guess.family,
         sampling=own or FAMILIES[guess.family].sampling,
+        causal=found.causal or guess.evidence is not None,
         note=" ".join(notes),
         source=_source(file, found),
         file_bytes=file.nbytes,
@@ -205,11 +209,14 @@ def _source(file: TensorFile, found: Found) -> str:
 
 
 def _guess(file: TensorFile) -> Guess:
-    """The family, by the file's name; by its folder too where that leaves it open ("framewise/causal_forcing.pt").
+    """The family, by the metadata of a converted file (convert.py) or else by the file's name; by its folder too where
+    that leaves it open ("framewise/causal_forcing.pt").
 
     A Diffusers pipeline has its name one folder further up, over "transformer".
     """
     path = file.paths[0]
+    if (named := file.metadata.get(FAMILY)) in FAMILIES:
+        return Guess(named, named)
     guess = guess_family(path.name)
     if guess.evidence is None or guess.family == "causal-forcing":
         folder = path.absolute().parent
@@ -230,7 +237,8 @@ def _notes(file: TensorFile, found: Found, guess: Guess, chosen: bool) -> list[s
     if chosen:
         notes = [f"Sampled as {guess.family}, as chosen."]
     elif guess.evidence:
-        notes = [f'Sampled as {guess.family}: its name says "{guess.evidence}".']
+        where = "metadata" if file.metadata.get(FAMILY) == guess.evidence else "name"
+        notes = [f'Sampled as {guess.family}: its {where} says "{guess.evidence}".']
     elif guess.family == OF_48_CHANNELS:
         notes = [f"Sampled as {OF_48_CHANNELS}, the one family known whose latents have 48 channels."]
     else:

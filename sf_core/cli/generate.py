@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import secrets
 import sys
 import time
@@ -37,6 +38,7 @@ from ..sampling.rollout import OnStep, Progress
 from ..video import (
     check_destination,
     check_folder,
+    check_names,
     check_outputs,
     contact_sheet,
     gif_rate,
@@ -48,9 +50,10 @@ from ..wan.attention import KERNELS, attention_kernel
 from ..wan.compile import MODES, compile_ops
 from ..wan.fp8 import E4M3
 from ..worker import run_beside
-from .arguments import DTYPES, device, fraction, int_in, number_in, size, steps, window
+from .arguments import DTYPES, add_loras, device, fraction, int_in, number_in, read_loras, size, steps, window
 
 MAX_FRAMES = 1_000_000  # 17 hours
+USUAL_STRENGTH = 0.5
 TILES = 12  # frames on the contact sheet
 
 
@@ -64,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompt from a text file")
     add("--out", required=True, metavar="FILE", help="output: .mp4, .webm, .gif, or a folder/ of PNGs")
     add("--seed", type=int_in(-1, MAX_SEED), default=0, help="seed (0); -1 draws one and prints it")
+    add("--preview", nargs="?", const="", metavar="PNG", help="contact sheet, too (beside the video)")
+    add("--json", action="store_true", help="report of what was done as JSON")
+    add_video(parser)
+
+
+def add_video(parser: argparse.ArgumentParser) -> None:
+    """The options of a video, whatever its prompt, seed and file."""
+    add = parser.add_argument
     frames = "pixel frames, --start included (81; 80 more; --source's; of LongLive 2 125, and 124 more)"
     add("--frames", type=int_in(1, MAX_FRAMES), help=frames)
     add("--width", type=size, help="width in pixels, a multiple of 16 (64, with --model 832; of LongLive 2: 32, 1280)")
@@ -71,8 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fps", type=int_in(1, 120), help="frames per second the file plays at (16; of LongLive 2 24)")
     add("--device", type=device, default="auto", help="device: cpu, cuda, cuda:1, mps (cuda if there is one)")
     add("--dtype", choices=DTYPES, default=None, help="dtype to compute in (float32 on cpu, else bfloat16)")
-    add("--preview", nargs="?", const="", metavar="PNG", help="contact sheet, too (beside the video)")
-    add("--json", action="store_true", help="report of what was done as JSON")
     _add_sampling(parser.add_argument_group("sampling: what is not given stays as the model was made for"))
     _add_starts(parser.add_argument_group("what it starts from, and what it leads away from"))
     _add_files(parser.add_argument_group("a model of your own, instead of the built-in one; see docs/files.md"))
@@ -103,7 +112,7 @@ def _add_starts(group: argparse._ArgumentGroup) -> None:
     history = "history: what of a start that is longer than the window is read again (window)"
     add("--history", choices=("window", "all"), default="window", help=history)
     add("--source", type=Path, metavar="FILE", help="source: video to make another of")
-    add("--strength", type=fraction, default=0.5, help="strength: how much of the source gives way, to 1 (0.5)")
+    add("--strength", type=fraction, help="strength: how much of the source gives way, to 1 (0.5)")
     add("--negative", default="", metavar="TEXT", help="negative prompt, to lead away from, with --guidance")
     guidance = "classifier-free guidance; 1 (none) is what distilled models are made for"
     add("--guidance", type=number_in(-100, 100), default=1.0, metavar="NUMBER", help=guidance)
@@ -117,10 +126,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     decoder.add_argument("--taehv", type=Path, metavar="FILE", help="TAEHV (taew2_1 or 2_2), small and fast")
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder, UMT5-XXL: file or folder")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer, where the text encoder's file lacks it")
-    lora = "LoRA merged into the model (LongLive's lora.pt); may be given several times"
-    add("--lora", type=Path, action="append", metavar="FILE", help=lora)
-    strength = "LoRA strength (1); for several LoRAs several times, in the same order"
-    add("--lora-strength", type=number_in(-10, 10), action="append", metavar="NUMBER", help=strength)
+    add_loras(group)
     add("--family", metavar="NAME", help=f"family, how it is sampled (guessed): {', '.join(FAMILIES)}")
 
 
@@ -145,7 +151,7 @@ def read_pipeline(args: argparse.Namespace) -> Pipeline:
             "Got --model without all that goes with it; it needs --text-encoder (UMT5-XXL), and --vae (the Wan 2.1 "
             "VAE) or --taehv (taew2_1). Name their files."
         )
-    loras, is_taehv = _loras(args), args.vae is None
+    loras, is_taehv = read_loras(args), args.vae is None
     named = ModelFiles(args.model, args.text_encoder, decoder, is_taehv, args.tokenizer, args.family, loras)
     return _with_defaults(FilePipeline(named, _runtime(args)), args)
 
@@ -156,17 +162,6 @@ def _with_defaults(pipeline: Pipeline, args: argparse.Namespace) -> Pipeline:
     if args.tile:
         pipeline.runtime = dataclasses.replace(pipeline.runtime, tile=max(1, args.tile // pipeline.config.space))
     return pipeline
-
-
-def _loras(args: argparse.Namespace) -> tuple[tuple[Path, float], ...]:
-    """(file, strength) of each LoRA."""
-    loras, strengths = args.lora or [], args.lora_strength or []
-    if len(strengths) > len(loras):
-        raise ValueError(
-            f"Got --lora-strength {len(strengths)} times for {len(loras)} LoRAs; each is the strength of the --lora at "
-            "its place. Leave out what is too much, or name another --lora."
-        )
-    return tuple(zip(loras, [*strengths, *[1.0] * (len(loras) - len(strengths))]))
 
 
 def _runtime(args: argparse.Namespace) -> Runtime:
@@ -191,7 +186,7 @@ def read_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
         name: _open_clip(path, most, tuple(size.values()), args.fps) for name, (path, most) in clips.items() if path
     }
     return pipeline.request(
-        args.prompt if args.prompt_file is None else _read_prompt(args.prompt_file),
+        args.prompt if args.prompt_file is None else read_prompt(args.prompt_file),
         **({"frames": args.frames} if args.frames else {}),
         **size,
         **given,
@@ -200,7 +195,7 @@ def read_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
         seed=secrets.randbelow(2**32) if args.seed < 0 else args.seed,
         keep_start=not args.drop_start,
         full_history=args.history == "all",
-        strength=args.strength,
+        strength=USUAL_STRENGTH if args.strength is None else args.strength,
         negative=args.negative,
         guidance=args.guidance,
         reencode=args.reencode,
@@ -231,7 +226,7 @@ def _explain(path: Path, error: OSError) -> str:
     return f"Got {path}, but {reason.lower()}. Give an image, a video, or a folder of pictures."
 
 
-def _read_prompt(path: Path) -> str:
+def read_prompt(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -242,20 +237,40 @@ def _read_prompt(path: Path) -> str:
         ) from None
 
 
+def _check_companions(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option without the other one that it works on."""
+    needs = {
+        "--strength": (args.strength is not None and args.source is None, "--source"),
+        "--drop-start": (args.drop_start and args.start is None, "--start"),
+        "--history": (args.history != "window" and args.start is None, "--start"),
+        "--negative": (bool(args.negative) and args.guidance == 1, "--guidance"),
+    }
+    for option, (alone, other) in needs.items():
+        if alone:
+            raise ValueError(f"Got {option} without {other}, on which it works. Add {other}, or leave {option} out.")
+
+
 def _preview(args: argparse.Namespace) -> str | None:
     if args.preview is None:
         return None
     path = args.preview or str(Path(args.out).with_suffix(".png"))
-    if Path(path).suffix.lower() != ".png" or Path(path).is_dir():
+    if Path(path).suffix.lower() != ".png" or os.path.isdir(path):
         raise ValueError(f"Got --preview {path!r}; it is the name of a PNG. Use a name that ends in .png, or none.")
     return path
 
 
+def input_files(args: argparse.Namespace) -> dict[str, Path | None]:
+    """The files that the options of `add_video` name."""
+    names = ("start", "source", "model", "vae", "taehv", "text_encoder", "tokenizer")
+    inputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    return inputs | {f"--lora {i}" if i > 1 else "--lora": path for i, path in enumerate(args.lora or [], 1)}
+
+
 def _check_files(args: argparse.Namespace, preview: str | None) -> None:
     """Refuses outputs that cannot be written, or would replace an input or each other."""
-    names = ("start", "source", "prompt_file", "model", "vae", "taehv", "text_encoder", "tokenizer")
-    inputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    inputs |= {f"--lora {i}" if i > 1 else "--lora": path for i, path in enumerate(args.lora or [], 1)}
+    for output in filter(None, (args.out, preview)):
+        check_names(output)
+    inputs = {"--prompt-file": args.prompt_file, **input_files(args)}
     check_outputs({"--out": args.out, "--preview": preview}, inputs)
     check_destination(args.out)
     if preview:
@@ -267,24 +282,26 @@ def _check_files(args: argparse.Namespace, preview: str | None) -> None:
 
 def run(args: argparse.Namespace) -> str:
     started, timer, preview = time.perf_counter(), Timer(args.device), _preview(args)
+    _check_companions(args)
     _check_files(args, preview)
     pipeline = read_pipeline(args)
     request = read_request(args, pipeline)
     if pipeline.note:
-        _note(f"{pipeline.name}: {pipeline.note}")
+        note(f"{pipeline.name}: {pipeline.note}")
     _note_starts(request)
     if args.seed < 0:
-        _note(f"seed {request.seed}")
+        note(f"seed {request.seed}")
     if args.out.lower().endswith(".gif") and gif_rate(args.fps) != args.fps:
-        _note(f"a GIF holds no {args.fps} frames per second; this one plays at {gif_rate(args.fps):.4g}")
+        note(f"a GIF holds no {args.fps} frames per second; this one plays at {gif_rate(args.fps):.4g}")
     if args.device.type == "cpu" and isinstance(pipeline, TinyPipeline):
         torch.set_num_threads(1)  # the built-in model is so small that two threads are slower
     with timer.measure("load"):
         plan = pipeline.memory_plan(request)
-    _check_memory(plan, args.device)
+    _check_clips(request, args)
+    check_memory(plan, args.device)
     tiles = within_memory(
         lambda: _write(pipeline, request, timer, args),
-        lambda: _out_of_memory(plan, args.device),
+        lambda: out_of_memory(plan, args.device),
         lambda: release_memory(args.device),
     )
     if preview:
@@ -296,7 +313,7 @@ def run(args: argparse.Namespace) -> str:
 
 def _write(pipeline: Pipeline, request: Request, timer: Timer, args: argparse.Namespace) -> dict[int, Tensor]:
     """Writes the video; returns the frames of the contact sheet by their numbers."""
-    generation, decoder = pipeline.prepare(request, timer, _note_ignored)
+    generation, decoder = pipeline.prepare(request, timer, note_ignored)
     length, chunks, tiles = request.frames - request.skipped, len(generation.plan.chunks), {}
     with tqdm(total=length, unit=" frames", file=sys.stderr) as bar:
         if args.compile != "off":
@@ -340,7 +357,19 @@ def _watch(
         timer.add("write", time.perf_counter() - handed)
 
 
-def _check_memory(plan: MemoryPlan, device: torch.device) -> None:
+def _check_clips(request: Request, args: argparse.Namespace) -> None:
+    """Refuses a start or source whose frames have no room while it is read."""
+    there = available_memory(torch.device("cpu"))
+    for option, path, clip in (("--start", args.start, request.start), ("--source", args.source, request.source)):
+        if there and isinstance(clip, ClipFrames) and clip.bytes > there:
+            raise MemoryError(
+                f"Got {option} {str(path)!r} of {clip.clip.width} x {clip.clip.height} pixels, which takes "
+                f"{format_bytes(clip.bytes)} of memory while it is read; this machine has {format_bytes(there)}. Make "
+                "a smaller copy of it first."
+            )
+
+
+def check_memory(plan: MemoryPlan, device: torch.device) -> None:
     """Refuses what cannot fit before it is allocated."""
     there = available_memory(device)
     if there and plan.total > there:
@@ -350,7 +379,7 @@ def _check_memory(plan: MemoryPlan, device: torch.device) -> None:
         )
 
 
-def _out_of_memory(plan: MemoryPlan, device: torch.device) -> MemoryError:
+def out_of_memory(plan: MemoryPlan, device: torch.device) -> MemoryError:
     return MemoryError(
         f"Got out of memory on {device}, where {_describe_use(plan)} were expected to be enough. "
         f"{advise(plan, plan.total - 1)}"
@@ -370,18 +399,18 @@ def _describe_use(plan: MemoryPlan) -> str:
 def _note_starts(request: Request) -> None:
     """Says when prompts after the first take effect. Raises ValueError if their times do not fit the video."""
     if hint := explain_unscheduled(request.prompt):
-        _note(hint)
+        note(hint)
     frames = place([prompt.start for prompt in request.prompts], request.plan().chunks)
     for prompt, latent in list(zip(request.prompts, frames))[1:]:
         frame = 4 * latent - 3
-        _note(f"the prompt of {prompt.start.said} starts with frame {frame} ({frame / request.fps:.2f} s)")
+        note(f"the prompt of {prompt.start.said} starts with frame {frame} ({frame / request.fps:.2f} s)")
 
 
-def _note_ignored(reason: str, words: list[str]) -> None:
-    _note(f"{reason}: {' '.join(words[:8])}{' ...' if len(words) > 8 else ''}")
+def note_ignored(reason: str, words: list[str]) -> None:
+    note(f"{reason}: {' '.join(words[:8])}{' ...' if len(words) > 8 else ''}")
 
 
-def _note(message: str) -> None:
+def note(message: str) -> None:
     tqdm.write(f"sf_core: {message}", file=sys.stderr)
 
 
@@ -392,7 +421,7 @@ def _report(request: Request, args: argparse.Namespace, preview: str | None, tim
         "out": args.out,
         "preview": preview,
         "model": str(args.model) if args.model else "built-in",
-        "loras": [{"file": str(path), "strength": strength} for path, strength in _loras(args)],
+        "loras": [{"file": str(path), "strength": strength} for path, strength in read_loras(args)],
         "prompt": request.prompt,
         "seed": request.seed,
         "frames": request.frames - request.skipped,

@@ -297,7 +297,7 @@ def strange(random: Random, tensor: Tensor) -> object:
     return random.choice(
         (
             lambda: tensor.float().to_sparse(),
-            lambda: tensor.float().flatten()[:1].expand(10**9),
+            lambda: torch.ones(1).expand(10**9),
             lambda: torch.zeros(1).expand(2**40, 2),
             lambda: tensor.float().to(torch.complex64),
             lambda: torch.nn.Parameter(tensor.float()),
