@@ -168,7 +168,7 @@ def _describe(file: TensorFile, found: Found, chosen: str | None, loras: list[tu
     headers = found.headers(file)
     weights = [tensor for name, tensor in headers.items() if not is_scale(name)]
     float8 = [dtype for dtype in FLOAT8_DTYPES if any(tensor.dtype is dtype for tensor in weights)]
-    guess = Guess(chosen, "chosen") if chosen else _fitting(_guess(file), found.config)
+    guess = Guess(chosen, "chosen") if chosen else _fitting(_guess(file), file, found.config)
     own = None if chosen else _own_sampling(file)
     notes = ["Sampled as its metadata says."] if own else _notes(file, found, guess, chosen is not None)
     for name, lora, strength in loras:
@@ -225,9 +225,9 @@ def _guess(file: TensorFile) -> Guess:
     return guess
 
 
-def _fitting(guess: Guess, config: WanConfig) -> Guess:
-    """The guess, where the model's latents are those of that family; else a family whose they are."""
-    if (config.channels == 48) == (guess.family == OF_48_CHANNELS):
+def _fitting(guess: Guess, file: TensorFile, config: WanConfig) -> Guess:
+    """The guess, where metadata say so or the model's latents are those of that family; else a family whose they are."""
+    if file.metadata.get(FAMILY) == guess.family or (config.channels == 48) == (guess.family == OF_48_CHANNELS):
         return guess
     return Guess(OF_48_CHANNELS if config.channels == 48 else DEFAULT, None)
 
