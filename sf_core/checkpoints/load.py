@@ -226,7 +226,7 @@ def _guess(file: TensorFile) -> Guess:
 
 
 def _fitting(guess: Guess, file: TensorFile, config: WanConfig) -> Guess:
-    """The guess, where metadata say so or the model's latents are those of that family; else a family whose they are."""
+    """The guess, where metadata say so or the latents are those of that family; else a family whose they are."""
     if file.metadata.get(FAMILY) == guess.family or (config.channels == 48) == (guess.family == OF_48_CHANNELS):
         return guess
     return Guess(OF_48_CHANNELS if config.channels == 48 else DEFAULT, None)
