@@ -114,11 +114,13 @@ class MemoryPlan:
     def use(self) -> MemoryUse:
         """Bytes, with b bytes a number and S = height/16 * width/16 tokens a latent frame, for each video and branch:
 
-        cache        2 layers min(window, frames) S dim b; in float8 b is 1, and each token and head has a float32
-                     scale; sinks whose positions move along keep their first keys too: layers sink S dim b
+        cache        2 layers slots S dim b, where slots are min(window, frames) and those of a memory bank; in float8
+                     b is 1, and each token and head has a float32 scale; sinks whose positions move along keep their
+                     first keys too, once the window moves: layers sink S dim b
         prompt       2 layers text_len dim b: keys and values
         activations  chunk S (2 ffn_dim + 20 dim) b, and 3 min(window, frames) S dim b where a float8 cache is turned
-                     back; with `rereads` the whole window takes the chunk's place
+                     back; with `rereads` the whole window takes the chunk's place,
+                     with the rolling sampler all chunks under way
 
         The cache is exact. Activations are an estimate: the feed-forward with both its halves alive and what a block
         holds besides, fitted to measured peaks (10 % above them for 1 to 3 layers in float32 and bfloat16).
@@ -128,8 +130,9 @@ class MemoryPlan:
         branches = 2 if self.guided else 1
         cache = allocate_cache(config, self.plan, cache_dtype, "meta", branches, self.keeps_all)
         videos = self.plan.batch * branches
-        first_keys = config.layers * cache.sink * cache.tokens * config.dim * size if cache.pinned else 0
-        tokens = (cache.slots if self.rereads else self.plan.sampling.chunk) * cache.tokens
+        moves = cache.keeps_sinks and (self.plan.frames > self.plan.window or self.plan.is_rolling)
+        first_keys = config.layers * cache.sink * cache.tokens * config.dim * size if moves else 0
+        tokens = (cache.slots if self.rereads else self.plan.frames_at_once) * cache.tokens
         turned_back = 3 * cache.slots * cache.tokens * config.dim if cache_dtype.itemsize == 1 else 0
         held, used = self._decoder_numbers
         return MemoryUse(

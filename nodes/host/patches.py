@@ -194,7 +194,8 @@ class TellingCall:
     def __call__(self, part: Callable, module: torch.nn.Module, *args):
         if part is velocity:
             x, t = args[:2]
-            self.options["sigmas"] = torch.full((1,), t / 1000, device=x.device)
+            noisiest = float(t.max()) if isinstance(t, torch.Tensor) else t  # one per frame where several chunks go on
+            self.options["sigmas"] = torch.full((1,), noisiest / 1000, device=x.device)
         elif part is run_block:
             self.options["block_index"] = args[2]
         return part(module, *args)

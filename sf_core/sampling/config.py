@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..wan.bank import Bank
 from .schedule import Step, even_steps, few_steps
+
+SAMPLERS = ("chunks", "rolling")
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,16 @@ class Sampling:
     sink          first latent frames that never leave the window
     pinned        give sink keys positions just before the window, so that distances stay what training saw
     context_noise timestep (0..1000) told to the network when a finished chunk enters the cache
+    sampler       one of SAMPLERS: "chunks", one after the other; "rolling", several at once, each a step further than
+                  the next
+    position_range  latent frames within which positions stay, of pinned sinks; None: the window
+    sink_decay    what a sink keeps of itself each time that a frame which leaves the window is blended into it; 1: all
+    bank          memory bank beside the window; None: none
+    rope_jitter   spread of the heads' RoPE bases in time, 0..1, so that a sink does not pull a long video back
+    reencode      first-frame re-encode: the memory begins anew, with a still, whenever the window is full
 
-    Raises ValueError for lists that do not fall, sizes below 1 and a window smaller than sink + chunk.
+    Raises ValueError for lists that do not fall, sizes below 1, a window smaller than sink + chunk, and rules that do
+    not go together.
     Source: arXiv 2506.08009 section 3; presets `cli` and `demo` are the published inference script and web demo.
     """
 
@@ -38,8 +49,19 @@ class Sampling:
     sink: int = 0
     pinned: bool = False
     context_noise: float = 0.0
+    sampler: str = "chunks"
+    position_range: int | None = None
+    sink_decay: float = 1.0
+    bank: Bank | None = None
+    rope_jitter: float = 0.0
+    reencode: bool = False
 
     def __post_init__(self) -> None:
+        self._check_steps()
+        self._check_window()
+        self._check_rules()
+
+    def _check_steps(self) -> None:
         for steps in filter(None, (self.steps, self.first_steps)):
             falling = all(a > b for a, b in zip(steps, steps[1:]))
             if not falling or steps[0] > 1000 or steps[-1] <= 0:
@@ -50,19 +72,52 @@ class Sampling:
             raise ValueError("Got no steps; sampling needs at least one. Use e.g. 1000, 750, 500, 250.")
         if self.shift <= 0:
             raise ValueError(f"Got shift {self.shift}; it must be above 0. The published models use 5.")
+        if not 0 <= self.context_noise < 1000:
+            raise ValueError(f"Got context noise {self.context_noise}; it is a timestep in [0, 1000).")
+
+    def _check_window(self) -> None:
         for name, value in (("chunk", self.chunk), ("first_chunk", self.first_chunk), ("window", self.window)):
             if value is not None and value < 1:
                 raise ValueError(f"Got {name} {value}; it must be at least 1 latent frame.")
         if self.sink < 0:
             raise ValueError(f"Got sink {self.sink}; it must be 0 or more latent frames.")
-        if not 0 <= self.context_noise < 1000:
-            raise ValueError(f"Got context noise {self.context_noise}; it is a timestep in [0, 1000).")
         largest = max(self.chunk, self.first_chunk or 0)
         if self.window is not None and self.sink + largest > self.window:
             raise ValueError(
                 f"Got a window of {self.window} latent frames with sink {self.sink} and chunk {largest}; the window "
                 f"must hold both. Use a window of at least {self.sink + largest}, or a smaller sink or chunk."
             )
+
+    def _check_rules(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"Got sampler {self.sampler!r}; there is {', '.join(SAMPLERS)}.")
+        if self.sampler == "rolling" and self.first_steps:
+            raise ValueError(
+                "Got first steps with the rolling sampler, which denoises the first chunk together with the next ones. "
+                "Leave first steps out, or use the sampler chunks."
+            )
+        if self.sampler == "rolling" and self.bank:
+            raise ValueError("Got a memory bank with the rolling sampler, which has none. Leave one of the two out.")
+        if not 0 <= self.rope_jitter < 1:
+            raise ValueError(f"Got RoPE jitter {self.rope_jitter:g}; it is in [0, 1). 0.8 is what LoL found best.")
+        if self.position_range is not None and (self.window is None or self.position_range < self.window):
+            raise ValueError(
+                f"Got a position range of {self.position_range} latent frames with a window of {self.window or 'all'}; "
+                "the window must lie within it. Use a window that does, or no position range."
+            )
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        if not 0 <= self.sink_decay <= 1:
+            raise ValueError(f"Got sink decay {self.sink_decay:g}; it is in [0, 1], and 1 leaves sinks as they are.")
+        if self.sink_decay < 1 and (self.sink != self.chunk or self.first_chunk not in (None, self.chunk)):
+            raise ValueError(
+                f"Got sink decay {self.sink_decay:g} with sink {self.sink} and chunk {self.chunk}; frames that leave "
+                "are blended into the sink chunk by chunk, so both must have as many. Use sink "
+                f"{self.chunk}, or sink decay 1."
+            )
+        if self.sink_decay < 1 and self.sampler == "rolling":
+            raise ValueError("Got sink decay with the rolling sampler, which keeps its sinks. Use sink decay 1.")
 
     def steps_of(self, first: bool, strength: float = 1.0) -> tuple[Step, ...]:
         """The (timestep, sigma) list of a chunk; `first` for the first one that is generated.
@@ -78,13 +133,24 @@ class Sampling:
 def override(sampling: Sampling, **changes) -> Sampling:
     """A sampling with some of its fields changed.
 
-    `steps` and `first_steps` may be a number instead of timesteps: so many, evenly spaced before the shift. Raises
-    ValueError as `Sampling` does.
+    `steps` and `first_steps` may be a number instead of timesteps: so many, evenly spaced before the shift. Those of
+    the memory bank have `bank_` before their names; 0 `bank_frames` leave it out. Raises ValueError as `Sampling` does.
     """
+    bank = {name.removeprefix("bank_"): changes.pop(name) for name in list(changes) if name.startswith("bank_")}
+    if bank:
+        changes |= {"bank": replace(sampling.bank or Bank(), **bank) if bank.get("frames", 1) else None}
     for name in ("steps", "first_steps"):
         if isinstance(count := changes.get(name), int):
             changes |= {name: even_steps(count)} | ({"warp": True} if name == "steps" else {})
     return replace(sampling, **changes)
+
+
+def read_sampling(entry: dict) -> Sampling:
+    """The sampling that metadata describe, `dataclasses.asdict` of one. Raises TypeError and ValueError for others."""
+    entry = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    if isinstance(bank := entry.get("bank"), dict):
+        entry["bank"] = Bank(**bank)
+    return Sampling(**entry)
 
 
 PRESETS = {
