@@ -60,8 +60,9 @@ class SelfForcingLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "family", options=[AUTO, *FAMILIES], default=AUTO,
-                    tooltip="Family: which model it is, and so its steps, chunk, window and sink. auto: by the file's "
-                    "name. Choosing one also says that the model is causal where nothing in the file does.",
+                    tooltip="Family: which model it is, and so its steps, chunk, window and sink. auto: by the names "
+                    "of the file and its folders and by its metadata; where none tells, the node says so. Choosing "
+                    "one also says that the model is causal where nothing in the file does.",
                 ),
                 io.Combo.Input(
                     "precision", options=list(checkpoints.PRECISIONS), default=AUTO,
@@ -90,7 +91,7 @@ class SelfForcingLoadModel(io.ComfyNode):
         merged = None if lora == NONE else Path(folder_paths.get_full_path_or_raise("loras", lora))
         source = checkpoints.CheckpointSource(path, None if family == AUTO else family, precision, merged, strength)
         checkpoint = source.checkpoint()
-        log.info("%s: %s", file, checkpoint.note)
+        log.log(logging.INFO if checkpoint.known else logging.WARNING, "%s: %s", file, checkpoint.note)
         say(cls, checkpoint.note)
         return io.NodeOutput(checkpoints.from_checkpoint(checkpoint, source))
 

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from .sampling.config import fit_window
 from .sampling.context import allocate_cache
 from .sampling.plan import Plan
 from .wan.config import WanConfig
@@ -97,6 +98,8 @@ class MemoryPlan:
     rereads    whether the window is read again in one forward, as some prompt switches do
     guided     whether a negative prompt runs beside, with a cache of its own
     keeps_all  whether the cache overwrites nothing (training with gradient checkpointing)
+    networks   sets of weights, each with its keys of the prompt: 2 where another than the one that denoises writes the
+               cache
     """
 
     config: WanConfig
@@ -109,6 +112,7 @@ class MemoryPlan:
     rereads: bool = False
     guided: bool = False
     keeps_all: bool = False
+    networks: int = 1
 
     @cached_property
     def use(self) -> MemoryUse:
@@ -138,7 +142,7 @@ class MemoryPlan:
         return MemoryUse(
             weights=self.weights_fp8 if self.fp8 else self.weights,
             cache=cache.nbytes + videos * first_keys,
-            prompt=videos * 2 * config.layers * config.text_len * config.dim * size,
+            prompt=self.networks * videos * 2 * config.layers * config.text_len * config.dim * size,
             activations=videos * (tokens * (2 * config.ffn_dim + 20 * config.dim) + turned_back) * size,
             decoder=held * size,
             decoding=used * size,
@@ -152,7 +156,7 @@ class MemoryPlan:
     @property
     def weights_fp8(self) -> int:
         """Bytes of the weights with the blocks in float8; as many as ever where they are that already."""
-        return min(self.weights, float8_bytes(self.config, self.dtype))
+        return min(self.weights, self.networks * float8_bytes(self.config, self.dtype))
 
     @property
     def width(self) -> int:
@@ -171,12 +175,13 @@ class MemoryPlan:
 
     @property
     def shortest_window(self) -> int:
-        """The shortest window there can be: sink and chunk."""
+        """The shortest window there can be: sink and chunk, a deep sink shrinking with it."""
         sampling = self.plan.sampling
-        return sampling.sink + max(sampling.chunk, sampling.first_chunk or 0)
+        sink = 0 if sampling.sink > sampling.chunk else sampling.sink
+        return sink + max(sampling.chunk, sampling.first_chunk or 0)
 
     def with_window(self, window: int) -> MemoryPlan:
-        return self._replace_plan(sampling=replace(self.plan.sampling, window=window))
+        return self._replace_plan(sampling=fit_window(self.plan.sampling, window))
 
     def with_fp8_cache(self) -> MemoryPlan:
         return self._replace_plan(cache_dtype=E4M3)

@@ -28,7 +28,16 @@ from . import memory, tiny
 from .autoencoders import taehv, wan_vae
 from .autoencoders.stream import DecoderStream, EncoderStream, latent_frames, pixel_frames
 from .checkpoints.autoencoder import load_autoencoder
-from .checkpoints.load import Checkpoint, Description, dequantised, describe, load_checkpoint, load_model
+from .checkpoints.load import (
+    Checkpoint,
+    Description,
+    dequantised,
+    describe,
+    load_checkpoint,
+    load_memory,
+    load_model,
+    plain_dtype,
+)
 from .device import Timer, available_memory, default_device, default_dtype, release_memory
 from .memory import DecoderMemory, MemoryPlan
 from .sampling.config import PRESETS, Sampling
@@ -109,7 +118,7 @@ class Request:
     full_history        the start is a video that was generated: all of it is read, however long
     source, strength    frames, likewise, of a video to make another of, and how much of it gives way, in (0, 1]
     negative, guidance  a prompt to lead away from, where guidance (CFG) is not 1
-    reencode            first-frame re-encode, for models of short clips
+    reencode            first-frame re-encode, for models of short clips; some are sampled so by themselves
     """
 
     prompt: str
@@ -149,9 +158,14 @@ class Request:
         return parse(self.prompt, self.fps)
 
     @property
+    def reencodes(self) -> bool:
+        """Whether first-frame re-encode is asked for, or what the model was made for."""
+        return self.reencode or self.sampling.reencode
+
+    @property
     def rereads(self) -> bool:
         """Whether a prompt, or re-encoding, makes the model read its window again."""
-        return self.reencode or any(prompt.start.transition in REREADING for prompt in self.prompts[1:])
+        return self.reencodes or any(prompt.start.transition in REREADING for prompt in self.prompts[1:])
 
     def plan(self, cache_dtype: torch.dtype | None = None) -> Plan:
         """Size and chunks of the rollout, in whole chunks."""
@@ -204,12 +218,14 @@ class Pipeline(ABC):
 
     name           what is used, for people
     note           what else there is to say of it
+    networks       sets of weights: 2 where another writes the cache
     sampling       how the model is sampled unless a request says otherwise
     width, height  pixels of a video unless a request says otherwise
     """
 
     name: str
     note: str = ""
+    networks: int = 1
     sampling: Sampling
     width: int
     height: int
@@ -250,6 +266,7 @@ class Pipeline(ABC):
             tile=self.runtime.tile,
             rereads=request.rereads,
             guided=request.guidance != 1,
+            networks=self.networks,
         )
 
     def prepare(
@@ -274,9 +291,10 @@ class Pipeline(ABC):
             prompts = self._encode_prompts(text, request, plan)
         del text
         release_memory(runtime.device)
-        reencode = (lambda latents: self.encode_still(autoencoder, latents)) if request.reencode else None
+        reencode = (lambda latents: self.encode_still(autoencoder, latents)) if request.reencodes else None
         with timer.measure("load"):
-            network = Network(self.load_model(), runtime.dtype, runtime.attention, runtime.ops)
+            wan, written = self.load_model(), self.load_memory()
+            network = Network(wan, runtime.dtype, runtime.attention, runtime.ops, memory=written)
         return Generation(network, plan, prompts, request.seed, prefix, source, reencode), decoder
 
     def _frames(self, request: Request) -> Iterator[Tensor]:
@@ -309,6 +327,10 @@ class Pipeline(ABC):
     @abstractmethod
     def load_model(self) -> WanModel:
         """The model on its device, in float8 where that was asked for."""
+
+    def load_memory(self) -> WanModel | None:
+        """The network that writes the cache, where it is another than the one that denoises."""
+        return None
 
     @abstractmethod
     def load_text_encoder(self) -> nn.Module:
@@ -420,7 +442,7 @@ class FilePipeline(Pipeline):
         self.files = files
         self.description = describe(files.model, files.family, files.loras)
         self.name, self.note, self.sampling = str(files.model), self.description.note, self.description.sampling
-        self.config = self.description.config
+        self.config, self.networks = self.description.config, self.description.networks
         self.decoder_memory = memory.TAEHV if files.is_taehv else memory.WAN_VAE
 
     @property
@@ -440,6 +462,15 @@ class FilePipeline(Pipeline):
         if self.runtime.fp8:
             return quantise_onto(load_model(files.model, family=files.family, loras=files.loras)[0], device, dtype)
         return load_model(files.model, device, dtype, files.family, files.loras)[0]
+
+    def load_memory(self) -> WanModel | None:
+        if self.description.networks == 1:
+            return None
+        device, dtype = self.runtime.device, self.runtime.dtype
+        checkpoint = load_checkpoint(self.files.model, self.files.family)
+        if self.runtime.fp8:
+            return quantise_onto(load_memory(checkpoint, "cpu", plain_dtype(checkpoint.dtype)), device, dtype)
+        return load_memory(checkpoint, device, dtype)
 
     def load_text_encoder(self) -> nn.Module:
         """UMT5, on the device if it fits there, else on the CPU."""

@@ -29,8 +29,8 @@ DIM_14B = 5120
 
 NEEDED = "a causal Wan 2.1 text-to-video model is needed"
 GET_ONE = (
-    "Get checkpoints/self_forcing_dmd.pt from huggingface.co/gdhe17/Self-Forcing, or another causal 1.3B model: Causal "
-    "Forcing, LongLive, Reward Forcing, Rolling Forcing"
+    "Get checkpoints/self_forcing_dmd.pt from huggingface.co/gdhe17/Self-Forcing, or another causal model: Self "
+    "Gradient Forcing, LongLive, Causal Forcing, Rolling Forcing"
 )
 
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
@@ -59,6 +59,7 @@ DIFFUSERS_NAMES = {
     r"\bscale_shift_table$": "head.modulation",
     r"\bproj_out\.": "head.head.",
 }
+MEMORY = re.compile(r"(^|\.)memory_(?=[a-z_]+(\.|$))")
 MARKERS = ("scaled_fp8", "comfy_quant", "freqs")  # tensors that say nothing the others do not
 
 
@@ -66,13 +67,15 @@ MARKERS = ("scaled_fp8", "comfy_quant", "freqs")  # tensors that say nothing the
 class Found:
     """A model in a file: its shape and, for every tensor of it (float8 scales included), {Wan's name: file's name}.
 
-    `root` is the prefix its names have in the file, wrappers removed; `causal` whether the file itself says so.
+    `root` is the prefix its names have in the file, wrappers removed; `causal` whether the file itself says so;
+    `memory` the same names of a second set of weights, which writes the cache (SGF+), {} where there is none.
     """
 
     config: WanConfig
     names: dict[str, str]
     root: str
     causal: bool
+    memory: dict[str, str]
 
 
 def find_wan(file: TensorFile, trusted: bool = False) -> Found:
@@ -83,13 +86,23 @@ def find_wan(file: TensorFile, trusted: bool = False) -> Found:
     title = file.paths[0].name
     _refuse_loras(file.tensors, title)
     root, names = _best_root(file.tensors, title)
-    tensors = {name: file.tensors[at] for name, at in names.items()}
+    names, memory = _split_memory(names)
+    tensors = {name: in_wans_shape(name, file.tensors[at]) for name, at in names.items()}
     facts = _transformer_facts(file.metadata)
     causal = facts.get("causal_ar") is True or "generator" in root
     _refuse_variants(tensors, title, trusted or facts.get("causal_ar") is True)
     config = _config(tensors, facts, title)
     _check(tensors, config, title)
-    return Found(config, names, root, causal)
+    if memory:
+        _check({name: in_wans_shape(name, file.tensors[at]) for name, at in memory.items()}, config, title)
+    return Found(config, names, root, causal, memory)
+
+
+def in_wans_shape(name: str, tensor: Tensor) -> Tensor:
+    """A weight as Wan has it: the patch embedding is a convolution, of which Causal-rCM made a linear layer."""
+    if name == "patch_embedding.weight" and tensor.ndim == 2 and tensor.shape[1] % 4 == 0:
+        return tensor.reshape(len(tensor), -1, 1, 2, 2)
+    return tensor
 
 
 def is_scale(name: str) -> bool:
@@ -117,10 +130,22 @@ def _best_root(tensors: dict[str, Tensor], title: str) -> tuple[str, dict[str, s
     return best, {name: at for name, at in under.items() if not _is_marker(name)}
 
 
+def _split_memory(names: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """{Wan's name: the file's} of the weights that denoise, and of those that write the cache, {} where there are none.
+
+    The latter have `memory_` before the last part of their names, or before the first. Their head is not needed, since
+    nothing reads what it says: where it is left out there is the other one.
+    """
+    memory = {MEMORY.sub(r"\1", name): at for name, at in names.items() if MEMORY.search(name)}
+    names = {name: at for name, at in names.items() if not MEMORY.search(name)}
+    head = {name: at for name, at in names.items() if memory and name.startswith("head.")}
+    return names, head | memory
+
+
 def _is_marker(name: str) -> bool:
     """Whether a tensor says nothing of the weights; `comfy_attention.config` names a preferred attention, which is
     ComfyUI's to choose."""
-    return name.rpartition(".")[2] in MARKERS or name.endswith("comfy_attention.config")
+    return name.rpartition(".")[2] in MARKERS or name.endswith("comfy_attention.config") or name.startswith("accum_")
 
 
 def wan_name(name: str) -> str:
@@ -359,7 +384,7 @@ def _refuse_variants(tensors: dict[str, Tensor], title: str, causal: bool) -> No
         what, remedy = f"a Wan variant that takes {takes} channels and gives {gives} (inpainting, control)", GET_ONE
     elif dim == DIM_14B and not causal:
         what = "a Wan 14B model that nothing calls causal (the step-distilled 'self forcing' 14B models are not)"
-        remedy = f"{GET_ONE}. If it is causal all the same, choose its family"
+        remedy = f"{GET_ONE}. If it is causal all the same, choose its family (Krea Realtime: krea-14b)"
     else:
         return
     raise CheckpointError(f"{title}, {what}", NEEDED, remedy)

@@ -136,6 +136,8 @@ def override(sampling: Sampling, **changes) -> Sampling:
     `steps` and `first_steps` may be a number instead of timesteps: so many, evenly spaced before the shift. Those of
     the memory bank have `bank_` before their names; 0 `bank_frames` leave it out. Raises ValueError as `Sampling` does.
     """
+    if "sink" not in changes and "window" in changes:
+        sampling = fit_window(sampling, changes.pop("window"), **{k: changes[k] for k in ("chunk",) if k in changes})
     bank = {name.removeprefix("bank_"): changes.pop(name) for name in list(changes) if name.startswith("bank_")}
     if bank:
         changes |= {"bank": replace(sampling.bank or Bank(), **bank) if bank.get("frames", 1) else None}
@@ -143,6 +145,21 @@ def override(sampling: Sampling, **changes) -> Sampling:
         if isinstance(count := changes.get(name), int):
             changes |= {name: even_steps(count)} | ({"warp": True} if name == "steps" else {})
     return replace(sampling, **changes)
+
+
+def fit_window(sampling: Sampling, window: int | None, **changes) -> Sampling:
+    """A sampling with another window, and what goes by its window made to fit.
+
+    A deep sink, one of more than a chunk, gets the same share of a shorter window, in whole chunks, and leaves room for
+    two; a position range that the window outgrows goes.
+    """
+    chunk, sink = max(changes.get("chunk", sampling.chunk), sampling.first_chunk or 0), sampling.sink
+    if window is not None and sampling.window and sink > sampling.chunk:
+        share = min(sink, sink * window // sampling.window, window - 2 * chunk)
+        changes |= {"sink": sink if share == sink else max(0, share // chunk * chunk)}
+    if sampling.position_range and (window is None or window > sampling.position_range):
+        changes |= {"position_range": None}
+    return replace(sampling, window=window, **changes)
 
 
 def read_sampling(entry: dict) -> Sampling:
