@@ -11,7 +11,8 @@ What is quantised here is exempt from that, since it costs more than the weights
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -30,7 +31,7 @@ from ...sf_core.checkpoints.load import Checkpoint, dequantised, load_checkpoint
 from ...sf_core.checkpoints.tensorfiles import map_tensors, read_header
 from ...sf_core.wan.config import WanConfig
 from ...sf_core.wan.fp8 import E4M3, LARGEST
-from .model import Family, load_again, set_family, wan_config, wan_of
+from .model import Family, family_of, load_again, set_family, wan_config, wan_of
 
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": E4M3}
 IN_FULL = "full_precision_matrix_mult"  # as ComfyUI calls it
@@ -61,25 +62,42 @@ def load_patcher(source: CheckpointSource, disable_dynamic: bool = False) -> Mod
     return from_checkpoint(source.checkpoint(), source, disable_dynamic)
 
 
+def load_memory_patcher(source: CheckpointSource, disable_dynamic: bool = False) -> ModelPatcher:
+    """The same for the network that writes the cache."""
+    checkpoint = source.checkpoint()
+    return build_patcher(checkpoint, checkpoint.memory, source, disable_dynamic)
+
+
 def from_checkpoint(checkpoint: Checkpoint, source: CheckpointSource, disable_dynamic: bool = False) -> ModelPatcher:
     """The model in a checkpoint of that source."""
+    patcher = build_patcher(checkpoint, checkpoint.state_dict, source, disable_dynamic)
+    patcher.cached_patcher_init = (load_patcher, (source,))
+    memory = None
+    if checkpoint.memory is not None:
+        memory = build_patcher(checkpoint, checkpoint.memory, source, disable_dynamic)
+        memory.cached_patcher_init = (load_memory_patcher, (source,))
+    set_family(patcher, Family(checkpoint.sampling, memory=memory))
+    return patcher
+
+
+def build_patcher(
+    checkpoint: Checkpoint, weights: Mapping[str, Tensor], source: CheckpointSource, disable_dynamic: bool
+) -> ModelPatcher:
+    """A MODEL of a checkpoint's weights, those that denoise or those that write the cache."""
     dtype = PRECISIONS[source.precision]
     metadata, options = wan_metadata(checkpoint.config), {}
     if dtype is E4M3 or (dtype is None and checkpoint.dtype in SCALED):
         plain = plain_dtype(checkpoint.dtype)
-        state, layers = to_comfy_fp8(checkpoint.state_dict, plain, dtype is E4M3, multiplies_in_full(source.path))
+        state, layers = to_comfy_fp8(weights, plain, dtype is E4M3, multiplies_in_full(source.path))
         metadata |= quantisation_metadata(layers)
     elif dtype is None:
-        state = dict(checkpoint.state_dict)
+        state = dict(weights)
     else:
         options["dtype"] = dtype
-        state = dequantised(checkpoint.state_dict, dtype) if checkpoint.dtype in SCALED else dict(checkpoint.state_dict)
-    patcher = comfy.sd.load_diffusion_model_state_dict(
+        state = dequantised(weights, dtype) if checkpoint.dtype in SCALED else dict(weights)
+    return comfy.sd.load_diffusion_model_state_dict(
         state, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
     )
-    patcher.cached_patcher_init = (load_patcher, (source,))
-    set_family(patcher, Family(checkpoint.sampling))
-    return patcher
 
 
 def quantise_model(patcher: ModelPatcher) -> ModelPatcher:
@@ -102,6 +120,9 @@ def quantise_model(patcher: ModelPatcher) -> ModelPatcher:
     clone = patcher.clone(model_override=_quantised[patcher.model].get_clone_model_override())
     clone.cached_patcher_init = (load_quantised, (loader,))
     clone.size = 0  # it was counted for the other weights; ComfyUI counts again
+    family = family_of(patcher)
+    if family.memory is not None:
+        set_family(clone, replace(family, memory=quantise_model(family.memory)))
     return clone
 
 

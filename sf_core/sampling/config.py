@@ -176,3 +176,26 @@ PRESETS = {
     # Trained without a sink; one that is pinned measured best in long videos and at prompt switches (benchmarks).
     "tiny": Sampling(shift=3.0, window=9, sink=1, pinned=True),
 }
+
+LENGTHS = ("long", "fast")  # presets of the window alone: all else stays as the model was made for
+
+
+def preset_of(name: str, own: Sampling) -> Sampling:
+    """The preset of that name for a model that is sampled as `own`.
+
+    long  most of the window is a sink that moves along, for minutes with models of seconds: 15 of 21 latent frames, and
+          the same share of another window
+    fast  a window of at most 12 latent frames with a sink of 3 that moves along: more frames per second
+
+    Source: measured by others on Self Forcing's weights (zaitrarrio/fastvideo-rs); Deep Forcing, arXiv 2512.05081.
+    """
+    if name not in LENGTHS:
+        return PRESETS[name]
+    window = min(12, own.window or 12) if name == "fast" else own.window or 21
+    deep = 15 * window // 21 if name == "long" else 3
+    largest = window - max(own.chunk, own.first_chunk or 0) * (2 if name == "long" else 1)
+    sink = max(0, min(deep, largest) // own.chunk * own.chunk)
+    return replace(
+        own, window=window, sink=sink, pinned=True, position_range=None, sink_decay=1.0, bank=None, reencode=False,
+        sampler="chunks",
+    )  # fmt: skip
