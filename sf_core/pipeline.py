@@ -37,6 +37,7 @@ from .checkpoints.load import (
     load_memory,
     load_model,
     plain_dtype,
+    quantised_error,
 )
 from .device import Timer, available_memory, default_device, default_dtype, release_memory
 from .memory import DecoderMemory, MemoryPlan
@@ -441,6 +442,8 @@ class FilePipeline(Pipeline):
         super().__init__(runtime)
         self.files = files
         self.description = describe(files.model, files.family, files.loras)
+        if self.description.quantised:
+            raise quantised_error(files.model.name, self.description.quantised)
         self.name, self.note, self.sampling = str(files.model), self.description.note, self.description.sampling
         self.config, self.networks = self.description.config, self.description.networks
         self.decoder_memory = memory.TAEHV if files.is_taehv else memory.WAN_VAE

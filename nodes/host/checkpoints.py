@@ -11,6 +11,7 @@ What is quantised here is exempt from that, since it costs more than the weights
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,19 +22,20 @@ import torch
 from comfy.latent_formats import Wan21
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
-from comfy.quant_ops import QuantizedTensor
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from torch import Tensor
 
 from ...sf_core.autoencoders.taehv import TAEHV
 from ...sf_core.checkpoints.autoencoder import load_autoencoder
 from ...sf_core.checkpoints.identify import is_scale, metadata_entry
-from ...sf_core.checkpoints.load import Checkpoint, dequantised, load_checkpoint, plain_dtype
+from ...sf_core.checkpoints.load import Checkpoint, dequantised, formats_of, load_checkpoint, plain_dtype
 from ...sf_core.checkpoints.tensorfiles import map_tensors, read_header
 from ...sf_core.wan.config import WanConfig
 from ...sf_core.wan.fp8 import E4M3, LARGEST
 from .model import Family, family_of, load_again, set_family, wan_config, wan_of
 
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": E4M3}
+ATTENTION_CHOICE = re.compile(r"(?:^|\.)(blocks\.\d+\.(?:\w+\.)*comfy_attention\.config)$")
 IN_FULL = "full_precision_matrix_mult"  # as ComfyUI calls it
 SCALED = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}  # ComfyUI's names
 
@@ -54,7 +56,7 @@ class CheckpointSource:
     def checkpoint(self) -> Checkpoint:
         """Raises CheckpointError for files that hold no causal Wan text-to-video model, or a LoRA of another."""
         loras = () if self.lora is None else ((self.lora, self.strength),)
-        return load_checkpoint(self.path, self.family, loras)
+        return load_checkpoint(self.path, self.family, loras, takes_quantised=True)
 
 
 def load_patcher(source: CheckpointSource, disable_dynamic: bool = False) -> ModelPatcher:
@@ -86,7 +88,11 @@ def build_patcher(
     """A MODEL of a checkpoint's weights, those that denoise or those that write the cache."""
     dtype = PRECISIONS[source.precision]
     metadata, options = wan_metadata(checkpoint.config), {}
-    if dtype is E4M3 or (dtype is None and checkpoint.dtype in SCALED):
+    if checkpoint.quantised:
+        check_formats(checkpoint.quantised, source)
+        state = dict(weights)
+        metadata |= quantisation_metadata(checkpoint.quantised)
+    elif dtype is E4M3 or (dtype is None and checkpoint.dtype in SCALED):
         plain = plain_dtype(checkpoint.dtype)
         state, layers = to_comfy_fp8(weights, plain, dtype is E4M3, multiplies_in_full(source.path))
         metadata |= quantisation_metadata(layers)
@@ -96,8 +102,34 @@ def build_patcher(
         options["dtype"] = dtype
         state = dequantised(weights, dtype) if checkpoint.dtype in SCALED else dict(weights)
     return comfy.sd.load_diffusion_model_state_dict(
-        state, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
+        state | attention_choices(source.path),
+        model_options=options,
+        metadata=metadata,
+        disable_dynamic=disable_dynamic,
     )
+
+
+def check_formats(quantised: dict[str, dict], source: CheckpointSource) -> None:
+    """Raises ValueError for layers that this ComfyUI does not know, and for another precision than the file's."""
+    formats, title = formats_of(quantised), source.path.name
+    if unknown := [name for name in formats if name not in QUANT_ALGOS]:
+        raise ValueError(
+            f"Got {title}, quantised as {' and '.join(unknown)}; this ComfyUI knows {', '.join(QUANT_ALGOS)}. Update "
+            "ComfyUI, or get the bf16 or fp8 version."
+        )
+    if PRECISIONS[source.precision] is not None:
+        raise ValueError(
+            f"Got the precision {source.precision} for {title}, quantised as {' and '.join(formats)}; its layers stay "
+            "as they are. Set precision to auto, or get the bf16 version."
+        )
+
+
+def attention_choices(path: Path) -> dict[str, Tensor]:
+    """Tensors by which a file names the attention that its layers prefer, for a ComfyUI that knows them."""
+    file = read_header(path)
+    names = {name[at.start(1) :]: name for name in file.tensors if (at := ATTENTION_CHOICE.search(name))}
+    mapped = map_tensors(file, names.values()) if names else {}
+    return {name: mapped[at] for name, at in names.items()}
 
 
 def quantise_model(patcher: ModelPatcher) -> ModelPatcher:

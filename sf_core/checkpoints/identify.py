@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
-from .tensorfiles import CheckpointError, TensorFile
+from .tensorfiles import CheckpointError, TensorFile, map_tensors
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,8 +59,10 @@ DIFFUSERS_NAMES = {
     r"\bscale_shift_table$": "head.modulation",
     r"\bproj_out\.": "head.head.",
 }
+MARK = "comfy_quant"  # a tensor with JSON that says how its layer is quantised
+FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # ComfyUI's names of what we compute with ourselves
 MEMORY = re.compile(r"(^|\.)memory_(?=[a-z_]+(\.|$))")
-MARKERS = ("scaled_fp8", "comfy_quant", "freqs")  # tensors that say nothing the others do not
+MARKERS = ("scaled_fp8", MARK, "freqs")  # tensors that say nothing the others do not
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Found:
     """A model in a file: its shape and, for every tensor of it (float8 scales included), {Wan's name: file's name}.
 
     `root` is the prefix its names have in the file, wrappers removed; `causal` whether the file itself says so;
-    `memory` the same names of a second set of weights, which writes the cache (SGF+), {} where there is none.
+    `memory` the same names of a second set of weights, which writes the cache (SGF+), {} where there is none;
+    `quantised` what the file says of each layer that is quantised in a form which only ComfyUI computes with: a dict
+    with its `format`. Such a layer's tensors are all among `names`, whatever they are called.
     """
 
     config: WanConfig
@@ -76,6 +80,7 @@ class Found:
     root: str
     causal: bool
     memory: dict[str, str]
+    quantised: dict[str, dict]
 
 
 def find_wan(file: TensorFile, trusted: bool = False) -> Found:
@@ -87,15 +92,38 @@ def find_wan(file: TensorFile, trusted: bool = False) -> Found:
     _refuse_loras(file.tensors, title)
     root, names = _best_root(file.tensors, title)
     names, memory = _split_memory(names)
+    quantised = _quantised_layers(file, root)
     tensors = {name: in_wans_shape(name, file.tensors[at]) for name, at in names.items()}
     facts = _transformer_facts(file.metadata)
     causal = facts.get("causal_ar") is True or "generator" in root
     _refuse_variants(tensors, title, trusted or facts.get("causal_ar") is True)
     config = _config(tensors, facts, title)
-    _check(tensors, config, title)
+    _check(tensors, config, title, quantised)
     if memory:
         _check({name: in_wans_shape(name, file.tensors[at]) for name, at in memory.items()}, config, title)
-    return Found(config, names, root, causal, memory)
+    return Found(config, names, root, causal, memory, quantised)
+
+
+def _quantised_layers(file: TensorFile, root: str) -> dict[str, dict]:
+    """{layer: what the file says of it} of all layers, where any is in another form than float8; else {}.
+
+    ComfyUI's files say it in their metadata, or in a tensor of each layer that holds JSON.
+    """
+    layers = metadata_entry(file.metadata, "_quantization_metadata").get("layers", {})
+    layers = (
+        {name: about for name, about in layers.items() if isinstance(about, dict)} if isinstance(layers, dict) else {}
+    )
+    marks = [name for name, tensor in file.tensors.items() if name.endswith(f".{MARK}") and tensor.dtype is torch.uint8]
+    for name, mark in map_tensors(file, marks).items() if marks else ():
+        try:
+            about = json.loads(bytes(mark.flatten().tolist()))
+        except ValueError:
+            continue
+        if isinstance(about, dict):
+            layers[name.removesuffix(f".{MARK}")] = about
+    layers = {WRAPPERS.sub("", name).removeprefix(root): about for name, about in layers.items()}
+    known = {str(about.get("format")) for about in layers.values() if "format" in about}
+    return layers if known - set(FLOAT8_FORMATS) else {}
 
 
 def in_wans_shape(name: str, tensor: Tensor) -> Tensor:
@@ -200,7 +228,7 @@ def _config(tensors: dict[str, Tensor], facts: dict, title: str) -> WanConfig:
             f"the number is needed where heads are not {HEAD_WIDTH} wide",
             'Save it as safetensors with the metadata config = {"transformer": {"num_heads": n}}',
         )
-    ffn_dim, _ = _shape(tensors, "blocks.0.ffn.0.weight", 2, title)
+    ffn_dim, _ = _shape(tensors, "blocks.0.ffn.0.weight", 2, title)  # rows, which no packing changes
     _, freq_dim = _shape(tensors, "time_embedding.0.weight", 2, title)
     _, text_dim = _shape(tensors, "text_embedding.0.weight", 2, title)
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
@@ -220,9 +248,19 @@ def _shape(tensors: dict[str, Tensor], name: str, ndim: int, title: str) -> tupl
     return shape
 
 
-def _check(tensors: dict[str, Tensor], config: WanConfig, title: str) -> None:
-    """Every tensor of the model is there, nothing else is, and all have the right shape and a dtype of use."""
+def _check(tensors: dict[str, Tensor], config: WanConfig, title: str, quantised: Collection[str] = ()) -> None:
+    """Every tensor of the model is there, nothing else is, and all have the right shape and a dtype of use.
+
+    Of `quantised` layers the weights need only be there.
+    """
     needed = {name: tuple(tensor.shape) for name, tensor in WanModel(config, device="meta").state_dict().items()}
+    if quantised:
+        layers = {name: name.rpartition(".")[0] for name in tensors}
+        tensors = {
+            name: torch.empty(needed.get(name, ()), device="meta") if layer in quantised else tensors[name]
+            for name, layer in layers.items()
+            if layer not in quantised or name in needed
+        }
     if missing := [name for name in needed if name not in tensors]:
         raise _incomplete(title, missing)
     for name in needed:

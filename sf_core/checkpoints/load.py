@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -57,6 +57,7 @@ class Description:
     source      which weights of the file these are, for people
     file_bytes  of the file, or of all its shards
     networks    sets of weights: 2 where another than the one that denoises writes the cache
+    quantised   what the file says of layers in a form that only ComfyUI computes with, each with its `format`
     tensors, parameters, weight_bytes   of the model alone, without scales, all sets together
     """
 
@@ -73,6 +74,7 @@ class Description:
     parameters: int
     weight_bytes: int
     networks: int = 1
+    quantised: dict[str, dict] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +96,26 @@ def describe(path: str | Path, family: str | None = None, loras: Loras = ()) -> 
     return _describe(file, found, family, loras)
 
 
-def load_checkpoint(path: str | Path, family: str | None = None, loras: Loras = ()) -> Checkpoint:
+def load_checkpoint(
+    path: str | Path, family: str | None = None, loras: Loras = (), takes_quantised: bool = False
+) -> Checkpoint:
     """Opens a checkpoint: a file, a shard, an index of shards, or a folder with one of these.
 
     `family` says how it is sampled instead of a guess, and is taken for word that the model is causal. The weights are
     memory-mapped: they take no memory of their own until they are changed or converted. `loras` are files whose LoRAs
-    are merged into them, each with its strength. Raises CheckpointError, a ValueError, for anything but a causal Wan
-    text-to-video model, and for a LoRA that does not go with it; ValueError for an unknown family.
+    are merged into them, each with its strength. `takes_quantised`: the caller has layers for every form that ComfyUI
+    knows, and gets all tensors of such layers as the file has them. Raises CheckpointError, a ValueError, for anything
+    but a causal Wan text-to-video model, and for a LoRA that does not go with it; ValueError for an unknown family.
     """
     file, found = _open(path, family)
+    if found.quantised and not takes_quantised:
+        raise quantised_error(file.paths[0].name, found.quantised)
     merged = _read_loras(loras, file, found)
     mapped = map_tensors(file, {*found.names.values(), *found.memory.values()})
 
     def weights(names: dict[str, str]) -> dict[str, Tensor]:
         return {
-            name: _scale(mapped[at]) if is_scale(name) else in_wans_shape(name, mapped[at])
+            name: _scale(mapped[at]) if is_scale(name) and not found.quantised else in_wans_shape(name, mapped[at])
             for name, at in names.items()
         }
 
@@ -132,6 +139,20 @@ def load_model(
     checkpoint = load_checkpoint(path, family, loras)
     dtype = dtype or plain_dtype(checkpoint.dtype)
     return build_model(checkpoint.config, dequantised(checkpoint.state_dict, dtype, device)), checkpoint
+
+
+def quantised_error(title: str, quantised: dict[str, dict]) -> CheckpointError:
+    """The error for a file in a form that only ComfyUI's layers compute with."""
+    return CheckpointError(
+        f"{title}, quantised as {' and '.join(formats_of(quantised))}",
+        "only ComfyUI's own layers compute with that",
+        "Use Load Self Forcing Model in ComfyUI, without a LoRA, or get the bf16 or fp8 version",
+    )
+
+
+def formats_of(quantised: dict[str, dict]) -> list[str]:
+    """Names of the forms that layers are quantised in, each once."""
+    return sorted({str(about["format"]) for about in quantised.values() if "format" in about})
 
 
 def load_memory(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> WanModel | None:
@@ -182,6 +203,8 @@ def _headers(file: TensorFile, found: Found) -> dict[str, Tensor]:
 def _read_loras(loras: Loras, file: TensorFile, found: Found) -> list[tuple[dict[str, Adapter | Difference], float]]:
     """What each LoRA adds to the model's weights, and its strength."""
     headers = _headers(file, found)
+    if loras and found.quantised:
+        raise quantised_error(file.paths[0].name, found.quantised)
     return [(read_lora(path, headers), strength) for path, strength in loras]
 
 
@@ -216,6 +239,7 @@ def _describe(file: TensorFile, found: Found, chosen: str | None, loras: Loras) 
         parameters=sum(tensor.numel() for tensor in weights),
         weight_bytes=sum(tensor.nbytes for tensor in weights),
         networks=2 if found.memory else 1,
+        quantised=found.quantised,
     )
 
 
@@ -270,6 +294,8 @@ def _notes(file: TensorFile, found: Found, guessed: Guess, chosen: bool, has_lor
         notes.append(f"Nothing tells chunk-wise from frame-wise: {guessed.assumed} is assumed. {CHOOSE}")
     if guessed.evidence:
         notes.append(f"{family.what} Licence: {family.licence}. {family.page}.")
+    if found.quantised:
+        notes.append(f"Quantised as {' and '.join(formats_of(found.quantised))}: ComfyUI's own layers compute with it.")
     if family.base and not has_lora and _is_base(family, file):
         notes.append(
             f"This is the base alone, a model of 5 seconds: what makes it {guessed.family} is in {family.lora}. Give "
