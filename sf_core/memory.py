@@ -100,6 +100,7 @@ class MemoryPlan:
     keeps_all  whether the cache overwrites nothing (training with gradient checkpointing)
     networks   sets of weights, each with its keys of the prompt: 2 where another than the one that denoises writes the
                cache
+    offload    whether blocks wait in the CPU's memory: two of them at a time are on the device
     """
 
     config: WanConfig
@@ -113,6 +114,7 @@ class MemoryPlan:
     guided: bool = False
     keeps_all: bool = False
     networks: int = 1
+    offload: bool = False
 
     @cached_property
     def use(self) -> MemoryUse:
@@ -140,7 +142,7 @@ class MemoryPlan:
         turned_back = 3 * cache.slots * cache.tokens * config.dim if cache_dtype.itemsize == 1 else 0
         held, used = self._decoder_numbers
         return MemoryUse(
-            weights=self.weights_fp8 if self.fp8 else self.weights,
+            weights=self._weights_there,
             cache=cache.nbytes + videos * first_keys,
             prompt=self.networks * videos * 2 * config.layers * config.text_len * config.dim * size,
             activations=videos * (tokens * (2 * config.ffn_dim + 20 * config.dim) + turned_back) * size,
@@ -157,6 +159,15 @@ class MemoryPlan:
     def weights_fp8(self) -> int:
         """Bytes of the weights with the blocks in float8; as many as ever where they are that already."""
         return min(self.weights, self.networks * float8_bytes(self.config, self.dtype))
+
+    @property
+    def _weights_there(self) -> int:
+        """Bytes of the weights that are on the device at the peak."""
+        every = self.weights_fp8 if self.fp8 else self.weights
+        if not self.offload:
+            return every
+        blocks = every * block_share(self.config, self.dtype, self.fp8)
+        return round(every - blocks + 2 * blocks / (self.config.layers * self.networks))
 
     @property
     def width(self) -> int:
@@ -214,6 +225,15 @@ def float8_bytes(config: WanConfig, dtype: torch.dtype) -> int:
     return sum(tensor.nbytes for tensor in state.values())
 
 
+@lru_cache
+def block_share(config: WanConfig, dtype: torch.dtype, fp8: bool) -> float:
+    """Share of a model's bytes that are its blocks'."""
+    wan = WanModel(config, device="meta", dtype=dtype)
+    state = (quantise_model(wan) if fp8 else wan).state_dict()
+    blocks = sum(tensor.nbytes for name, tensor in state.items() if name.startswith("blocks."))
+    return blocks / sum(tensor.nbytes for tensor in state.values())
+
+
 def smaller_plans(plan: MemoryPlan, limit: int) -> Iterator[tuple[str, MemoryPlan]]:
     """(option of `generate`, the plan with it), one change each, those that cost the least quality first."""
     tiled = plan.decoder is WAN_VAE and plan.tile is None and plan.height * plan.width > (8 * TILE) ** 2
@@ -225,6 +245,8 @@ def smaller_plans(plan: MemoryPlan, limit: int) -> Iterator[tuple[str, MemoryPla
         yield "--fp8-cache", plan.with_fp8_cache()
     if not plan.fp8 and plan.weights_fp8 < plan.weights:
         yield "--fp8", replace(plan, fp8=True)
+    if plan.weights and not plan.offload and plan.decoder is not BUILT_IN:
+        yield "--offload", replace(plan, offload=True)
     if plan.decoder is WAN_VAE:
         yield "--taehv instead of --vae", replace(plan, decoder=TAEHV, tile=None)
     shorter = range(plan.window - plan.plan.sampling.chunk, plan.shortest_window - 1, -plan.plan.sampling.chunk)

@@ -54,6 +54,7 @@ from .wan.attention import Attention, sdpa
 from .wan.config import WanConfig
 from .wan.fp8 import E4M3, Fp8Linear, quantise_block, quantise_model
 from .wan.model import EAGER, BlockOps, Network, WanModel
+from .wan.offload import BlockLoader
 
 TEXT_ENCODER_WORK = 2**30  # bytes that a text encoder takes beside its weights, roughly
 PIECE = 16  # frames of a clip that are encoded at a time: 4 latents, what a tile takes in one turn
@@ -71,6 +72,7 @@ class Runtime:
     tile         side of the decoder's tiles in latent pixels; None: the whole picture at once
     attention    attention kernel; see `attention_kernel`
     ops          block operations; see `compile_ops`
+    offload      blocks of a user's model wait in the CPU's memory and come one at a time
     """
 
     device: torch.device = field(default_factory=default_device)
@@ -80,6 +82,7 @@ class Runtime:
     tile: int | None = None
     attention: Attention = sdpa
     ops: BlockOps = EAGER
+    offload: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", torch.device(self.device))
@@ -268,6 +271,7 @@ class Pipeline(ABC):
             rereads=request.rereads,
             guided=request.guidance != 1,
             networks=self.networks,
+            offload=self.runtime.offload,
         )
 
     def prepare(
@@ -295,12 +299,23 @@ class Pipeline(ABC):
         reencode = (lambda latents: self.encode_still(autoencoder, latents)) if request.reencodes else None
         with timer.measure("load"):
             wan, written = self.load_model(), self.load_memory()
-            network = Network(wan, runtime.dtype, runtime.attention, runtime.ops, memory=written)
+            ops = self._block_ops(wan, written)
+            network = Network(wan, runtime.dtype, runtime.attention, ops, memory=written)
         return Generation(network, plan, prompts, request.seed, prefix, source, reencode), decoder
 
     def _frames(self, request: Request) -> Iterator[Tensor]:
         generation, decoder = self.prepare(request)
         return drop_frames((piece[0] for piece in generation.frames(decoder, request.frames)), request.skipped)
+
+    def _block_ops(self, *models: WanModel | None) -> BlockOps:
+        """Block operations that bring blocks to the device, where they wait in the CPU's memory."""
+        runtime = self.runtime
+        if not runtime.offload:
+            return runtime.ops
+        call = runtime.ops.call
+        for wan in filter(None, models):
+            call = BlockLoader(wan, runtime.device, call)
+        return runtime.ops._replace(call=call)
 
     def _encode_clip(self, clip: Tensor | ClipFrames | None, length: int, timer: Timer) -> Tensor | None:
         """Latents [1, C, F, H, W] of frames, cut or with the last one repeated to `length`; the encoder is freed."""
@@ -458,22 +473,34 @@ class FilePipeline(Pipeline):
         return "lighttae" in self.files.vae.name.lower()
 
     def load_model(self) -> WanModel:
-        files, device, dtype = self.files, self.runtime.device, self.runtime.dtype
+        files, dtype = self.files, self.runtime.dtype
+        device = torch.device("cpu") if self.runtime.offload else self.runtime.device  # blocks stay there then
         if self.description.dtype is E4M3:
             wan = load_fp8_model(load_checkpoint(files.model, files.family), device, dtype)  # takes no LoRA
-            return quantise_model(wan) if self.runtime.fp8 else wan  # what the file has in another dtype
-        if self.runtime.fp8:
-            return quantise_onto(load_model(files.model, family=files.family, loras=files.loras)[0], device, dtype)
-        return load_model(files.model, device, dtype, files.family, files.loras)[0]
+            wan = quantise_model(wan) if self.runtime.fp8 else wan  # what the file has in another dtype
+        elif self.runtime.fp8:
+            wan = quantise_onto(load_model(files.model, family=files.family, loras=files.loras)[0], device, dtype)
+        else:
+            wan = load_model(files.model, device, dtype, files.family, files.loras)[0]
+        return self._place(wan)
 
     def load_memory(self) -> WanModel | None:
         if self.description.networks == 1:
             return None
-        device, dtype = self.runtime.device, self.runtime.dtype
+        dtype = self.runtime.dtype
+        device = torch.device("cpu") if self.runtime.offload else self.runtime.device
         checkpoint = load_checkpoint(self.files.model, self.files.family)
         if self.runtime.fp8:
-            return quantise_onto(load_memory(checkpoint, "cpu", plain_dtype(checkpoint.dtype)), device, dtype)
-        return load_memory(checkpoint, device, dtype)
+            wan = load_memory(checkpoint, "cpu", plain_dtype(checkpoint.dtype))
+            return self._place(quantise_onto(wan, device, dtype))
+        return self._place(load_memory(checkpoint, device, dtype))
+
+    def _place(self, wan: WanModel) -> WanModel:
+        """The model with all that is not a block on the device, where blocks stay behind."""
+        for name, part in wan.named_children() if self.runtime.offload else ():
+            if name != "blocks":
+                part.to(self.runtime.device)
+        return wan
 
     def load_text_encoder(self) -> nn.Module:
         """UMT5, on the device if it fits there, else on the CPU."""

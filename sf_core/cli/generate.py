@@ -147,6 +147,8 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
 def _add_speed(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--fp8", action="store_true", help="float8 weights")
     group.add_argument("--fp8-cache", action="store_true", help="float8 KV cache")
+    offload = "offload: the model's blocks wait in the CPU's memory and come one at a time"
+    group.add_argument("--offload", action="store_true", help=offload)
     group.add_argument("--tile", type=size, metavar="PIXELS", help="tiles of this size for --vae, e.g. 256")
     group.add_argument("--compile", choices=MODES, default="off", help="torch.compile (off)")
     group.add_argument("--attention", choices=KERNELS, default="sdpa", help="attention kernel (sdpa, torch's own)")
@@ -156,6 +158,8 @@ def read_pipeline(args: argparse.Namespace) -> Pipeline:
     """The built-in model, or the files that were named."""
     files = ("vae", "taehv", "text_encoder", "tokenizer", "family", "lora", "lora_strength")
     if args.model is None:
+        if args.offload:
+            raise ValueError("Got --offload without --model; the built-in model is small. Leave --offload out.")
         if stray := [f"--{name.replace('_', '-')}" for name in files if getattr(args, name) is not None]:
             raise ValueError(f"Got {' and '.join(stray)} without --model, to which it belongs. Add --model FILE.")
         return TinyPipeline(_runtime(args))
@@ -191,6 +195,7 @@ def _runtime(args: argparse.Namespace) -> Runtime:
         args.tile and args.tile // 8,
         attention_kernel(args.attention, args.device, dtype),
         compile_ops(args.compile),
+        args.offload,
     )
 
 
@@ -416,6 +421,7 @@ def _report(request: Request, args: argparse.Namespace, preview: str | None, tim
         "dtype": str(DTYPES.get(args.dtype, default_dtype(args.device))).removeprefix("torch."),
         "fp8": args.fp8,
         "fp8_cache": args.fp8_cache,
+        "offload": args.offload,
         "compile": args.compile,
         "attention": args.attention,
         "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
