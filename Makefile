@@ -1,6 +1,7 @@
 # make demo       a first video with the built-in model: demo.mp4, and its contact sheet demo.png
 # make test       the core tests and the linter
 # make host-test  the tests inside a ComfyUI: make host-test COMFYUI_PATH=~/ComfyUI
+# make oldest     the tests of video files with the oldest packages that requirements.txt allows, in .venv-oldest
 # make clean      removes what these made
 #
 # Each sets itself up in .venv. What can be overridden, as in `make demo TORCH=torch==2.9.1`:
@@ -20,7 +21,7 @@ COMFYUI_PATH = ../..
 RUN = $(VENV)/bin/python
 HOST_PYTHON = $(RUN)
 
-.PHONY: demo test host-test clean
+.PHONY: demo test host-test oldest clean
 
 demo: $(VENV)/.runtime
 	"$(RUN)" -m sf_core generate "a red circle moves right" --out demo.mp4 --preview demo.png
@@ -32,8 +33,15 @@ test: $(VENV)/.dev
 host-test: $(VENV)/.dev
 	COMFYUI_PATH="$(COMFYUI_PATH)" "$(HOST_PYTHON)" -m pytest tests/host
 
+oldest:
+	PYTHON="$(PYTHON)" sh scripts/make_venv.sh .venv-oldest
+	sed 's/>=/==/' requirements.txt > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --extra-index-url "$(TORCH_INDEX)" -r .venv-oldest/oldest.txt "$(TORCH)" pytest hypothesis
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/core/test_video.py tests/core/test_video_read.py \
+		tests/core/test_video_write.py tests/core/test_clip_memory.py
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo.mp4 demo.png
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis demo.mp4 demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.runtime: requirements.txt

@@ -27,6 +27,7 @@ from .host.generation import (
 )
 from .host.memory import load, threads_for, within_memory
 from .host.model import family_of, for_compiling, wan_of
+from .host.patches import ignored_conditioning
 from .host.progress import StepProgress
 
 SIGMAS_FROM_1 = "use sigmas that begin at 1"
@@ -148,8 +149,8 @@ class RolloutSampler(Sampler):
         frames = round_up_to_chunks(length, sampling, begun)
         full_history, cache_dtype = self.history == "all", inputs.CACHES[self.cache]
         plan = Plan(sampling, frames, height, width, batch, begun, full_history, cache_dtype=cache_dtype)
-        conds = {name: [[entry["cross_attn"], entry] for entry in entries] for name, entries in guider.conds.items()}
-        negative = negative_for(guider.model_options, guider.cfg, conds.get("negative"), batch)
+        conds, given = (as_conditioning(conds) for conds in (guider.conds, guider.original_conds))
+        negative = negative_for(model, guider.model_options, guider.cfg, conds.get("negative"), batch)
         return HostGeneration(
             model, plan, length,
             read_prompts(conds["positive"], batch),
@@ -157,7 +158,13 @@ class RolloutSampler(Sampler):
             prefix=repeat_to_batch(prefix, batch),
             source=pad_to_length(repeat_to_batch(source, batch), frames),
             compile=self.compile,
+            unheard=tuple(ignored_conditioning(**given)),
         )  # fmt: skip
+
+
+def as_conditioning(conds: dict[str, list[dict]]) -> dict[str, list]:
+    """A guider's prompts as CONDITIONING."""
+    return {name: [[entry["cross_attn"], entry] for entry in entries] for name, entries in conds.items()}
 
 
 def at_sigmas(sampling: Sampling, sigmas: Tensor) -> Sampling:

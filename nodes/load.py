@@ -8,6 +8,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..sf_core.device import console_text
 from ..sf_core.sampling.families import FAMILIES
 from .host import checkpoints, tiny
 from .host.progress import say
@@ -91,7 +92,8 @@ class SelfForcingLoadModel(io.ComfyNode):
         merged = None if lora == NONE else Path(folder_paths.get_full_path_or_raise("loras", lora))
         source = checkpoints.CheckpointSource(path, None if family == AUTO else family, precision, merged, strength)
         checkpoint = source.checkpoint()
-        log.log(logging.INFO if checkpoint.known else logging.WARNING, "%s: %s", file, checkpoint.note)
+        level = logging.INFO if checkpoint.known else logging.WARNING
+        log.log(level, "%s: %s", console_text(file), console_text(checkpoint.note))
         say(cls, checkpoint.note)
         return io.NodeOutput(checkpoints.from_checkpoint(checkpoint, source))
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
+from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..sf_core.device import console_text
 from . import inputs
 from .host.decoding import check_tile
-from .host.generation import REMEDY, begin_notes, prepare_generation
-from .host.live import LiveVideo, next_file, require_decoder, saved_result
+from .host.file_names import check_name, fill_placeholders, next_file
+from .host.generation import REMEDY, HostGeneration, begin_notes, prepare_generation
+from .host.live import LiveVideo, require_decoder, saved_result
 from .host.memory import within_memory
+from .host.progress import Notes
+
+log = logging.getLogger(__name__)
 
 
 class SelfForcingStream(io.ComfyNode):
@@ -36,7 +43,7 @@ class SelfForcingStream(io.ComfyNode):
                 io.String.Input(
                     "file", default="",
                     tooltip="File name in ComfyUI's output folder, to write an mp4 to while it runs, such as "
-                    "video/self_forcing. Empty: no file.",
+                    "video/self_forcing or %date:yyyy-MM-dd%/fox_%width%. Empty: no file.",
                 ),
                 io.Int.Input(
                     "keep", default=0, min=0, max=1_000_000,
@@ -60,6 +67,15 @@ class SelfForcingStream(io.ComfyNode):
         return secrets.token_hex() if seed == -1 else None
 
     @classmethod
+    def validate_inputs(cls, file):
+        if file and file.strip():
+            try:
+                check_name(file.strip())
+            except ValueError as error:
+                return str(error)
+        return True
+
+    @classmethod
     def execute(cls, **given) -> io.NodeOutput:
         given = inputs.StreamInputs(**given)
         drawn = secrets.randbelow(2**53) if given.seed == -1 else None
@@ -69,11 +85,22 @@ class SelfForcingStream(io.ComfyNode):
         notes = begin_notes(generation, cls)
         if drawn is not None:
             notes.add(f"seed {drawn}")
-        saved = next_file(given.file.strip(), generation) if given.file.strip() else None
+        saved = cls._next_file(given.file.strip(), generation, notes) if given.file.strip() else None
         within_memory(lambda: video.run(saved), generation.what, f"{REMEDY} {video.decoder.remedy}")
         # Not as a preview (ui.PreviewVideo): the file is what the screen has shown.
         shown = None if saved is None else {"video": [saved_result(saved)]}
         return io.NodeOutput(video.images.tensor, {"samples": video.latents.tensor}, ui=shown)
+
+    @classmethod
+    def _next_file(cls, name: str, generation: HostGeneration, notes: Notes) -> Path:
+        """Where it is written, with what the name asks for filled in."""
+        prompt, extra = (cls.hidden.prompt, cls.hidden.extra_pnginfo or {}) if cls.hidden else ({}, {})
+        name, unknown = fill_placeholders(name, prompt, extra.get("workflow"))
+        if unknown:
+            message = f"file has {', '.join(unknown)}, which stands for nothing here and stays as it is."
+            log.warning("Self Forcing: %s", console_text(message))
+            notes.add(message)
+        return next_file(name, 8 * generation.plan.width, 8 * generation.plan.height)
 
 
 NODES = [SelfForcingStream]

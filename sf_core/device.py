@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -30,6 +31,12 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def console_text(text: object) -> str:
+    """Text for the console or the log, whose letters it may not have: those as backslash escapes."""
+    encoding = getattr(sys.stderr, "encoding", None) or "ascii"
+    return str(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def synchronise(device: torch.device) -> None:
     """Waits until the device has done what it was told; a CPU always has."""
     if device.type == "cuda":
@@ -43,6 +50,38 @@ def upload(x: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+class HostCopy:
+    """A tensor on its way to the CPU. Nothing waits for it: it goes by a stream of its own, through pinned memory."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.tensor, self.arrived = x, None
+        if x.device.type == "cuda":
+            made, stream = torch.cuda.current_stream(x.device), _copy_stream(x.device)
+            self.tensor = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            stream.wait_stream(made)
+            with torch.cuda.stream(stream):
+                self.tensor.copy_(x, non_blocking=True)
+                self.arrived = stream.record_event()
+            x.record_stream(stream)  # whose memory is used again only once it has been copied
+        elif x.device.type != "cpu":
+            self.tensor = x.cpu()
+
+    @property
+    def is_there(self) -> bool:
+        return self.arrived is None or self.arrived.query()
+
+    def wait(self) -> Tensor:
+        """The tensor on the CPU, once it is there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensor
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -98,10 +137,11 @@ def within_memory(
 
 @dataclass
 class Timer:
-    """Seconds spent in each stage of some work; a device is waited for where a stage ends."""
+    """Seconds spent in each stage of some work; a device is waited for where a stage ends, unless it is `queued`."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
+    marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -110,13 +150,36 @@ class Timer:
             yield
             synchronise(self.device)
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+            self.add(stage, time.perf_counter() - started)
+
+    @contextmanager
+    def queued(self, stage: str) -> Iterator[None]:
+        """Measures by marks in a GPU's own queue, so that nothing waits; `settle` adds them up."""
+        if self.device.type != "cuda":
+            with self.measure(stage):
+                yield
+            return
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
+        yield
+        ended.record()
+        self.marks.append((stage, started, ended))
 
     def each(self, stage: str, items: Iterator) -> Iterator:
         """The items, with the time spent on making them measured."""
         while True:
-            with self.measure(stage):
+            with self.queued(stage):
                 item = next(items, None)
             if item is None:
                 return
             yield item
+
+    def settle(self) -> None:
+        """Waits for the device, and counts what it had queued."""
+        synchronise(self.device)
+        for stage, started, ended in self.marks:
+            self.add(stage, started.elapsed_time(ended) / 1000)
+        self.marks.clear()
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from .checkpoints.load import (
     plain_dtype,
     quantised_error,
 )
-from .device import Timer, available_memory, default_device, default_dtype, release_memory
+from .device import HostCopy, Timer, available_memory, default_device, default_dtype, release_memory
 from .memory import DecoderMemory, MemoryPlan
 from .sampling.config import PRESETS, Sampling
 from .sampling.context import Reencode
@@ -49,15 +50,18 @@ from .sampling.prompt_text import Prompt, parse, schedule
 from .sampling.prompts import REREADING, PromptSchedule
 from .sampling.rollout import OnStep, rollout
 from .text_encoder import bytes_loaded, load_text_encoder
-from .video import Clip
 from .wan.attention import Attention, sdpa
 from .wan.config import WanConfig
 from .wan.fp8 import E4M3, Fp8Linear, quantise_block, quantise_model
 from .wan.model import EAGER, BlockOps, Network, WanModel
 from .wan.offload import BlockLoader
 
+if TYPE_CHECKING:  # a machine that only measures needs no PyAV
+    from .video import Clip
+
 TEXT_ENCODER_WORK = 2**30  # bytes that a text encoder takes beside its weights, roughly
 PIECE = 16  # frames of a clip that are encoded at a time: 4 latents, what a tile takes in one turn
+NATIVE, FITTED = 72, 60  # bytes per pixel of a clip's own frames, and of each frame of a piece, while it is read
 USUAL_FRAMES = 81  # 21 latent frames, the length of a training clip
 Stream = DecoderStream | wan_vae.DecoderStream
 
@@ -105,6 +109,15 @@ class ClipFrames:
 
     def __len__(self) -> int:
         return self.clip.count(self.fps, self.most)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the machine's memory that are taken while it is read, however long it is.
+
+        Frames at their own size as they are decoded and converted, also by the decoder's threads, and a piece at its
+        new size; more than what was measured for films of 1080p and 4K, with 8 and 10 bits, photos of 24 megapixels.
+        """
+        return NATIVE * self.clip.width * self.clip.height + FITTED * PIECE * self.size[0] * self.size[1]
 
     def pieces(self) -> Iterator[Tensor]:
         """Pieces [n, H, W, 3] in 0..1. Raises OSError and ValueError as `Clip.frames` does."""
@@ -208,13 +221,25 @@ class Generation:
     def frames(
         self, decoder: Stream, length: int, on_step: OnStep | None = None, timer: Timer | None = None
     ) -> Iterator[Tensor]:
-        """The first `length` frames, in pieces [B, T, H, W, 3] in 0..1 on the CPU, one per chunk."""
+        """The first `length` frames, in pieces [B, T, H, W, 3] in 0..1 on the CPU, as `pieces` makes them."""
+        for piece in self.pieces(decoder, length, on_step, timer):
+            yield piece.wait()
+
+    def pieces(
+        self, decoder: Stream, length: int, on_step: OnStep | None = None, timer: Timer | None = None
+    ) -> Iterator[HostCopy]:
+        """The same, on their way to the CPU: latent by latent of the first chunk, which is waited for, then one piece
+        per chunk. A GPU has not made them yet; hand them to a thread that waits, as `run_beside` does.
+        """
         timer, wanted = timer or Timer(self.prompts.device), latent_frames(length)
         for chunk, x0 in timer.each("rollout", self.chunks(on_step)):
-            with timer.measure("decode"):
-                piece = decoder.decode(x0[:, :, : wanted - chunk.start])[:, :length].cpu()
-            length -= piece.shape[1]
-            yield piece
+            x0 = x0[:, :, : wanted - chunk.start]
+            for latents in x0.split(x0.shape[2] if chunk.index else 1, 2):
+                with timer.queued("decode"):
+                    frames = decoder.decode(latents)[:, :length]
+                    piece = HostCopy(frames)
+                length -= frames.shape[1]
+                yield piece
 
 
 class Pipeline(ABC):
@@ -415,7 +440,7 @@ class TinyPipeline(Pipeline):
         return DecoderStream(autoencoder.to(self.runtime.device, self.runtime.dtype))
 
     def encode(self, autoencoder: nn.Module, pieces: Iterator[Tensor]) -> Tensor:
-        return autoencoder.encode(torch.cat(list(pieces), 1))
+        return autoencoder.encode_pieces(pieces)
 
     def encode_still(self, autoencoder: nn.Module, latents: Tensor) -> Tensor:
         return autoencoder.still(latents)

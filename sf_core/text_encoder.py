@@ -324,7 +324,7 @@ class Tokenizer:
 def _tokenizer(given: str | Path | None, embedded: Tensor | None, weights: Path) -> Tokenizer:
     """The tokenizer that was named, or the one in the weights' file, or the one that lies beside it."""
     if given is None and embedded is not None:
-        return _sentencepiece(embedded.numpy().tobytes(), str(weights))
+        return _sentencepiece(embedded.flatten().view(torch.uint8).numpy().tobytes(), str(weights))
     beside = (weights.parent, weights.parent.parent / "tokenizer", weights.parent / "google" / "umt5-xxl")
     places = beside if given is None else (Path(given),)
     for place in places:

@@ -15,6 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...sf_core.device import console_text
 from ...sf_core.memory import MemoryPlan
 from ...sf_core.pipeline import Generation
 from ...sf_core.sampling.plan import Chunk, Plan, round_up_to_chunks
@@ -26,8 +27,16 @@ from ...sf_core.wan.model import Network, WanLayers
 from ..inputs import CACHES, RolloutInputs
 from .conditioning import read_latents, read_negative, read_prompts, still_encoder
 from .memory import loaded
-from .model import attention_of, family_of, for_compiling, wan_of
-from .patches import TellingCall, guide_of, ignored_patches, transformer_options, wants_negative
+from .model import attention_of, family_of, for_compiling, traceable, wan_of
+from .patches import (
+    cfg_overrides,
+    guide_of,
+    ignored_conditioning,
+    ignored_patches,
+    telling_ops,
+    transformer_options,
+    wants_negative,
+)
 from .progress import Notes, check_cancelled
 
 REMEDY = "Set cache to fp8 or a smaller window, load the model in fp8, or make a smaller video."
@@ -45,6 +54,7 @@ class HostGeneration:
     prompts         positive prompts with their start times
     negative        embeddings [B, tokens, width] to lead away from; None where nothing does
     prefix, source  latents [B, C, F, H, W] in model space; see `rollout`
+    unheard         what is in the prompts and has no effect, in lines for people
     """
 
     model: ModelPatcher
@@ -57,6 +67,7 @@ class HostGeneration:
     prefix: Tensor | None = None
     source: Tensor | None = None
     compile: str = "off"
+    unheard: tuple[str, ...] = ()
 
     @property
     def wan(self) -> WanLayers:
@@ -118,8 +129,11 @@ class HostGeneration:
         levels = [step.sigma for step in self.plan.steps(self.plan.chunks[-1])]
         sigmas = torch.tensor([*levels, 0.0], device=model.load_device)
         told = transformer_options(options, self.wan.config.layers, sigmas, prompts.is_guided)
-        ops = compile_ops(self.compile)._replace(call=TellingCall(told))
-        network = Network(self.wan, self.dtype, attention_of(told, compiled), ops, memory=self.memory_wan)
+        attention, wan, memory = attention_of(told, compiled), self.wan, self.memory_wan
+        if compiled:
+            wan, memory = traceable(wan), memory and traceable(memory)
+        ops = telling_ops(compile_ops(self.compile), attention)
+        network = Network(wan, self.dtype, attention, ops, memory=memory)
         use = self.memory.use
         reencode = self.reencoder and still_encoder(model, self.reencoder, use.total - use.cache + reserve_bytes)
         generation = Generation(network, self.plan, prompts, self.seed, self.prefix, self.source, reencode)
@@ -131,7 +145,7 @@ class HostGeneration:
         """The prompts over time, guided by what functions there are in model_options."""
         timed = schedule(self.prompts, self.plan.chunks, self.negative, self.guidance)
         prompts = [prompt.embeds for prompt in timed.prompts]
-        return replace(timed, guide=guide_of(self.model.model, options, self.guidance, prompts, self.negative))
+        return replace(timed, guide=guide_of(self.model, options, self.guidance, prompts, self.negative))
 
     def latents(self, on_step: OnStep, options: dict | None = None, first: int = 0) -> Tensor:
         """The whole video from latent frame `first` on, in model space, on ComfyUI's intermediate device."""
@@ -196,7 +210,7 @@ def prepare_generation(given: RolloutInputs, seed: int | None = None) -> HostGen
     frames = round_up_to_chunks(length, sampling, begun)
     full_history, cache_dtype = given.history == "all", CACHES[given.cache]
     plan = Plan(sampling, frames, height, width, batch, begun, full_history, given.denoise, cache_dtype)
-    negative = negative_for(model.model_options, given.cfg, given.negative, batch)
+    negative = negative_for(model, model.model_options, given.cfg, given.negative, batch)
     return HostGeneration(
         model, plan, length,
         read_prompts(given.positive, batch),
@@ -205,15 +219,19 @@ def prepare_generation(given: RolloutInputs, seed: int | None = None) -> HostGen
         prefix=repeat_to_batch(prefix, batch),
         source=pad_to_length(repeat_to_batch(source, batch), frames),
         compile=given.compile,
+        unheard=tuple(ignored_conditioning(positive=given.positive, negative=given.negative)),
     )  # fmt: skip
 
 
-def negative_for(options: dict, cfg: float, conditioning: list | None, batch: int) -> Tensor | None:
-    """Embeddings [B, tokens, width] of the negative prompt; None where neither cfg nor model_options ask for one.
+def negative_for(
+    model: ModelPatcher, options: dict, cfg: float, conditioning: list | None, batch: int
+) -> Tensor | None:
+    """Embeddings [B, tokens, width] of the negative prompt; None where neither cfg nor what is on the MODEL, with its
+    model_options, asks for one.
 
     Raises ValueError where cfg does and there is none.
     """
-    at_1 = bool(conditioning) and wants_negative(options)
+    at_1 = bool(conditioning) and (wants_negative(options) or bool(cfg_overrides(model, options)))
     return read_negative(conditioning, batch) if cfg != 1 or at_1 else None
 
 
@@ -285,9 +303,14 @@ def begin_notes(generation: HostGeneration, node: type, own_steps: bool = True) 
     """
     notes = Notes(node)
     ignored = ignored_patches(generation.model, in_guider=not own_steps)
-    shift = shift_warning(generation) if own_steps else None
-    for message in (chunk_warning(generation), shift, reencode_warning(generation), *ignored):
+    for message in (
+        chunk_warning(generation),
+        shift_warning(generation) if own_steps else None,
+        reencode_warning(generation),
+        *ignored,
+        *generation.unheard,
+    ):
         if message:
-            log.warning("Self Forcing: %s", message)
+            log.warning("Self Forcing: %s", console_text(message))
             notes.add(message)
     return notes

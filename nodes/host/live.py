@@ -50,15 +50,6 @@ def require_decoder(vae: comfy.sd.VAE, samples: Tensor) -> StreamingDecoder:
     return decoder
 
 
-def next_file(prefix: str, generation: HostGeneration) -> Path:
-    """The next free .mp4 of that name in ComfyUI's output folder."""
-    plan = generation.plan
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory(), 8 * plan.width, 8 * plan.height
-    )
-    return Path(folder) / f"{name}_{counter:05}_.mp4"
-
-
 def saved_result(path: Path) -> ui.SavedResult:
     folder = path.parent.relative_to(folder_paths.get_output_directory())
     return ui.SavedResult(path.name, "" if folder == Path() else folder.as_posix(), io.FolderType.output)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 
 import comfy.model_management as management
 import psutil
@@ -93,13 +94,18 @@ def check_frames(frames: int, pixels: int, remedy: str) -> None:
     """
     device, needed = management.intermediate_device(), 3 * frames * pixels * management.intermediate_dtype().itemsize
     there = management.get_free_memory(device)
-    if device.type == "cpu":
+    if device.type == "cpu" and not counts_containers():
         there += psutil.swap_memory().free
     if needed > there:
         raise ValueError(
             f"Got {frames} frames to hand on, which take {format_bytes(needed)} in one piece; {format_bytes(there)} "
             f"are free. {remedy}"
         )
+
+
+def counts_containers() -> bool:
+    """Whether this ComfyUI takes what its container may use for what is free (after 0.27): swap is then not its own."""
+    return find_spec("comfy.system_memory") is not None
 
 
 def smaller(memory: MemoryPlan, limit: int) -> Iterator[str]:

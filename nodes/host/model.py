@@ -7,8 +7,9 @@ through ComfyUI's own layers. On wires everything is native: a MODEL is a ModelP
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.sd
@@ -22,7 +23,6 @@ from PIL import Image
 from torch import Tensor
 
 from ...sf_core.sampling.config import PRESETS, Sampling
-from ...sf_core.wan.attention import Attention
 from ...sf_core.wan.config import WanConfig
 from ...sf_core.wan.model import WanLayers
 
@@ -96,8 +96,9 @@ def _in_float32(layer: torch.nn.Module) -> Callable[[Tensor], Tensor]:
 
 def host_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, patched: PatchedAttention) -> Tensor:
     return optimized_attention(
-        q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, transformer_options=patched.options
-    )
+        q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True,
+        transformer_options=patched.options, **patched.preferred(),
+    )  # fmt: skip
 
 
 @lru_cache
@@ -111,18 +112,56 @@ class PatchedAttention:
     """ComfyUI's attention, [B, N, L, D] in and out, with whatever transformer_options put in its place.
 
     The kernel gets this object and not the options, which change from block to block: compiled code would check them.
+
+    layer  which of a block's attention layers it belongs to
+    now    "block": the block that runs, of which ComfyUI after 0.27 wants to know `comfy_attention`, the attention that
+           a checkpoint prefers for a layer
     """
 
     options: dict
     kernel: Callable
+    layer: str = "self_attn"
+    now: dict[str, torch.nn.Module] = field(default_factory=dict)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.kernel(q, k, v, mask, self)
 
+    def preferred(self) -> dict[str, Any]:
+        """What is told to `optimized_attention` of it: nothing where a layer prefers none, as in ComfyUI 0.27."""
+        layer = getattr(self.now.get("block"), self.layer, None)
+        attention = getattr(layer, "comfy_attention", None)
+        return {} if attention is None else {"preferred_attention": attention}
 
-def attention_of(options: dict, compiled: bool = False) -> Attention:
+
+def attention_of(options: dict, compiled: bool = False) -> PatchedAttention:
     """ComfyUI's attention with the patches in transformer_options."""
     return PatchedAttention(options, untraced_attention() if compiled else host_attention)
+
+
+class TraceableBlock(torch.nn.Module):
+    """A block whose feed-forward is its layers one after the other, which torch.compile can trace.
+
+    ComfyUI after 0.27 has it in one call with the activation, at which a graph ends.
+    """
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.self_attn, self.cross_attn, self.norm3 = block.self_attn, block.cross_attn, block.norm3
+        self.modulation = block.modulation
+        self.ffn = torch.nn.Sequential(block.ffn[0], torch.nn.GELU(approximate="tanh"), block.ffn[2])
+
+
+def traceable(layers: WanLayers) -> WanLayers:
+    """The layers with blocks that torch.compile can trace, but for those whose activation an INT8 kernel computes."""
+    blocks = [TraceableBlock(block) if has_own_forward(block.ffn) else block for block in layers.blocks]
+    return replace(layers, blocks=torch.nn.ModuleList(blocks))
+
+
+def has_own_forward(ffn: torch.nn.Module) -> bool:
+    """Whether a feed-forward is two layers with a forward around them that is no more than both and tanh-GELU."""
+    if type(ffn) is torch.nn.Sequential or {"0", "2"} - ffn._modules.keys():
+        return False
+    return "INT8" not in getattr(ffn[2].weight, "_layout_cls", "")
 
 
 def load_again(loader: tuple) -> ModelPatcher:

@@ -4,7 +4,8 @@ A rollout runs Wan's layers itself, chunk by chunk over a cache. So of what node
 
     weights           LoRAs and the like, and object patches of layers, wherever ComfyUI applies them
     attention         optimized_attention_override, with the transformer_options that it may ask for
-    guidance          pre-CFG, CFG and post-CFG functions, called as ComfyUI's own samplers call them
+    guidance          pre-CFG, CFG and post-CFG functions, called as ComfyUI's own samplers call them, and wrappers of
+                      predict_noise that set cfg for a range of steps
 
 All else is named, by what it is and not by the node that it comes from, so that no pack has to be known here.
 """
@@ -15,9 +16,10 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dis import get_instructions
 from itertools import chain
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -25,12 +27,14 @@ import torch
 from comfy.conds import CONDRegular
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from comfy.samplers import cfg_function
 from torch import Tensor
 
 from ...sf_core.sampling.schedule import Step
-from ...sf_core.wan.model import run_block, velocity
+from ...sf_core.wan.model import BlockOps, run_block, velocity
+from .conditioning import START, read_negative, take_scheduled
+from .model import PatchedAttention
 
 PRE, CFG, POST = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
 AT_CFG_1 = "disable_cfg1_optimization"  # the functions want the negative prompt even where cfg is 1
@@ -81,6 +85,7 @@ class GuidanceFunctions:
     options       model_options with those functions that act
     scale         cfg
     cond, uncond  prompts as ComfyUI's samplers have them; of no negative prompt None
+    overrides     wrappers of predict_noise that set the guider's cfg
     """
 
     model: ModelView
@@ -88,30 +93,70 @@ class GuidanceFunctions:
     scale: float
     cond: list[dict]
     uncond: list[dict] | None
+    overrides: tuple[Callable, ...] = ()
 
     def __call__(self, x: Tensor, positive: Tensor, negative: Tensor | None, step: Step) -> Tensor:
         sigma = torch.full((len(x),), step.sigma, device=x.device)
+        scale, uncond = self.scale_at(x, sigma), self.uncond
+        if scale == 1 and not self.options.get(AT_CFG_1):
+            negative = uncond = None
         out = [positive, torch.zeros_like(positive) if negative is None else negative]
         for function in self.options.get(PRE, []):
             out = function({
-                "conds": [self.cond, self.uncond], "conds_out": out, "cond_scale": self.scale, "timestep": sigma,
+                "conds": [self.cond, uncond], "conds_out": out, "cond_scale": scale, "timestep": sigma,
                 "input": x, "sigma": sigma, "model": self.model, "model_options": self.options,
             })  # fmt: skip
-        return cfg_function(
-            self.model, out[0], out[1], self.scale, x, sigma, self.options, cond=self.cond, uncond=self.uncond
+        return cfg_function(self.model, out[0], out[1], scale, x, sigma, self.options, cond=self.cond, uncond=uncond)
+
+    def scale_at(self, x: Tensor, sigma: Tensor) -> float:
+        """The cfg of a step: what the overrides make of it, the innermost last. Raises ValueError where that leads away
+        from a negative prompt and there is none.
+        """
+        guider, seen = SimpleNamespace(cfg=self.scale), [self.scale]
+
+        def predict_noise(x: Tensor, *args, **kwargs) -> Tensor:
+            seen.append(guider.cfg)
+            return x
+
+        WrapperExecutor.new_class_executor(predict_noise, guider, list(self.overrides)).execute(
+            x, sigma, self.options, None
         )
+        if seen[-1] != 1 and self.uncond is None:
+            read_negative(None, len(x))
+        return seen[-1]
 
 
 def guide_of(
-    model: BaseModel, options: dict, scale: float, prompts: list[Tensor], negative: Tensor | None
+    patcher: ModelPatcher, options: dict, scale: float, prompts: list[Tensor], negative: Tensor | None
 ) -> GuidanceFunctions | None:
-    """The functions of guidance in model_options, for prompts and a negative one [B, tokens, width]; None: no such."""
-    acting = acting_functions(options)
-    if not acting:
+    """The functions of guidance of a MODEL with model_options, for prompts and a negative one [B, tokens, width]; None:
+    no such.
+    """
+    acting, overrides = acting_functions(options), cfg_overrides(patcher, options)
+    if not (acting or overrides):
         return None
     options = {key: value for key, value in options.items() if key not in (PRE, CFG, POST)} | acting
     uncond = None if negative is None else as_conds([negative])
-    return GuidanceFunctions(ModelView(model), options, scale, as_conds(prompts), uncond)
+    return GuidanceFunctions(ModelView(patcher.model), options, scale, as_conds(prompts), uncond, overrides)
+
+
+def cfg_overrides(patcher: ModelPatcher, options: dict) -> tuple[Callable, ...]:
+    """Wrappers of predict_noise, on a MODEL or already in model_options, that set the guider's cfg."""
+    registries = (patcher.wrappers, options.get("transformer_options", {}).get("wrappers", {}))
+    found = [wrapper for key, wrapper in functions_in(*registries) if overrides_cfg(key, wrapper)]
+    return tuple(dict.fromkeys(found))  # a guider has copied them
+
+
+def overrides_cfg(key: str, wrapper: Callable) -> bool:
+    """Whether a wrapper does no more than to set a guider's cfg: it neither changes nor leaves out a prediction."""
+    code = getattr(innermost(wrapper), "__code__", None)
+    if key != WrappersMP.PREDICT_NOISE or code is None:
+        return False
+    stored = {step.argval for step in get_instructions(code) if step.opname == "STORE_ATTR"}
+    return stored == {"cfg"} and names_in(code) <= CFG_NAMES
+
+
+CFG_NAMES = {"cfg", "class_obj", "float", "flatten", "item", "max", "min"}  # all that such a wrapper needs
 
 
 def acting_functions(options: dict) -> dict:
@@ -187,18 +232,29 @@ def innermost(function: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class TellingCall:
-    """Calls the parts of a forward, and keeps transformer_options with them: what attention overrides may ask for."""
+    """Calls the parts of a forward, and keeps the attention told of them: what overrides and kernels may ask for."""
 
-    options: dict
+    attention: PatchedAttention
 
     def __call__(self, part: Callable, module: torch.nn.Module, *args):
         if part is velocity:
             x, t = args[:2]
             noisiest = float(t.max()) if isinstance(t, torch.Tensor) else t  # one per frame where several chunks go on
-            self.options["sigmas"] = torch.full((1,), noisiest / 1000, device=x.device)
+            self.attention.options["sigmas"] = torch.full((1,), noisiest / 1000, device=x.device)
         elif part is run_block:
-            self.options["block_index"] = args[2]
+            self.attention.options["block_index"] = args[2]
+            self.attention.now["block"] = module
         return part(module, *args)
+
+
+def telling_ops(ops: BlockOps, attention: PatchedAttention) -> BlockOps:
+    """Block operations that keep `attention` told, and give cross-attention one of its own."""
+    cross = replace(attention, layer="cross_attn")
+
+    def finish(block, x, attended, e6, keys, values, _, config):
+        return ops.finish(block, x, attended, e6, keys, values, cross, config)
+
+    return ops._replace(finish=finish, call=TellingCall(attention))
 
 
 def transformer_options(options: dict, blocks: int, sigmas: Tensor, guided: bool) -> dict:
@@ -240,6 +296,8 @@ ROPE = Kind("position (RoPE) options", "positions are those of the chunk in its 
 CALLBACK = Kind("callback", "a rollout has no such moment")
 HOOK = Kind("hook", "a rollout does not change weights on the way")
 INJECTION = Kind("injection", "what it puts into the model's own forward is not run")
+PROMPT = Kind("setting of a prompt", "a rollout reads its words alone, and starts from what is in prefix")
+COMBINED = Kind("prompt combined with another", "a rollout follows one at a time; see Self Forcing Next Prompt")
 GPUS = Kind("multi-GPU clones", "a rollout runs on one device")
 OPTION = Kind("option", "a rollout does not know it")
 
@@ -307,7 +365,7 @@ def on_patcher(patcher: ModelPatcher, in_guider: bool) -> Iterator[tuple[Kind, s
     """(kind, name) of each wrapper, and of each patch beside model_options, that has no effect."""
     inner = patcher.model_options.get("transformer_options", {})
     for key, function in functions_in(patcher.wrappers, inner.get("wrappers", {})):
-        if not (in_guider and key in AROUND_SAMPLER):
+        if not (in_guider and key in AROUND_SAMPLER) and not overrides_cfg(key, function):
             yield WRAPPER, f"{key} {describe(function)}"
     for key, function in functions_in(patcher.callbacks, inner.get("callbacks", {})):
         if key in UNHEARD:
@@ -318,6 +376,27 @@ def on_patcher(patcher: ModelPatcher, in_guider: bool) -> Iterator[tuple[Kind, s
     yield from ((HOOK, describe(hook)) for hook in patcher.hook_patches)
     yield from ((INJECTION, str(key)) for key in patcher.injections if key != BYPASS)
     yield from ((GPUS, str(clone.load_device)) for clone in patcher.get_additional_models_with_key("multigpu"))
+
+
+WORDS = {"pooled_output", "cross_attn", "model_conds", "uuid", "attention_mask", START}
+NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}  # as if they were not there
+
+
+def ignored_conditioning(**prompts: list | None) -> list[str]:
+    """What is in prompts beside their words and their times, and has no effect on a rollout, one line for each kind.
+
+    prompts  {input's name: CONDITIONING}
+    """
+    kinds: dict[Kind, list[str]] = {PROMPT: [], COMBINED: []}
+    for name, conditioning in prompts.items():
+        followed = take_scheduled(conditioning)[: None if name == "positive" else 1] if conditioning else []
+        for _, values in followed:
+            known = WORDS | ({"start_percent"} if START in values else set())
+            keys = [key for key, value in values.items() if value is not None and key not in known]
+            kinds[PROMPT] += [f"{key} ({name})" for key in keys if key not in NEUTRAL or values[key] != NEUTRAL[key]]
+        if more := len(conditioning or []) - len(followed):
+            kinds[COMBINED].append(f"{more} ({name})")
+    return [line_of(kind, list(dict.fromkeys(names))) for kind, names in kinds.items() if names]
 
 
 def functions_in(*registries: dict[str, dict[str, list[Callable]]]) -> Iterator[tuple[str, Callable]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import comfy.model_management as management
 import comfy.sd
@@ -16,6 +17,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ...sf_core.device import HostCopy
 from ...sf_core.sampling.rollout import Progress
 from .model import family_of
 
@@ -23,6 +25,8 @@ Preview = tuple[str, Image.Image, int]  # format, picture, largest side
 
 
 SECONDS_BETWEEN_PICTURES = 0.1  # as often as ComfyUI itself tells of progress
+SECONDS_BEFORE_PICTURES = 0.5  # of a run: a shorter one is over before anybody has looked
+MOST_FOR_PICTURES = 0.05  # of a run's time
 
 
 MOST_WAITING = 64  # messages; a run that nobody is slow to watch has a few
@@ -36,7 +40,7 @@ def say(node: type[io.ComfyNode], text: str) -> None:
     if node.hidden is not None and node.hidden.unique_id:
         from server import PromptServer  # runs already; without one it would take a second to import
 
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+        PromptServer.instance.send_progress_text(text, str(node.hidden.unique_id))
 
 
 class Notes:
@@ -61,7 +65,7 @@ def send(node: type[io.ComfyNode], event: str, data: Callable[[], dict]) -> None
 
         server = PromptServer.instance
         if server.client_id in server.sockets and server.messages.qsize() < MOST_WAITING:
-            server.send_sync(event, {"node": node.hidden.unique_id, **data()}, server.client_id)
+            server.send_sync(event, {"node": str(node.hidden.unique_id), **data()}, server.client_id)
 
 
 def check_cancelled() -> None:
@@ -92,7 +96,7 @@ class PreviewProgress(StepProgress):
 
     def __init__(self, patcher: ModelPatcher, notes: Notes, compiling: bool) -> None:
         super().__init__()
-        self.shown = -math.inf
+        self.allowance, self.newest = PictureAllowance(), None
         self.preview = family_of(patcher).preview
         self.previewer = previewer_of(patcher)
         self.notes, self.began = notes, time.monotonic() if compiling else None
@@ -106,15 +110,38 @@ class PreviewProgress(StepProgress):
         self.bar.update_absolute(self.done, progress.total, self.picture(progress.x0))
 
     def picture(self, x0: Tensor) -> Preview | None:
-        """None so soon after the last one that nobody would see it: the built-in model takes longer over it than over
-        a step."""
-        if time.monotonic() < self.shown + SECONDS_BETWEEN_PICTURES:
+        """None where the last one was too dear to make another, or a GPU has not handed over what it shows."""
+        if self.newest is None and self.allowance.is_due:
+            self.newest = HostCopy(x0[:1, :, -1:])  # [1, C, 1, H, W]
+        if self.newest is None or not self.newest.is_there:
             return None
-        self.shown = time.monotonic()
-        newest = x0[:1, :, -1:]  # [1, C, 1, H, W]
-        if self.preview is not None:
-            return as_preview(self.preview(newest))
-        return self.previewer.decode_latent_to_preview_image("JPEG", newest)
+        newest, self.newest = self.newest.wait(), None
+        with self.allowance.spend():
+            if self.preview is not None:
+                return as_preview(self.preview(newest))
+            return self.previewer.decode_latent_to_preview_image("JPEG", newest)
+
+
+class PictureAllowance:
+    """How often pictures may be made: at a share of the run's time, whatever one costs here."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.began = clock, clock()
+        self.shown, self.spent, self.dearest = -math.inf, 0.0, 0.0
+
+    @property
+    def is_due(self) -> bool:
+        now = self.clock()
+        if now < self.shown + SECONDS_BETWEEN_PICTURES or now < self.began + SECONDS_BEFORE_PICTURES:
+            return False
+        return self.spent + self.dearest <= MOST_FOR_PICTURES * (now - self.began)
+
+    @contextmanager
+    def spend(self) -> Iterator[None]:
+        self.shown = self.clock()
+        yield
+        cost = self.clock() - self.shown
+        self.spent, self.dearest = self.spent + cost, max(self.dearest, cost)
 
 
 def previewer_of(patcher: ModelPatcher) -> latent_preview.LatentPreviewer:

@@ -285,8 +285,8 @@ class WanVAE(nn.Module):
         try:
             with torch.device("meta"):
                 vae = cls(Layout.of(state))
-        except (KeyError, IndexError) as error:
-            raise ValueError(_not_a_wan_vae(state, error)) from None
+        except (LookupError, ArithmeticError, RuntimeError) as error:  # the last: sizes beyond all memory
+            raise ValueError(_not_a_wan_vae(state, error if isinstance(error, LookupError) else "a layer")) from None
         needed, found = ({name: tensor.shape for name, tensor in d.items()} for d in (vae.state_dict(), state))
         if wrong := needed.items() ^ found.items():
             raise ValueError(_not_a_wan_vae(state, min(wrong)[0]))

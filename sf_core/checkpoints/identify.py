@@ -290,7 +290,7 @@ def _check_scale(name: str, scale: Tensor, weight: Tensor, title: str) -> None:
 
 # --- What else a file may be -----------------------------------------------------------------------------------------
 
-LORA = re.compile(r"(^|[._])lora[._]|lokr_w|hada_w|\.diff(_b)?$")
+LORA = re.compile(r"(^|[._])lora[._]|lokr_w|hada_w|\.(diff(_b)?|dora_scale|oft_blocks)$")
 
 WAN = "a Wan diffusion model"
 WAN_VAE = "the Wan 2.1 VAE"

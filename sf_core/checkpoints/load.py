@@ -30,7 +30,7 @@ from ..sampling.families import FAMILIES, Family, Guess, family_named, guess_fam
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
 from .identify import FLOAT8_DTYPES, GET_ONE, Found, find_wan, in_wans_shape, is_scale, metadata_entry
-from .lora import Adapter, Difference, Merged, left_out, read_lora
+from .lora import Lora, Merged, read_lora
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
 Loras = Sequence[tuple[str | Path, float]]
@@ -92,8 +92,7 @@ class Checkpoint(Description):
 def describe(path: str | Path, family: str | None = None, loras: Loras = ()) -> Description:
     """What a file is, from its header alone, and whether LoRAs go with it. Raises as `load_checkpoint` does."""
     file, found = _open(path, family)
-    _read_loras(loras, file, found)
-    return _describe(file, found, family, loras)
+    return _describe(file, found, family, _read_loras(loras, file, found))
 
 
 def load_checkpoint(
@@ -119,9 +118,10 @@ def load_checkpoint(
             for name, at in names.items()
         }
 
-    about, state = _describe(file, found, family, loras), weights(found.names)
+    about, state = _describe(file, found, family, merged), weights(found.names)
+    loras = [(lora, strength) for _, lora, strength in merged]
     memory = weights(found.memory) if found.memory else None
-    return Checkpoint(**vars(about), state_dict=Merged(state, merged) if merged else state, memory=memory)
+    return Checkpoint(**vars(about), state_dict=Merged(state, loras) if loras else state, memory=memory)
 
 
 def load_model(
@@ -195,17 +195,12 @@ def _open(path: str | Path, family: str | None) -> tuple[TensorFile, Found]:
     return file, find_wan(file, trusted=family is not None or guess(file).family == "krea-14b")
 
 
-def _headers(file: TensorFile, found: Found) -> dict[str, Tensor]:
-    """The model's tensors under Wan's names, on the meta device."""
-    return {name: in_wans_shape(name, file.tensors[at]) for name, at in found.names.items()}
-
-
-def _read_loras(loras: Loras, file: TensorFile, found: Found) -> list[tuple[dict[str, Adapter | Difference], float]]:
-    """What each LoRA adds to the model's weights, and its strength."""
-    headers = _headers(file, found)
+def _read_loras(loras: Loras, file: TensorFile, found: Found) -> list[tuple[str, Lora, float]]:
+    """(file's name, what it adds to the model's weights, strength) of each LoRA."""
     if loras and found.quantised:
         raise quantised_error(file.paths[0].name, found.quantised)
-    return [(read_lora(path, headers), strength) for path, strength in loras]
+    headers = {name: in_wans_shape(name, file.tensors[at]) for name, at in found.names.items()}
+    return [(Path(path).name, read_lora(path, headers), strength) for path, strength in loras]
 
 
 def _scale(tensor: Tensor) -> Tensor:
@@ -214,17 +209,19 @@ def _scale(tensor: Tensor) -> Tensor:
     return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
 
 
-def _describe(file: TensorFile, found: Found, chosen: str | None, loras: Loras) -> Description:
+def _describe(file: TensorFile, found: Found, chosen: str | None, loras: list[tuple[str, Lora, float]]) -> Description:
     both = (*found.names.items(), *found.memory.items())
     weights = [file.tensors[at] for name, at in both if not is_scale(name)]
     float8 = [dtype for dtype in FLOAT8_DTYPES if any(tensor.dtype is dtype for tensor in weights)]
     guessed = Guess(chosen, "chosen") if chosen else guess(file)
     own = None if chosen else _own_sampling(file)
     notes = ["Sampled as its metadata says."] if own else _notes(file, found, guessed, chosen is not None, bool(loras))
-    for lora, strength in loras:
-        notes.append(f"With {Path(lora).name} merged into it, strength {strength:g}.")
-        if unused := left_out(lora, _headers(file, found)):
-            notes.append(f"{len(unused)} parts of it do not fit this model and are left out, such as {unused[0]}.")
+    for name, lora, strength in loras:
+        notes.append(f"With {name} merged into it, strength {strength:g}.")
+        if lora.left_out:
+            notes.append(
+                f"{len(lora.left_out)} parts of it do not fit this model and are left out, such as {lora.left_out[0]}."
+            )
     return Description(
         config=found.config,
         dtype=float8[0] if float8 else file.tensors[found.names["blocks.0.self_attn.q.weight"]].dtype,

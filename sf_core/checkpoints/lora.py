@@ -1,21 +1,24 @@
-"""A LoRA merged into a model's weights: W + strength (alpha / rank) up down (arXiv 2106.09685).
+"""LoRAs and their relatives merged into a model's weights; the formulas are those of adapters.py.
 
-    adapters = read_lora("lora.pt", shapes)            # for the model whose tensors are these
-    state = Merged(state, [(adapters, 1.0)])           # a state dict; each weight is computed when it is read
+    lora = read_lora("lora.pt", shapes)                # for the model whose tensors are these
+    state = Merged(state, [(lora, 1.0)])               # a state dict; each weight is computed when it is read
 
-Files of PEFT, of ComfyUI and diffusers, and of our own training hold the same pairs under names of their own, in
-whatever dicts and prefixes:
+Files of PEFT, of ComfyUI and diffusers, of LyCORIS and of our own training hold the same parts under names of their
+own, in whatever dicts and prefixes:
 
     base_model.model.blocks.0.self_attn.q.lora_A.weight      down [rank, in]; lora_A.default.weight, lora_down.weight
     base_model.model.blocks.0.self_attn.q.lora_B.weight      up [out, rank]; lora_B.default.weight, lora_up.weight
     diffusion_model.blocks.0.self_attn.q.alpha               [], where the file has it
+    diffusion_model.blocks.0.self_attn.q.dora_scale          lengths of DoRA; lora_magnitude_vector of PEFT
+    lycoris_blocks_0_self_attn_q.lokr_w1, .hada_w1_a, ...    of LoKr, LoHa, GLoRA (a1.weight), OFT and BOFT (oft_blocks)
     lora_unet_blocks_0_self_attn_q.lora_down.weight          with underscores for dots; lycoris_, lora_transformer_
-    diffusion_model.blocks.0.norm3.diff, .diff_b             added to a weight and its bias as they are
+    diffusion_model.blocks.0.norm3.diff, .diff_b             added to a weight and its bias; set_weight takes its place
+    diffusion_model.head.modulation.diff                     also of what is no layer's weight
     transformer.blocks.0.attn1.to_q.lora_A.weight            Diffusers' layers
 
 Alpha is the file's own tensor; else what `lora_adapter_metadata` (diffusers), `adapter_config.json` beside the file
 (PEFT) or `ss_network_alpha` (kohya) says; else the rank, as it is for LongLive's lora.pt (NVlabs/LongLive,
-configs/longlive_inference.yaml: adapter rank 256, alpha 256).
+configs/longlive_inference.yaml: adapter rank 256, alpha 256). `use_rslora` is what the first two say.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .adapters import Adapter, Alpha, Parts, adapter_of, missing_part, unused_parts
 from .identify import FLOAT8_DTYPES, TEACHERS, WRAPPERS, metadata_entry, wan_name, wrong_file
 from .tensorfiles import CheckpointError, TensorFile, map_tensors, read_header
 
@@ -36,13 +40,16 @@ PAIR = re.compile(
     r"(?P<layer>.+?)(?:\.lora_(?P<kind>A|B|down|up)(?:\.\w+?)??(?:\.weight)?"
     r"|[._]lora(?:_linear_layer)?\.(?P<old>down|up)\.weight)"
 )
-OTHER_PART = re.compile(r"(?P<layer>.+)\.(?P<part>alpha|diff|diff_b|w_norm|b_norm)")
-BIAS_OF_UP = re.compile(r"(?P<layer>.+)\.lora_B(?:\.\w+)?\.bias")
-DIFFERENCES = {"diff": "diff", "w_norm": "diff", "diff_b": "diff_b", "b_norm": "diff_b"}
-DOWN = ("A", "down")
-OTHER_ADAPTERS = re.compile(
-    r"\.(lokr_\w+|hada_\w+|oft_blocks|dora_scale|lora_magnitude_vector(\.\w+)*|lora_mid\.weight)$"
+MAGNITUDE = re.compile(r"(?P<layer>.+)\.lora_magnitude_vector(?:\.\w+)*")
+WITH_WEIGHT = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<mid>mid)|(?P<glora>[ab][12]))\.weight")
+OTHER_PART = re.compile(
+    r"(?P<layer>.+)\.(?P<part>alpha|diff|diff_b|w_norm|b_norm|set_weight|dora_scale|oft_blocks|rescale|reshape_weight"
+    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.default)?"
 )
+BIAS_OF_UP = re.compile(r"(?P<layer>.+)\.lora_B(?:\.\w+)?\.bias")
+DIFFERENCES = {"w_norm": "diff", "b_norm": "diff_b"}
+DOWN = ("A", "down")
+UNKNOWN_KINDS = re.compile(r"\.(oft_[RrS]|boft_[RS]|vera_lambda_[bd]|ia3_l|hra_u|lora_E)(\.|$)")
 UNDERSCORED = re.compile(r"(lora_unet_+|lycoris_|lora_transformer_)")
 UNDERSCORED_NAMES = {
     "attn1_": "self_attn_",
@@ -51,22 +58,26 @@ UNDERSCORED_NAMES = {
     "_to_": "_",
     "ffn_net_0_proj": "ffn_0",
     "ffn_net_2": "ffn_2",
+    "condition_embedder_time_embedder_linear_1": "time_embedding_0",
+    "condition_embedder_time_embedder_linear_2": "time_embedding_2",
+    "condition_embedder_time_proj": "time_projection_1",
+    "condition_embedder_text_embedder_linear_1": "text_embedding_0",
+    "condition_embedder_text_embedder_linear_2": "text_embedding_2",
+    "proj_out": "head_head",
 }
 CONFIG_KEYS = ("", "transformer.", "unet.")  # what diffusers puts before PEFT's names
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """What a LoRA adds to one weight [out, in]: scale times up [out, rank] times down [rank, in]."""
+class Lora:
+    """What a file adds to a model.
 
-    down: Tensor
-    up: Tensor
-    scale: float
+    adapters  {name of a weight: what is added to it}, as views of the file
+    left_out  layers and tensors of the file that are not used with this model
+    """
 
-    def added_to(self, weight: Tensor, strength: float) -> Tensor:
-        """The weight with it, in the weight's dtype; computed in float32."""
-        change = self.up.flatten(1).float() @ self.down.flatten(1).float()
-        return weight.float().add(change.view_as(weight), alpha=strength * self.scale).to(weight.dtype)
+    adapters: dict[str, Adapter]
+    left_out: list[str]
 
 
 class Merged(Mapping[str, Tensor]):
@@ -75,14 +86,14 @@ class Merged(Mapping[str, Tensor]):
     loras: (what `read_lora` gives, strength), added one after another in float32 and rounded once.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> None:
+    def __init__(self, state: Mapping[str, Tensor], loras: Sequence[tuple[Lora, float]]) -> None:
         self.state, self.loras = state, loras
 
     def __getitem__(self, name: str) -> Tensor:
-        weight, added = self.state[name], [(lora[name], strength) for lora, strength in self.loras if name in lora]
-        whole = weight.float() if added else weight
-        for adapter, strength in added:
-            whole = adapter.added_to(whole, strength)
+        weight = whole = self.state[name]
+        for lora, strength in self.loras:
+            if adapter := lora.adapters.get(name):
+                whole = adapter.added_to(whole, strength)
         return whole.to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:
@@ -92,52 +103,41 @@ class Merged(Mapping[str, Tensor]):
         return len(self.state)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """What a file adds to one weight or bias as it stands, of the same shape."""
-
-    change: Tensor
-
-    def added_to(self, weight: Tensor, strength: float) -> Tensor:
-        """The weight with it, in the weight's dtype; computed in float32."""
-        return weight.float().add(self.change.float().view_as(weight), alpha=strength).to(weight.dtype)
-
-
-def read_lora(path: str | Path, model: Mapping[str, Tensor]) -> dict[str, Adapter | Difference]:
-    """{name of a weight: what the LoRA in a file adds to it}, as views of the file.
+def read_lora(path: str | Path, model: Mapping[str, Tensor]) -> Lora:
+    """What the LoRA in a file adds to a model.
 
     `model` has the weights under Wan's names; only shapes and dtypes are looked at, so they may be on the meta device.
-    Layers that the model does not have are left out (`left_out` names them) where others fit. Raises CheckpointError
-    for a file of which nothing fits, for one of another model's shapes or of a kind that is not read, and for a float8
-    model.
+    Layers that the model does not have, or has in another shape, are left out where others fit. Raises CheckpointError
+    for a file of which nothing fits, for one of a kind that is not read, for half an adapter, and for a float8 model.
     """
-    file, title, layers, _ = _read(path)
-    adapters: dict[str, Adapter | Difference] = {}
+    file, title, layers, left_out = _read(path)
+    lora, misfits = Lora({}, left_out), []
     for layer, parts in layers.items():
-        if (weight := _weight_named(layer, model)) is None:
-            continue
-        for name, adapter in _adapters(parts, layer, weight, _alpha(file, layer), title):
-            if name in adapters:
+        weight = _weight_named(layer, model)
+        unused = ["alpha"] if parts.keys() == {"alpha"} else unused_parts(parts)
+        lora.left_out.extend([layer] if weight is None else [f"{layer}.{part}" for part in unused])
+        for name, adds in () if weight is None else _by_weight(parts, layer, weight, title):
+            if name in lora.adapters:
                 raise CheckpointError(f"{title}, with two LoRAs in it", "only one can be merged", "Save one alone")
-            if name in model:
-                _check(adapter, name, model[name], title)
-                adapters[name] = adapter
-    if not adapters:
-        raise CheckpointError(
-            f"{title}, with layers that the model does not have (such as {next(iter(layers))})",
-            NEEDED,
-            "Get the one for Wan 2.1 text-to-video 1.3B, or leave it out",
-        )
-    return adapters
+            if name not in model or (misfit := _misfit(adds, name, model[name], title)):
+                lora.left_out.append(layer)
+                misfits += [misfit] if name in model else []
+            else:
+                lora.adapters[name] = adapter_of(adds, _alpha(file, layer, parts))
+    if not lora.adapters:
+        raise misfits[0] if misfits else _nothing_fits(title, lora.left_out[0])
+    return lora
 
 
-def left_out(path: str | Path, model: Mapping[str, Tensor]) -> list[str]:
-    """Layers and tensors of a LoRA's file that `read_lora` does not use with this model, in the file's order."""
-    _, _, layers, others = _read(path)
-    return [layer for layer in layers if _weight_named(layer, model) is None] + others
+def _nothing_fits(title: str, part: str) -> CheckpointError:
+    return CheckpointError(
+        f"{title}, with layers that the model does not have, or parts that add nothing (such as {part})",
+        NEEDED,
+        "Get the one for Wan 2.1 text-to-video 1.3B, or leave it out",
+    )
 
 
-def _read(path: str | Path) -> tuple[TensorFile, str, dict[str, dict[str, Tensor]], list[str]]:
+def _read(path: str | Path) -> tuple[TensorFile, str, dict[str, Parts], list[str]]:
     """(file, its title, {layer as the file names it: its parts}, names of tensors that are no part of a LoRA)."""
     file = read_header(path)
     title, mapped = file.paths[0].name, map_tensors(file, file.tensors)
@@ -145,25 +145,25 @@ def _read(path: str | Path) -> tuple[TensorFile, str, dict[str, dict[str, Tensor
     return file, title, layers, others
 
 
-def _layers(tensors: dict[str, Tensor], title: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """({layer: {"down", "up", "alpha", "diff", "diff_b", those it has}}, other names); a critic's are left out."""
-    layers: dict[str, dict[str, Tensor]] = {}
+def _layers(tensors: dict[str, Tensor], title: str) -> tuple[dict[str, Parts], list[str]]:
+    """({layer: its parts}, other names); a critic's are left out."""
+    layers: dict[str, Parts] = {}
     others = []
     for name, tensor in tensors.items():
         if TEACHERS.search(name) or name.endswith("comfy_attention.config"):
             continue
-        if OTHER_ADAPTERS.search(name):
-            raise CheckpointError(
-                f"{title}, with {name} in it, of a kind (DoRA, LoKr, LoHa, OFT, LoCon) that is not merged here",
-                "a LoRA of pairs lora_A and lora_B, or lora_down and lora_up, is needed",
-                "ComfyUI's LoraLoaderModelOnly applies these to a loaded model",
-            )
         if (part := _part(WRAPPERS.sub("", name))) is None:
             others.append(name)
         else:
             layers.setdefault(part[0], {})[part[1]] = tensor
     if not tensors:
         raise CheckpointError(f"{title}, with no tensors in it", NEEDED, "Choose the file with the LoRA")
+    if not layers and (unknown := next(filter(UNKNOWN_KINDS.search, others), None)):
+        raise CheckpointError(
+            f"{title}, with {unknown} in it, of a kind that is not read here",
+            "LoRA, DoRA, LoHa, LoKr, GLoRA, or LyCORIS' OFT or BOFT is needed",
+            "Get the LoRA in one of these forms, or a model with it merged",
+        )
     if not layers:
         raise wrong_file(title, tensors, NEEDED, "Choose the LoRA's own file, such as LongLive's lora.pt")
     return layers, others
@@ -171,6 +171,10 @@ def _layers(tensors: dict[str, Tensor], title: str) -> tuple[dict[str, dict[str,
 
 def _part(name: str) -> tuple[str, str] | None:
     """(layer, what the tensor is of it); None for a tensor that is no part of a LoRA."""
+    if found := MAGNITUDE.fullmatch(name):
+        return found["layer"], "magnitude"
+    if found := WITH_WEIGHT.fullmatch(name):
+        return found["layer"], found["mid"] or found["glora"]
     if found := PAIR.fullmatch(name):
         return found["layer"], "down" if (found["kind"] or found["old"]) in DOWN else "up"
     if found := BIAS_OF_UP.fullmatch(name):
@@ -180,46 +184,47 @@ def _part(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _adapters(
-    parts: dict[str, Tensor], layer: str, weight: str, alpha: float | None, title: str
-) -> Iterator[tuple[str, Adapter | Difference]]:
-    """(name of a weight or bias, what is added to it)."""
-    if parts.keys() & {"down", "up"}:
-        yield weight, _adapter(parts, layer, alpha, title)
-    elif "diff" in parts:
-        yield weight, Difference(parts["diff"])
-    if "diff_b" in parts:
-        yield f"{weight.removesuffix('.weight')}.bias", Difference(parts["diff_b"])
-
-
-def _adapter(parts: dict[str, Tensor], layer: str, alpha: float | None, title: str) -> Adapter:
-    if missing := {"down", "up"} - parts.keys():
+def _by_weight(parts: Parts, layer: str, weight: str, title: str) -> Iterator[tuple[str, Parts]]:
+    """(name of a weight or bias, the parts that are added to it). Raises CheckpointError for half an adapter."""
+    if missing := missing_part(parts):
+        missing = {"down": "lora_A", "up": "lora_B"}.get(missing, missing)
         raise CheckpointError(
-            f"{title}, whose {layer} lacks its {'lora_A' if 'down' in missing else 'lora_B'}",
-            "both halves of a LoRA are needed",
-            "Download it again",
+            f"{title}, whose {layer} lacks its {missing}", "both halves of a LoRA are needed", "Download it again"
         )
-    down, up = parts["down"], parts["up"]
-    if down.ndim < 2 or up.ndim < 2 or 0 in down.shape or parts.get("alpha", down[0, 0]).numel() != 1:
+    empty = any(0 in part.shape for part in parts.values())
+    flat = any(part.ndim < (2 if name in ("down", "up") else 1) for name, part in parts.items() if name != "alpha")
+    if empty or flat or ("alpha" in parts and parts["alpha"].numel() != 1):
         raise CheckpointError(f"{title}, whose {layer} is no pair of matrices", NEEDED, "Download it again")
+    if own := {name: part for name, part in parts.items() if name not in ("alpha", "diff_b", *unused_parts(parts))}:
+        yield weight, own
+    if "diff_b" in parts:
+        yield f"{weight.removesuffix('.weight')}.bias", {"diff": parts["diff_b"]}
+
+
+def _alpha(file: TensorFile, layer: str, parts: Parts) -> Alpha:
+    """Alpha as the layer's own tensor says, else the file's metadata, PEFT's configuration beside it, or nothing."""
     if "alpha" in parts:
-        alpha = parts["alpha"].item()
-    return Adapter(down, up, 1.0 if alpha is None else alpha / len(down))
-
-
-def _alpha(file: TensorFile, layer: str) -> float | None:
-    """Alpha as the file's metadata or PEFT's configuration beside it says; None where neither does."""
+        return Alpha(parts["alpha"].item())
     for config in (metadata_entry(file.metadata, "lora_adapter_metadata"), _peft_config(file.paths[0])):
         for prefix in CONFIG_KEYS:
-            pattern = config.get(f"{prefix}alpha_pattern")
-            pattern = pattern if isinstance(pattern, dict) else {}
-            for name, alpha in (*pattern.items(), ("", config.get(f"{prefix}lora_alpha"))):
-                if isinstance(alpha, (int, float)) and (not name or layer == name or layer.endswith(f".{name}")):
-                    return float(alpha)
+            if (value := _setting(config, prefix, "alpha", layer)) is not None:
+                rank = _setting(config, prefix, "rank", layer)
+                return Alpha(value, config.get(f"{prefix}use_rslora") is True, None if rank is None else int(rank))
     try:
-        return float(file.metadata["ss_network_alpha"])
+        return Alpha(float(file.metadata["ss_network_alpha"]))
     except (KeyError, TypeError, ValueError):  # kohya writes "None" where it was not set
-        return None
+        return Alpha()
+
+
+def _setting(config: dict, prefix: str, what: str, layer: str) -> float | None:
+    """PEFT's alpha or rank of a layer: what the pattern for it says, else the same for all; None where neither does."""
+    pattern = config.get(f"{prefix}{what}_pattern")
+    pattern = pattern if isinstance(pattern, dict) else {}
+    everywhere = ("lora_alpha", "alpha") if what == "alpha" else ("r",)  # LoHa's and LoKr's is called alpha
+    for name, value in (*pattern.items(), *(("", config.get(f"{prefix}{key}")) for key in everywhere)):
+        if isinstance(value, (int, float)) and (not name or layer == name or layer.endswith(f".{name}")):
+            return float(value)
+    return None
 
 
 def _peft_config(path: Path) -> dict:
@@ -240,34 +245,44 @@ def _weight_named(layer: str, model: Mapping[str, Tensor]) -> str | None:
         for theirs, wans in UNDERSCORED_NAMES.items():
             plain = plain.replace(theirs, wans)
         return next((name for name in model if name.removesuffix(".weight").replace(".", "_") == plain), None)
-    parts = wan_name(f"{layer}.weight".replace(".processor.", ".")).split(".")
-    names = (".".join(parts[i:]) for i in range(len(parts)))
-    return next((name for name in names if name in model), None)
+    for end in (".weight", ""):  # "" for what is no layer's weight, such as a modulation
+        parts = wan_name(f"{layer}{end}".replace(".processor.", ".")).split(".")
+        names = (".".join(parts[i:]) for i in range(len(parts)))
+        if found := next((name for name in names if name in model), None):
+            return found
+    return None
 
 
-def _check(adapter: Adapter | Difference, name: str, weight: Tensor, title: str) -> None:
-    """Raises CheckpointError if an adapter does not go with the weight."""
-    parts = [part for part in vars(adapter).values() if isinstance(part, Tensor)]
-    if odd := [part for part in parts if not part.is_floating_point()]:
+def _misfit(parts: Parts, name: str, weight: Tensor, title: str) -> CheckpointError | None:
+    """Why an adapter's parts do not go with a weight; None where they do.
+
+    Raises CheckpointError for parts that go with no weight, and for a weight that takes up nothing.
+    """
+    if odd := [p for part, p in parts.items() if not p.is_floating_point() and part != "reshape_weight"]:
         dtype = str(odd[0].dtype).removeprefix("torch.")
         raise CheckpointError(
             f"{title}, whose part for {name} is {dtype}", "floating point is needed", "Get that version"
         )
-    if isinstance(adapter, Difference):
-        fits, adds = adapter.change.numel() == weight.numel(), str(list(adapter.change.shape))
-    else:
-        (rank, width), (out, inner) = adapter.down.flatten(1).shape, adapter.up.flatten(1).shape
-        fits = (out, width) == tuple(weight.flatten(1).shape) and rank == inner
-        adds = f"[{out}, {inner}] x [{rank}, {width}]"
-    if not fits:
-        raise CheckpointError(
-            f"{title}, a LoRA that adds {adds} to {name}",
-            f"the model has {list(weight.shape)} there",
-            "Get the one for this model: 1.3B, not 14B",
-        )
-    if weight.dtype in FLOAT8_DTYPES:
+    if weight.dtype in FLOAT8_DTYPES and _fits(parts, weight):
         raise CheckpointError(
             f"{title} for a float8 model, which is too coarse to take up a LoRA",
             "it is merged into float32, bfloat16 or float16",
             "Get that version of the model, and make it float8 with the LoRA in it",
         )
+    if _fits(parts, weight):
+        return None
+    adds = " x ".join(str(list(parts[part].shape)) for part in sorted(parts, reverse=True))  # up x down
+    return CheckpointError(
+        f"{title}, a LoRA that adds {adds} to {name}",
+        f"the model has {list(weight.shape)} there",
+        "Get the one for this model: 1.3B, not 14B",
+    )
+
+
+def _fits(parts: Parts, weight: Tensor) -> bool:
+    """Whether the parts make something of the weight's shape: computed on the meta device, where nothing is."""
+    adapter = adapter_of({name: part.to("meta") for name, part in parts.items()}, Alpha())
+    try:
+        return adapter is not None and adapter.added_to(weight.to("meta"), 1.0).shape == weight.shape
+    except (RuntimeError, ValueError, IndexError):  # what torch has for shapes that do not go together
+        return False

@@ -11,6 +11,7 @@ import torch
 from ..device import default_device
 
 MAX_SIZE = 2048  # pixels
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def int_in(low: int, high: int) -> Callable[[str], int]:

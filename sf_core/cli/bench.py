@@ -47,8 +47,7 @@ from ..wan.compile import MODES, compile_ops
 from ..wan.config import WAN_1_3B, WanConfig
 from ..wan.fp8 import E4M3, quantise_model
 from ..wan.model import Network, WanModel
-from .arguments import device
-from .generate import DTYPES
+from .arguments import DTYPES, device, int_in
 
 PROMPT_TOKENS = 64
 
@@ -274,7 +273,7 @@ def table(report: dict) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--job", choices=JOBS, default="cpu", help="cpu: dim 512, 8 layers, 416 x 240; wan-1.3b: full size, 832 x 480")
-    add("--frames", type=int, default=21, help="latent frames (21)")
+    add("--frames", type=int_in(1, 10_000), default=21, help="latent frames (21)")
     add("--width", type=int, help="pixels")
     add("--height", type=int, help="pixels")
     add("--window", type=int, help="latent frames attended to (all)")
@@ -285,8 +284,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fp8-cache", action="store_true", help="float8 cache")
     add("--compile", choices=MODES, default="off", help="torch.compile (off)")
     add("--decoder", choices=("none", "vae", "taehv", "both"), default="none", help="decoders to time too (none)")
-    add("--threads", type=int, default=1, help="CPU threads (1)")
-    add("--repeats", type=int, default=3, help="counted runs of each (3)")
+    add("--threads", type=int_in(1, 1024), default=1, help="CPU threads (1)")
+    add("--repeats", type=int_in(1, 1000), default=3, help="counted runs of each (3)")
     add("--against", metavar="FILE.py:NAME", help="another implementation to time and check")
     add("--json", action="store_true", help="print JSON")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import secrets
 import sys
 import time
@@ -19,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..device import (
+    HostCopy,
     Timer,
     available_memory,
     default_dtype,
@@ -36,6 +38,7 @@ from ..sampling.rollout import OnStep, Progress
 from ..video import (
     check_destination,
     check_folder,
+    check_names,
     check_outputs,
     contact_sheet,
     gif_rate,
@@ -46,11 +49,12 @@ from ..video import (
 from ..wan.attention import KERNELS, attention_kernel
 from ..wan.compile import MODES, compile_ops
 from ..wan.fp8 import E4M3
-from .arguments import device, fraction, int_in, number_in, size, steps, window
+from ..worker import run_beside
+from .arguments import DTYPES, device, fraction, int_in, number_in, size, steps, window
 
 MAX_FRAMES = 1_000_000  # 17 hours
+USUAL_STRENGTH = 0.5
 TILES = 12  # frames on the contact sheet
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------
@@ -123,7 +127,7 @@ def _add_starts(group: argparse._ArgumentGroup) -> None:
     history = "history: what of a start that is longer than the window is read again (window)"
     add("--history", choices=("window", "all"), default="window", help=history)
     add("--source", type=Path, metavar="FILE", help="source: video to make another of")
-    add("--strength", type=fraction, default=0.5, help="strength: how much of the source gives way, to 1 (0.5)")
+    add("--strength", type=fraction, help="strength: how much of the source gives way, to 1 (0.5)")
     add("--negative", default="", metavar="TEXT", help="negative prompt, to lead away from, with --guidance")
     guidance = "classifier-free guidance; 1 (none) is what distilled models are made for"
     add("--guidance", type=number_in(-100, 100), default=1.0, metavar="NUMBER", help=guidance)
@@ -222,7 +226,7 @@ def read_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
         seed=secrets.randbelow(2**32) if args.seed < 0 else args.seed,
         keep_start=not args.drop_start,
         full_history=args.history == "all",
-        strength=args.strength,
+        strength=USUAL_STRENGTH if args.strength is None else args.strength,
         negative=args.negative,
         guidance=args.guidance,
         reencode=args.reencode,
@@ -264,17 +268,32 @@ def _read_prompt(path: Path) -> str:
         ) from None
 
 
+def _check_companions(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option without the other one that it works on."""
+    needs = {
+        "--strength": (args.strength is not None and args.source is None, "--source"),
+        "--drop-start": (args.drop_start and args.start is None, "--start"),
+        "--history": (args.history != "window" and args.start is None, "--start"),
+        "--negative": (bool(args.negative) and args.guidance == 1, "--guidance"),
+    }
+    for option, (alone, other) in needs.items():
+        if alone:
+            raise ValueError(f"Got {option} without {other}, on which it works. Add {other}, or leave {option} out.")
+
+
 def _preview(args: argparse.Namespace) -> str | None:
     if args.preview is None:
         return None
     path = args.preview or str(Path(args.out).with_suffix(".png"))
-    if Path(path).suffix.lower() != ".png" or Path(path).is_dir():
+    if Path(path).suffix.lower() != ".png" or os.path.isdir(path):
         raise ValueError(f"Got --preview {path!r}; it is the name of a PNG. Use a name that ends in .png, or none.")
     return path
 
 
 def _check_files(args: argparse.Namespace, preview: str | None) -> None:
     """Refuses outputs that cannot be written, or would replace an input or each other."""
+    for output in filter(None, (args.out, preview)):
+        check_names(output)
     names = ("start", "source", "prompt_file", "model", "vae", "taehv", "text_encoder", "tokenizer")
     inputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     inputs |= {f"--lora {i}" if i > 1 else "--lora": path for i, path in enumerate(args.lora or [], 1)}
@@ -289,6 +308,7 @@ def _check_files(args: argparse.Namespace, preview: str | None) -> None:
 
 def run(args: argparse.Namespace) -> str:
     started, timer, preview = time.perf_counter(), Timer(args.device), _preview(args)
+    _check_companions(args)
     _check_files(args, preview)
     pipeline = read_pipeline(args)
     request = read_request(args, pipeline)
@@ -303,13 +323,13 @@ def run(args: argparse.Namespace) -> str:
         torch.set_num_threads(1)  # the built-in model is so small that two threads are slower
     with timer.measure("load"):
         plan = pipeline.memory_plan(request)
+    _check_clips(request, args)
     _check_memory(plan, args.device)
     tiles = within_memory(
         lambda: _write(pipeline, request, timer, args),
         lambda: _out_of_memory(plan, args.device),
         lambda: release_memory(args.device),
     )
-    timer.seconds["write"] -= timer.seconds["rollout"] + timer.seconds["decode"]
     if preview:
         save_picture(preview, contact_sheet(torch.stack(list(tiles.values())), tiles))
     timer.seconds["total"] = time.perf_counter() - started
@@ -321,12 +341,16 @@ def _write(pipeline: Pipeline, request: Request, timer: Timer, args: argparse.Na
     """Writes the video; returns the frames of the contact sheet by their numbers."""
     generation, decoder = pipeline.prepare(request, timer, _note_ignored)
     length, chunks, tiles = request.frames - request.skipped, len(generation.plan.chunks), {}
-    with timer.measure("write"), tqdm(total=length, unit=" frames", file=sys.stderr) as bar:
+    with tqdm(total=length, unit=" frames", file=sys.stderr) as bar:
         if args.compile != "off":
             bar.set_description(f"compiling, then chunk 1/{chunks}")
-        pieces = generation.frames(decoder, request.frames, _step_reporter(bar, chunks), timer)
-        shown = drop_frames((piece[0] for piece in pieces), request.skipped)
-        save_video(args.out, _watch(shown, length, timer, tiles, bar), args.fps)
+
+        def write(pieces: Iterator[HostCopy]) -> None:
+            shown = drop_frames((piece.wait()[0] for piece in pieces), request.skipped)
+            save_video(args.out, _watch(shown, length, timer, tiles, bar), args.fps)
+
+        run_beside(generation.pieces(decoder, request.frames, _step_reporter(bar, chunks), timer), write)
+    timer.settle()
     return tiles
 
 
@@ -343,7 +367,8 @@ def _step_reporter(bar: tqdm, chunks: int) -> OnStep:
 def _watch(
     pieces: Iterator[Tensor], length: int, timer: Timer, tiles: dict[int, Tensor], bar: tqdm
 ) -> Iterator[Tensor]:
-    """The pieces, with a progress bar; notes when the first was there and keeps the frames of the contact sheet."""
+    """The pieces, with a progress bar; notes when the first was there, how long it takes to write them, and keeps the
+    frames of the contact sheet."""
     done, started = 0, time.perf_counter()
     wanted = {round(i * (length - 1) / (TILES - 1)) for i in range(TILES)}
     for piece in pieces:
@@ -353,7 +378,21 @@ def _watch(
         tiles.update((i, piece[i - done].clone()) for i in range(done, done + len(piece)) if i in wanted)
         done += len(piece)
         bar.update(len(piece))
+        handed = time.perf_counter()
         yield piece
+        timer.add("write", time.perf_counter() - handed)
+
+
+def _check_clips(request: Request, args: argparse.Namespace) -> None:
+    """Refuses a start or source whose frames have no room while it is read."""
+    there = available_memory(torch.device("cpu"))
+    for option, path, clip in (("--start", args.start, request.start), ("--source", args.source, request.source)):
+        if there and isinstance(clip, ClipFrames) and clip.bytes > there:
+            raise MemoryError(
+                f"Got {option} {str(path)!r} of {clip.clip.width} x {clip.clip.height} pixels, which takes "
+                f"{format_bytes(clip.bytes)} of memory while it is read; this machine has {format_bytes(there)}. Make "
+                "a smaller copy of it first."
+            )
 
 
 def _check_memory(plan: MemoryPlan, device: torch.device) -> None:

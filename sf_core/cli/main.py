@@ -7,13 +7,16 @@ is asked for, so a typing error is told at once. Every error is one line with it
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from io import TextIOWrapper
 from typing import NoReturn
 
 STOPPED = 130  # what shells report for ^C
+LONGEST_WORD = 300  # letters of a file's name in an error
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,16 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 2 after an error, 130 after ^C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may have letters that a console has not
     try:
         report = _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         print("sf_core: stopped", file=sys.stderr)
         return STOPPED
     except (ValueError, OSError, MemoryError, ImportError) as error:
-        print("sf_core: error:", " ".join(str(error).split()), file=sys.stderr)
+        print("sf_core: error:", _sentence(error), file=sys.stderr)
         return 2
     if report:
         print(report)
@@ -68,6 +74,15 @@ def _run(argv: list[str]) -> str | None:
     parser = Parser(prog=f"sf_core {name}", description=command.__doc__.splitlines()[0])
     command.add_arguments(parser)
     return command.run(parser.parse_args(argv[len(name.split()) :]))
+
+
+def _sentence(error: Exception) -> str:
+    """An error in one line; what the system says of a file, with what to do about it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno and error.strerror and error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
+        text = f"Got {name!r}, but: {error.strerror.lower()}. Name another file or folder, or mend that."
+    return " ".join(word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}..." for word in text.split())
 
 
 def _overview() -> str:

@@ -11,6 +11,8 @@ frames before, so latent 0 always is a still, and decodes to one frame.
 B batch, T pixel frames, F latent frames, C channels, H W latent size.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,6 +23,7 @@ from ..autoencoders.taehv import conv
 
 CHANNELS, TIME, SPACE = 16, 4, 8
 BLOCK = TIME * SPACE * SPACE * 3  # numbers in a block
+ROWS = 64  # blocks that are encoded together at least
 WIDTHS, DEPTHS = (80, 48, 32), (2, 3, 2)
 
 
@@ -88,16 +91,38 @@ class TinyAutoencoder(nn.Module):
 
         The last frame is repeated where T is not 1 + 4k. Raises ValueError for a size that 8 does not divide.
         """
-        _, length, height, width, _ = frames.shape
+        self._check(frames)
+        return self._latents(torch.cat([_still(frames), frames], 1))
+
+    def encode_pieces(self, pieces: Iterator[Tensor]) -> Tensor:
+        """`encode` of a clip that comes in pieces [B, n, 8H, 8W, 3], few of which are held; the same to the bit.
+
+        Kernels add up in another order where they see few rows, so there are at least ROWS at a time.
+        """
+        latents, waiting = [], None
+        for piece in pieces:
+            self._check(piece)
+            waiting = torch.cat([_still(piece) if waiting is None else waiting, piece], 1)
+            step = TIME * -(-ROWS * SPACE**2 // piece.shape[2:4].numel())
+            while waiting.shape[1] >= 2 * step:
+                latents.append(self._latents(waiting[:, :step]))
+                waiting = waiting[:, step:]
+        if waiting is None:
+            raise ValueError("Got no frame to encode; a clip needs at least one. Give one.")
+        return torch.cat([*latents, self._latents(waiting)], 2)
+
+    def _latents(self, frames: Tensor) -> Tensor:
+        after = frames[:, -1:].expand(-1, -frames.shape[1] % TIME, -1, -1, -1)
+        frames = torch.cat([frames, after], 1) if after.shape[1] else frames
+        return self.encoder(to_blocks(frames).to(self.encoder.weight)).movedim(-1, 1)
+
+    def _check(self, frames: Tensor) -> None:
+        _, _, height, width, _ = frames.shape
         if height % SPACE or width % SPACE:
             raise ValueError(
                 f"Got frames of {width} x {height} pixels; the built-in autoencoder needs "
                 f"multiples of {SPACE}. Crop or resize them."
             )
-        still = frames[:, :1].expand(-1, TIME - 1, -1, -1, -1)
-        after = frames[:, -1:].expand(-1, -(length - 1) % TIME, -1, -1, -1)
-        blocks = to_blocks(torch.cat([still, frames, after], 1))
-        return self.encoder(blocks.to(self.encoder.weight)).movedim(-1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """A whole clip: latents [B, C, F, H, W] -> frames [B, 4F-3, 8H, 8W, 3] in 0..1, float32."""
@@ -109,6 +134,11 @@ class TinyAutoencoder(nn.Module):
         The rollout's first-frame re-encode. The last few latents decide the frame.
         """
         return self.encode(self.decode(latents[:, :, -4:])[:, -1:]).to(latents)
+
+
+def _still(frames: Tensor) -> Tensor:
+    """The first of frames [B, T, H, W, 3], as often as it stands before them."""
+    return frames[:, :1].expand(-1, TIME - 1, -1, -1, -1)
 
 
 def to_blocks(frames: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import re
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -224,8 +225,9 @@ def _container(path: Path) -> av.container.InputContainer:
     try:
         file = av.open(f"file:{path.resolve()}")
     except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise OSError(
-            f"Got {path}, which is neither a video nor a picture that can be read ({error.strerror or error}). "
+            f"Got {path}, which is neither a video nor a picture that can be read ({reason}). "
             "Open it in a player or viewer to see what it is, and save it as mp4 or PNG."
         ) from None
     if not file.streams.video or NOT_FILMS & set(file.format.name.split(",")):
@@ -261,11 +263,11 @@ def _film_times(path: Path) -> list[tuple[float, float]]:
     with _container(path) as file:
         stream = file.streams.video[0]
         rate = float(stream.average_rate or 25)
-        packets = [
-            (packet.pts, packet.duration or 0)
-            for packet in file.demux(stream)
-            if packet.size and not packet.is_discard and not packet.is_corrupt
-        ]
+        packets = []
+        with _told_broken(path, packets):
+            for packet in file.demux(stream):
+                if packet.size and not packet.is_discard and not packet.is_corrupt:
+                    packets.append((packet.pts, packet.duration or 0))
         if any(pts is None for pts, _ in packets):
             return [(i / rate, (i + 1) / rate) for i in range(len(packets))]
         tick, packets = float(stream.time_base), sorted(packets)
@@ -276,21 +278,28 @@ def _film_times(path: Path) -> list[tuple[float, float]]:
 
 
 def _film(path: Path) -> Iterator[Timed]:
-    number = 0
-    with _container(path) as file:
+    done = []
+    with _container(path) as file, _told_broken(path, done):
         stream = file.streams.video[0]
         stream.thread_type = "AUTO"
         gap = 1 / float(stream.average_rate or 25)
-        try:
-            for number, frame in enumerate(file.decode(stream)):
-                start = number * gap if frame.time is None else frame.time
-                length = float((getattr(frame, "duration", 0) or 0) * (frame.time_base or 0)) or gap
-                yield start, start + length, _shown(frame, _aspect(frame, stream))
-        except av.FFmpegError as error:
-            raise OSError(
-                f"Got {path}, damaged after {number + 1} frames ({error.strerror}). Needed is a whole file. "
-                "Copy it again, or cut it before that place."
-            ) from None
+        for number, frame in enumerate(file.decode(stream)):
+            start = number * gap if frame.time is None else frame.time
+            length = float((getattr(frame, "duration", 0) or 0) * (frame.time_base or 0)) or gap
+            yield start, start + length, _shown(frame, _aspect(frame, stream))
+            done.append(start)
+
+
+@contextmanager
+def _told_broken(path: Path, done: list) -> Iterator[None]:
+    """Turns what PyAV raises for a damaged film, after so many frames, into a sentence. Raises OSError."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise OSError(
+            f"Got {path}, damaged after {len(done)} frames ({error.strerror}). Needed is a whole file. "
+            "Copy it again, or cut it before that place."
+        ) from None
 
 
 def _aspect(frame: av.VideoFrame, stream: av.VideoStream) -> float:
@@ -313,10 +322,14 @@ def _shown(frame: av.VideoFrame, aspect: float) -> Tensor:
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """Of the display matrix: whether it swaps the axes, and mirrors left and right, top and bottom after that."""
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])
-            if abs(b) + abs(c) > abs(a) + abs(d):
-                return True, c < 0, b < 0
-            return False, a < 0, d < 0
+    try:
+        matrices = [data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
+    except ValueError:  # there is side data of a kind that this PyAV has no name for; it still tells the rotation
+        turn = round(getattr(frame, "rotation", 0) / 90) % 4
+        return turn % 2 == 1, turn in (2, 3), turn in (1, 2)
+    for data in matrices:
+        a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            return True, c < 0, b < 0
+        return False, a < 0, d < 0
     return False, False, False

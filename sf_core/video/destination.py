@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import re
+import secrets
 import unicodedata
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import av
 from PIL import Image
@@ -17,6 +18,12 @@ NAMES = "Use a name that ends in .mp4, .webm or .gif, or in / for a folder of PN
 SOFTWARE = "Self Forcing for ComfyUI"  # in every PNG of a folder that was written here
 LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store"}
 LONGEST = 255  # bytes of a name, where the system does not tell
+LONGEST_PATH = 4095  # bytes of a path, of Linux; other systems refuse it themselves
+LONGEST_SHOWN = 100  # letters of a path in an error
+STEM = 200  # bytes of a name's stem that are kept while it is unfinished
+BESIDE = "..unfinished-1234567"  # what is added to a name then
+ON_WINDOWS = os.name == "nt"
+RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9\u00b9\u00b2\u00b3])", re.I)
 
 
 def kind_of(path: str | Path) -> str:
@@ -25,7 +32,8 @@ def kind_of(path: str | Path) -> str:
 
 def check_destination(path: str | Path) -> None:
     """Raises ValueError or OSError if a video cannot be written there, before the work of making one."""
-    kind, target = kind_of(path), Path(path).resolve()
+    check_names(path)
+    kind, target = kind_of(path), Path(os.path.realpath(path))
     if kind not in KINDS:
         raise ValueError(f"Got {str(path)!r}; videos cannot be written as {kind!r}. {NAMES}")
     if kind in CODECS and CODECS[kind] not in av.codecs_available:
@@ -42,28 +50,75 @@ def check_destination(path: str | Path) -> None:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raises OSError if no file of that name can be made: no folder, no permission, or a name that is too long."""
+    """Raises ValueError or OSError if no file of that name can be made: no folder, no permission, no such names."""
+    check_names(path)
     target = Path(os.path.realpath(path))
-    folder, length = target.parent, len(os.fsencode(target.name))
-    longest = _longest(folder)
-    if length > longest:
-        raise OSError(
-            f"Got a name of {length} bytes, {target.name[:24]!r}...; {longest} are allowed. Use a shorter one."
-        )
+    folder = target.parent
+    check_names(target)
     if not folder.is_dir():
         raise FileNotFoundError(f"Got {str(path)!r}, but there is no folder {str(folder)!r}. Make it first.")
+    longest = min(_length(target.name), STEM + len(".-01234567.webm")) + len(BESIDE)
+    probe = folder / f".{secrets.token_hex(8)}".ljust(longest, "w")
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.unlink(probe)
     except OSError as error:
         reason = error.strerror or error
         raise PermissionError(f"Got {str(path)!r}, but cannot write there: {reason}. Choose another folder.") from None
 
 
-def _longest(folder: Path) -> int:
+def check_names(path: str | Path) -> None:
+    """Raises ValueError or OSError where the system has no such names for files and folders."""
+    shown = _shortened(str(path))
     try:
-        return os.pathconf(folder, "PC_NAME_MAX")
-    except (AttributeError, OSError, ValueError):
-        return LONGEST
+        length = len(os.fsencode(path))
+    except UnicodeEncodeError:
+        raise ValueError(f"Got {shown!a}, which this system's file names cannot hold. Use plain letters.") from None
+    if "\0" in str(path):
+        raise ValueError(f"Got {shown!r}, which has a null character in it. Leave it out.")
+    if ON_WINDOWS and (fault := _windows_fault(str(path))):
+        raise ValueError(f"Got {shown!r}, where {fault}. Use letters, digits, - and _.")
+    for name in str(path).split(os.sep):
+        if (size := _length(name)) > (longest := _longest(path)):
+            raise OSError(f"Got a name of {size} bytes, {name[:24]!r}...; {longest} are allowed. Use a shorter one.")
+    if length > LONGEST_PATH and not ON_WINDOWS:
+        raise OSError(f"Got {shown!r}, a path of {length} bytes; {LONGEST_PATH} are allowed. Use a shorter one.")
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..."
+
+
+def _windows_fault(path: str) -> str | None:
+    """Why Windows has no such file; None where it can have it."""
+    given = PureWindowsPath(path)
+    for part in given.parts[1 if given.anchor else 0 :]:
+        if part in (".", ".."):
+            continue
+        if odd := sorted({letter for letter in part if letter in '<>:"|?*' or ord(letter) < 32}):
+            return f"{part!r} has {' '.join(odd)!r} in it, which Windows allows in no name"
+        if part[-1] in " .":
+            return f"{part!r} ends in a dot or a space, which Windows leaves out"
+        if RESERVED.fullmatch(part.split(".")[0].rstrip()):
+            return f"{part!r} is the name of a device on Windows"
+    return None
+
+
+def _length(name: str) -> int:
+    """Of a name, as the file system counts it."""
+    return len(name.encode("utf-16-le", "surrogatepass")) // 2 if ON_WINDOWS else len(os.fsencode(name))
+
+
+def _longest(path: str | Path) -> int:
+    """Bytes of a name in the nearest folder of a path that is there."""
+    for folder in Path(path).parents:
+        try:
+            return os.pathconf(folder, "PC_NAME_MAX")
+        except (AttributeError, ValueError):
+            break
+        except OSError:
+            continue
+    return LONGEST
 
 
 def check_outputs(outputs: Mapping[str, str | Path | None], inputs: Mapping[str, str | Path | None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -26,6 +27,10 @@ STUBS = {"MPEG", "BUFR", "GRIB", "HDF5", "WMF"}  # Pillow tells them by their fi
 HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 AVIF = {b"avif", b"avis"}
 PLUGINS = {"HEIC": "pillow-heif", "AVIF": "pillow-avif-plugin"}
+DAMAGED = (  # what Pillow's plugins, and PyAV for deep colour, raise for damaged files
+    OSError, SyntaxError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+    AssertionError, StopIteration, struct.error, zlib.error, av.FFmpegError,
+)  # fmt: skip
 INTEGERS = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -70,7 +75,7 @@ def told_damaged(path: Path) -> Iterator[None]:
         yield
     except Image.DecompressionBombError as error:
         raise OSError(f"Got {path}, which is too large: {error}. Save a smaller copy.") from None
-    except (OSError, SyntaxError, EOFError, ValueError, IndexError, TypeError, struct.error) as error:
+    except DAMAGED as error:
         if isinstance(error, OSError) and str(error).startswith("Got "):
             raise
         raise OSError(

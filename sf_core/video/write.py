@@ -29,7 +29,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .destination import CODECS, SOFTWARE, check_destination, kind_of
+from ..device import console_text
+from .destination import CODECS, SOFTWARE, STEM, check_destination, kind_of
 from .picture import as_images
 
 try:
@@ -42,7 +43,6 @@ log = logging.getLogger(__name__)
 SMALL = 128 * 128  # pixels of an image that takes little time, whatever is done with it
 UNFINISHED = re.compile(r"(?P<stem>.+)\.unfinished-\d+(?P<suffix>\.mp4|\.webm|\.gif|)")
 HIDDEN = re.compile(r"\..+\.unfinished-\d+(\.mp4|\.webm)")
-STEM = 200  # bytes of a name's stem that are kept while it is unfinished
 TICKS = 100  # a second, of a GIF's clock; browsers play delays of less than two ticks slowly
 QUICK = {  # encoders that hold no frame back
     ".mp4": {"preset": "ultrafast", "tune": "zerolatency", "crf": "14"},
@@ -146,14 +146,19 @@ def recover(folder: str | Path) -> list[Path]:
                 else:
                     _remove(left)
                     continue
-            except (OSError, av.FFmpegError) as error:
+            except (OSError, ValueError, LookupError, RuntimeError, av.FFmpegError) as error:
                 name.unlink(missing_ok=True)
                 if left.is_file() and left.stat().st_size < 4096:  # a header without frames
                     left.unlink()
                     continue
-                log.warning("%s is what an earlier run has left, and could not be finished: %s", left, error)
+                log.warning(
+                    "%s is what an earlier run has left, and could not be finished: %s",
+                    *map(console_text, (left, error)),
+                )
                 continue
-            log.warning("An earlier run was ended before its video was whole; what it had made is in %s", name)
+            log.warning(
+                "An earlier run was ended before its video was whole; what it had made is in %s", console_text(name)
+            )
             done.append(name)
     return done
 

@@ -6,7 +6,9 @@ is the same as scaling the row. That halves the memory of bfloat16 anywhere ("we
 dtype of the activations just before the product).
 
 GPUs with float8 matrix units (Ada, Hopper and later) multiply float8 by float8 about twice as fast as bfloat16. There
-the activations are quantised too, on the fly, one scale per token.
+the activations are quantised too, on the fly, one scale per token. As plain operations that takes longer than the
+product saves; compiled it is one kernel, for queries, keys and values together. So float8 on such a GPU is faster than
+bfloat16 when it is compiled, and slower when it is not.
 
 What reads or writes the latents stays as it is, because its errors would go into every frame: patch, text and time
 embeddings, modulation, norms and the head.
@@ -14,7 +16,8 @@ embeddings, modulation, norms and the head.
 
 from __future__ import annotations
 
-import sys
+import logging
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,9 @@ from torch import Tensor, nn
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
+FLOAT8_UNITS = (8, 9)  # the compute capability from which NVIDIA's GPUs have them
+
+log = logging.getLogger(__name__)
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,15 +36,44 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(E4M3), scale
 
 
+@torch.compiler.assume_constant_result
 def multiplies_float8(device: torch.device) -> bool:
-    """Whether the device has float8 matrix units that torch can use: NVIDIA from compute capability 8.9 on.
+    """Whether the device multiplies float8 with a scale per row, found out by one product: NVIDIA's from compute
+    capability 8.9 on do, where this torch has the kernel for them."""
+    return _try_product(device)
 
-    Not on Windows, where torch is built without the kernel that scales by row.
-    """
-    if device.type != "cuda" or torch.version.cuda is None or sys.platform == "win32":
+
+@lru_cache
+def _try_product(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.cuda is None:
         return False
-    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile; the capability is not
-    return (properties.major, properties.minor) >= (8, 9)
+    if torch.cuda.get_device_capability(device) < FLOAT8_UNITS:
+        return False
+    x, scale = torch.zeros(16, 16, device=device).to(E4M3), torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(x, x.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    except RuntimeError as error:  # of torch on Windows, and of older ones on newer GPUs
+        reason = str(error).splitlines()[0]
+        log.warning("This torch has no float8 products on %s, which then saves memory and no time: %s", device, reason)
+        return False
+    return True
+
+
+@torch.compiler.assume_constant_result
+def compiles_float8(device: torch.device) -> bool:
+    """Whether Triton knows float8 on the device: on NVIDIA's from compute capability 8.9 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FLOAT8_UNITS
+
+
+@torch.library.custom_op("self_forcing::from_float8", mutates_args=())
+def from_float8(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float8 tensor in another dtype, as an operation that compilers leave as it is."""
+    return weight.to(dtype)
+
+
+@from_float8.register_fake
+def _(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype)
 
 
 class Fp8Linear(nn.Module):
@@ -62,7 +97,10 @@ class Fp8Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale_weight.to(x.dtype).squeeze(-1)
+        # Without float8 in Triton the whole compiled part would fail, and everything run as it is.
+        as_op = torch.compiler.is_compiling() and not compiles_float8(x.device)
+        weight = from_float8(self.weight, x.dtype) if as_op else self.weight.to(x.dtype)
+        return F.linear(x, weight) * self.scale_weight.to(x.dtype).squeeze(-1)
 
     def _product_in_float8(self, x: Tensor) -> Tensor:
         tokens, scale = quantise_rows(x.flatten(0, -2))  # [M, in], [M, 1]

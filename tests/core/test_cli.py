@@ -286,12 +286,39 @@ IMPOSSIBLE = [
     (["--model", "model.pt"], "--text-encoder"),
     (["--model", "model.pt", "--text-encoder", "umt5.safetensors"], "--taehv"),
     (["--vae", "vae.pth", "--taehv", "taew2_1.pth"], "not allowed with"),
+    (["--strength", "0.3"], "--strength without --source"),
+    (["--drop-start"], "--drop-start without --start"),
+    (["--history", "all"], "--history without --start"),
+    (["--negative", "a square"], "--negative without --guidance"),
     (["--tile", "256"], "Leave --tile out"),
     (["--tile", "100"], "multiple of 16"),
     (["--compile", "hard"], "max-autotune"),
     (["--attention", "flash"], "Use sdpa"),
     (["--attention", "xformers"], "sage"),
 ]
+
+
+NUMBERS = [
+    ("generate", "--frames"), ("generate", "--seed"), ("generate", "--width"), ("generate", "--height"),
+    ("generate", "--fps"), ("generate", "--steps"), ("generate", "--first-steps"), ("generate", "--shift"),
+    ("generate", "--chunk"), ("generate", "--first-chunk"), ("generate", "--window"), ("generate", "--sink"),
+    ("generate", "--context-noise"), ("generate", "--strength"), ("generate", "--guidance"), ("generate", "--tile"),
+    ("generate", "--lora-strength"), ("bench", "--frames"), ("bench", "--threads"), ("bench", "--repeats"),
+    ("evaluate", "--prompts"), ("evaluate", "--windows"), ("evaluate", "--seed"), ("evaluate", "--context-noise"),
+    ("train tiny", "--steps"), ("train tiny", "--processes"), ("train tiny", "--seed"), ("info", "--width"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "option"), NUMBERS, ids=map(" ".join, NUMBERS))
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "", "0x10"])
+def test_what_is_no_number_is_refused(capsys, command, option, value):
+    words = [PROMPT, "--out", "clip.mp4"] if command == "generate" else []
+    assert option in refused(capsys, *command.split(), *words, f"{option}={value}")
+
+
+@pytest.mark.parametrize("option", ["--frames", "--threads", "--repeats"])
+def test_numbers_of_bench_are_at_least_one(capsys, option):
+    assert "from 1 to" in refused(capsys, "bench", option, "0")
 
 
 @pytest.mark.parametrize("options, remedy", IMPOSSIBLE, ids=[" ".join(options) for options, _ in IMPOSSIBLE])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sf_core.wan.fp8 import E4M3, Fp8Linear, multiplies_float8, quantise_model, quantise_rows
+from sf_core.wan.fp8 import E4M3, Fp8Linear, _try_product, multiplies_float8, quantise_model, quantise_rows
 from tests.core.goldens import model
 from tests.core.test_rollout import PROMPT, WAN, roll
 
@@ -47,16 +47,55 @@ def test_matrix_units_are_asked_for_bfloat16_whatever_the_activations_are(monkey
     assert asked == [torch.bfloat16] and y.dtype == dtype
 
 
-@pytest.mark.parametrize("platform, capability, able", [
-    ("linux", (8, 9), True), ("linux", (9, 0), True), ("linux", (8, 6), False), ("win32", (9, 0), False),
+class Cuda:
+    """A GPU of which only this is true: its capability, and whether torch has the product."""
+
+    def __init__(self, monkeypatch, capability, works):
+        self.tries = 0
+        _try_product.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        for make in ("zeros", "ones"):
+            plain = getattr(torch, make)
+            monkeypatch.setattr(torch, make, lambda *size, device=None, plain=plain: plain(*size))
+        product = torch._scaled_mm
+
+        def tried(*args, **kwargs):
+            self.tries += 1
+            if not works:
+                raise RuntimeError("Rowwise scaling is only supported on\nsome devices")
+            return product(*args, **kwargs)
+
+        monkeypatch.setattr(torch, "_scaled_mm", tried)
+
+
+@pytest.mark.parametrize("capability, works, able, tries", [
+    ((8, 9), True, True, 1), ((9, 0), True, True, 1), ((12, 0), False, False, 1), ((8, 6), True, False, 0),
 ])  # fmt: skip
-def test_which_devices_multiply_float8(monkeypatch, platform, capability, able):
-    properties = type("Properties", (), dict(zip(("major", "minor"), capability)))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr("sys.platform", platform)
-    assert multiplies_float8(torch.device("cuda")) is able
+def test_a_device_is_tried_once_and_remembered(monkeypatch, caplog, capability, works, able, tries):
+    gpu, device = Cuda(monkeypatch, capability, works), torch.device("cuda:3")
+    assert [multiplies_float8(device) for _ in range(3)] == [able] * 3 and gpu.tries == tries
+    assert [("Rowwise" in record.message, "some" in record.message) for record in caplog.records] == (
+        [(True, False)] if tries and not works else []
+    )
     assert not multiplies_float8(torch.device("cpu"))
+    _try_product.cache_clear()
+
+
+@pytest.mark.parametrize("knows", (True, False))
+def test_where_the_compiler_knows_no_float8_it_is_handed_none(monkeypatch, knows):
+    """As on Ampere: the weights are turned back by an operation that the compiler does not look into."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    layer, x = Fp8Linear.of(torch.nn.Linear(32, 16)), torch.randn(4, 32)
+    monkeypatch.setattr("sf_core.wan.fp8.compiles_float8", torch.compiler.assume_constant_result(lambda device: knows))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
+    assert len(graphs) == 1 and any("from_float8" in target for target in graphs[0]) is not knows
 
 
 def test_blocks_are_quantised_and_what_touches_latents_is_not():

@@ -5,7 +5,7 @@ import pytest
 from tests.fuzz.run import KINDS, TooSlow, is_ours, run, time_limit
 
 
-@pytest.mark.parametrize("kind, count", [("files", 200), ("prompts", 1000)])
+@pytest.mark.parametrize("kind, count", [("files", 200), ("media", 300), ("prompts", 1000)])
 def test_everything_is_taken_or_refused_in_a_sentence(tmp_path, kind, count):
     result = run(KINDS[kind], count, 0, tmp_path)
     assert not result.failures, "\n".join(failure.text for failure in result.failures[:3])

@@ -21,7 +21,7 @@ HOST_OWNED = {"torch", "torchvision", "torchaudio", "xformers", "triton", "sagea
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml"}
 ENGINE = ROOT / "sf_core"
 LAYERS = (  # of the engine, the lowest first: each imports from those before it
-    {"", "device", "video", "autoencoders"},  # "": the package itself, which knows its version
+    {"", "device", "worker", "video", "autoencoders"},  # "": the package itself, which knows its version
     {"wan"},
     {"sampling"},
     {"checkpoints", "tiny", "text_encoder"},
@@ -135,7 +135,7 @@ def test_no_modules_of_the_engine_import_each_other_in_a_circle():
 
 
 def test_the_engine_has_few_modules_that_belong_to_no_part():
-    alone = {"__init__", "__main__", "device", "memory", "pipeline", "text_encoder", "video"}
+    alone = {"__init__", "__main__", "device", "memory", "pipeline", "text_encoder", "video", "worker"}
     assert {path.stem for path in ENGINE.glob("*.py")} <= alone
 
 

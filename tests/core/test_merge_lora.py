@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sf_core.checkpoints.load import CheckpointError, describe, load_checkpoint, load_model
-from sf_core.checkpoints.lora import left_out
+from sf_core.checkpoints.lora import read_lora
 from sf_core.training.config import LoraConfig
 from sf_core.training.lora import PREFIX, adapter_file, add_adapters, merge_adapters
 from sf_core.wan.model import WanModel
@@ -107,6 +107,70 @@ def test_alpha_is_what_pefts_configuration_beside_the_file_says(base):
     check(base, lora, scale=6 / RANK)
 
 
+def test_rank_stabilised_alpha_is_divided_by_the_root_of_the_rank(base):
+    lora = base.with_name("adapter_model.safetensors")
+    save_file(written(), lora)
+    base.with_name("adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 6, "use_rslora": True}))
+    check(base, lora, scale=6 / math.sqrt(RANK))
+    save_file(written(alpha=2.0), lora)  # LyCORIS writes an alpha that has the root in it
+    check(base, lora, scale=2 / RANK)
+    save_file(written(), lora, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8, "unet.use_rslora": True})})
+    check(base, lora, scale=8 / math.sqrt(RANK))
+
+
+def test_alpha_of_single_layers_is_what_pefts_pattern_says(base):
+    lora = base.with_name("adapter_model.safetensors")
+    save_file(written(), lora)
+    config = {"r": RANK, "lora_alpha": 6, "alpha_pattern": {"self_attn.q": 10}, "use_rslora": True}
+    base.with_name("adapter_config.json").write_text(json.dumps(config))
+    state = load_checkpoint(base, loras=[(lora, 1.0)]).state_dict
+    for layer, (down, up) in pairs().items():
+        alpha = 10 if layer.endswith("self_attn.q") else 6
+        want = BASE[f"{layer}.weight"] + alpha / math.sqrt(RANK) * up @ down
+        torch.testing.assert_close(state[f"{layer}.weight"], want, atol=1e-5, rtol=1e-5)
+
+
+def test_pefts_configuration_scales_kronecker_products_of_whole_matrices(base):
+    lora, at = base.with_name("adapter_model.safetensors"), "base_model.model.blocks.0.ffn.0"
+    first, second = torch.randn(4, 2), torch.randn(16, 64)
+    save_file({f"{at}.lokr_w1": first, f"{at}.lokr_w2": second}, lora)
+    base.with_name("adapter_config.json").write_text(json.dumps({"r": 8, "alpha": 2}))
+    state = load_checkpoint(base, loras=[(lora, 0.5)]).state_dict
+    want = BASE["blocks.0.ffn.0.weight"] + 0.5 * 2 / 8 * torch.kron(first, second)
+    torch.testing.assert_close(state["blocks.0.ffn.0.weight"], want, atol=1e-6, rtol=1e-5)
+
+
+def test_layers_of_another_shape_are_left_out_where_others_fit(base):
+    lora = base.with_name("lora.safetensors")
+    wide = {"diffusion_model.patch_embedding.lora_A.weight": torch.ones(4, 36, 1, 2, 2)}
+    wide["diffusion_model.patch_embedding.lora_B.weight"] = torch.ones(128, 4, 1, 1, 1)
+    save_file(written() | wide, lora)
+    check(base, lora)
+    assert read_lora(lora, BASE).left_out == ["diffusion_model.patch_embedding"]
+
+
+EMBEDDERS = {
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "head.head": "proj_out",
+}
+
+
+@pytest.mark.parametrize("prefix, dot", [("transformer.", "."), ("lycoris_", "_"), ("lora_transformer_", "_")])
+def test_diffusers_embedders_are_wans(base, prefix, dot):
+    lora, tensors, found = base.with_name("lora.safetensors"), {}, pairs(list(EMBEDDERS))
+    for layer, (down, up) in found.items():
+        at = prefix + EMBEDDERS[layer].replace(".", dot)
+        tensors |= {f"{at}.lora_down.weight": down, f"{at}.lora_up.weight": up}
+    save_file(tensors, lora)
+    state = load_checkpoint(base, loras=[(lora, 1.0)]).state_dict
+    for layer, (down, up) in found.items():
+        torch.testing.assert_close(state[f"{layer}.weight"], BASE[f"{layer}.weight"] + up @ down, atol=1e-5, rtol=1e-5)
+
+
 def test_underscored_diffusers_layers_and_mixed_dots_are_wans(base):
     lora = base.with_name("lora.safetensors")
     save_file({underscored(diffusers_name(name)): t for name, t in written(prefix="", **OLD).items()}, lora)
@@ -126,7 +190,7 @@ def test_layers_that_the_model_lacks_are_left_out_and_named(base):
     others = {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": torch.ones(4, 128), "extra": torch.ones(1)}
     save_file(written() | others, lora)
     check(base, lora)
-    assert left_out(lora, BASE) == ["diffusion_model.blocks.0.cross_attn.k_img", "extra"]
+    assert sorted(read_lora(lora, BASE).left_out) == ["diffusion_model.blocks.0.cross_attn.k_img", "extra"]
     assert "2 parts of it do not fit" in describe(base, loras=[(lora, 1.0)]).note
 
 
@@ -228,7 +292,17 @@ BAD = {
     "no up": (lambda p: without(p, "lora_B.weight"), "ffn.0 lacks its lora_B"),
     "no down": (lambda p: without(p, "lora_A.weight"), "ffn.0 lacks its lora_A"),
     "a model": (lambda p: save_file(BASE, p), "a Wan diffusion model; a LoRA .* belongs in models/diffusion_models"),
-    "DoRA": (lambda p: save_file(written() | {f"{LAYERS[0]}.dora_scale": torch.ones(2)}, p), "LoraLoaderModelOnly"),
+    "half of LoHa": (lambda p: save_file({f"{LAYERS[0]}.hada_w1_a": torch.ones(128, 4)}, p), "lacks its hada_w1_b"),
+    "half of LoKr": (lambda p: save_file({f"{LAYERS[0]}.lokr_w1": torch.ones(4, 4)}, p), "lacks its lokr_w2_a"),
+    "LoKr of another model": (
+        lambda p: save_file({f"{LAYERS[0]}.lokr_w{n}": torch.ones(4, 4) for n in (1, 2)}, p),
+        r"adds \[4, 4\] x \[4, 4\] to blocks.0.self_attn.q.weight",
+    ),
+    "OFT of PEFT": (
+        lambda p: save_file({f"{LAYERS[0]}.oft_R.weight": torch.ones(2, 6)}, p),
+        "of a kind that is not read",
+    ),
+    "lengths alone": (lambda p: save_file({f"{LAYERS[0]}.dora_scale": torch.ones(128, 1)}, p), "does not have"),
     "two": (lambda p: save_file(written() | written(prefix="other."), p), "two LoRAs"),
     "integers": (
         lambda p: save_file({k: t.to(torch.int8) for k, t in written().items()}, p),

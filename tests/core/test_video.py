@@ -206,10 +206,10 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
-    def refuse(dir):
+    def refuse(path, *_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(destination.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(destination.os, "open", refuse)
     with pytest.raises(PermissionError, match="Read-only file system.*another folder"):
         check_destination(tmp_path / "clip.mp4")
 

@@ -73,6 +73,7 @@ def states() -> list[tuple[str, dict[str, Tensor], dict[str, str]]]:
         ("text", umt5(), {}),
         ("lora", lora("base_model.model."), {"ss_network_alpha": "4", "lora_adapter_metadata": '{"lora_alpha": 2}'}),
         ("lora", lora("diffusion_model.") | {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(4.0)}, {}),
+        ("lora", relatives_of_lora("diffusion_model.blocks.0."), {}),
     ]
 
 
@@ -81,6 +82,22 @@ def lora(prefix: str) -> dict[str, Tensor]:
     halves = {f"{layer}.lora_A.weight": torch.ones(2, inputs) for layer, (inputs, _) in layers.items()}
     halves |= {f"{layer}.lora_B.weight": torch.ones(outputs, 2) for layer, (_, outputs) in layers.items()}
     return checkpoints.prefixed(halves, prefix) | {f"{prefix}blocks.0.norm3.diff_b": torch.ones(128)}
+
+
+def relatives_of_lora(prefix: str) -> dict[str, Tensor]:
+    """DoRA, LoHa, LoKr, GLoRA, OFT, BOFT, each over a layer of its own."""
+    kinds = {
+        "ffn.0": {"lora_up.weight": (16, 2), "lora_down.weight": (2, 128), "dora_scale": (16, 1)},
+        "self_attn.k": {"hada_w1_a": (128, 2), "hada_w1_b": (2, 128), "hada_w2_a": (128, 2), "hada_w2_b": (2, 128)},
+        "self_attn.v": {"lokr_w1": (4, 2), "lokr_w2_a": (32, 2), "lokr_w2_b": (2, 64), "alpha": ()},
+        "self_attn.o": {"a1.weight": (128, 2), "a2.weight": (2, 128), "b1.weight": (128, 2), "b2.weight": (2, 128)},
+        "cross_attn.q": {"oft_blocks": (32, 4, 4)},
+        "cross_attn.k": {"oft_blocks": (2, 32, 4, 4), "rescale": (128, 1), "alpha": ()},
+        "norm3": {"set_weight": (128,)},
+    }
+    return {
+        f"{prefix}{layer}.{part}": torch.ones(shape) for layer, parts in kinds.items() for part, shape in parts.items()
+    }
 
 
 def umt5() -> dict[str, Tensor]:
@@ -280,7 +297,7 @@ def strange(random: Random, tensor: Tensor) -> object:
     return random.choice(
         (
             lambda: tensor.float().to_sparse(),
-            lambda: tensor.float().flatten()[:1].expand(10**9),
+            lambda: torch.ones(1).expand(10**9),
             lambda: torch.zeros(1).expand(2**40, 2),
             lambda: tensor.float().to(torch.complex64),
             lambda: torch.nn.Parameter(tensor.float()),

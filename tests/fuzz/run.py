@@ -11,10 +11,11 @@ from pathlib import Path
 from random import Random
 
 from tests.fuzz.files import files
+from tests.fuzz.media import media
 from tests.fuzz.prompts import prompts
 
 Case = Callable[[Random], object]
-KINDS: dict[str, Callable[[Path], Case]] = {"files": files, "prompts": prompts}
+KINDS: dict[str, Callable[[Path], Case]] = {"files": files, "media": media, "prompts": prompts}
 SECONDS = 10  # that a case may take
 
 

@@ -32,7 +32,7 @@ class Server:
             self.port = free.getsockname()[1]
         command = [
             sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base),
-            "--disable-auto-launch", "--disable-api-nodes", "--cache-classic",
+            "--disable-auto-launch", "--disable-api-nodes", "--cache-classic", *other_frontend(),
         ]  # fmt: skip
         # glibc then gives every larger block back to the system at once, so that memory can be read off the process.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -94,6 +94,16 @@ class Server:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(30)
+
+
+def other_frontend() -> list[str]:
+    """What has ComfyUI serve the frontend in the folder $COMFYUI_FRONTEND, rather than the one it is installed with."""
+    folder = os.environ.get("COMFYUI_FRONTEND")
+    if not folder:
+        return []
+    if not (Path(folder) / "index.html").is_file():
+        raise FileNotFoundError(f"COMFYUI_FRONTEND is {folder}, which has no index.html: name a wheel's static folder")
+    return ["--front-end-root", str(Path(folder).resolve())]
 
 
 @contextmanager

@@ -250,7 +250,8 @@ def test_prompt_after_the_end_is_refused(call, tiny, sample):
 
 @pytest.fixture
 def pictures_of_every_step(pack, monkeypatch):
-    monkeypatch.setattr("any_folder_name.nodes.host.progress.SECONDS_BETWEEN_PICTURES", 0)
+    for name, value in {"SECONDS_BETWEEN": 0, "SECONDS_BEFORE": 0, "MOST_FOR": 1e9}.items():
+        monkeypatch.setattr(f"any_folder_name.nodes.host.progress.{name}_PICTURES", value)
 
 
 @pytest.fixture
@@ -276,6 +277,41 @@ def test_pictures_do_not_hold_up_a_fast_model(sample, progress, monkeypatch):
     sample()
     assert [value for value, _, preview in progress if preview is not None] == [1]
     assert progress[-1][0] == 8
+
+
+def test_pictures_take_their_share_of_a_run_and_no_more(pack):
+    from any_folder_name.nodes.host.progress import PictureAllowance
+
+    now = [0.0]
+    allowance, made, spent = PictureAllowance(lambda: now[0]), [], 0.0
+    for _ in range(2000):  # steps of 50 ms, pictures of 40 ms
+        now[0] += 0.05
+        if allowance.is_due:
+            with allowance.spend():
+                now[0] += 0.04
+            made.append(now[0])
+            spent += 0.04
+    assert 0.5 < made[0] < 0.65, "none in a run that is over at once"
+    assert 0.04 < spent / now[0] <= 0.05
+    assert min(late - early for early, late in zip(made, made[1:])) > 0.1
+
+
+def test_a_gpu_is_not_waited_for_to_show_a_picture(pack, tiny, monkeypatch, pictures_of_every_step):
+    from any_folder_name.nodes.host import progress
+
+    class Late(progress.HostCopy):
+        looks = 0
+
+        @property
+        def is_there(self):
+            Late.looks += 1
+            return Late.looks % 3 == 0
+
+    monkeypatch.setattr(progress, "HostCopy", Late)
+    shown = progress.PreviewProgress(tiny.model, progress.Notes(type("Node", (), {"hidden": None})), False)
+    steps = [torch.full((1, 16, 3, 8, 8), float(i)) for i in range(9)]
+    pictures = [shown.picture(x0) for x0 in steps]
+    assert [i for i, picture in enumerate(pictures) if picture is not None] == [2, 5, 8], "when they have arrived"
 
 
 def test_wan_latents_have_a_picture_too(sample, progress):

@@ -224,10 +224,107 @@ def test_functions_act_in_sampler_custom_too(custom, tiny, stock):
     assert not torch.allclose(custom(apply(stock["RescaleCFG"], tiny.model)), custom(tiny.model), atol=1e-3)
 
 
-@pytest.mark.parametrize("node", ["EasyCache", "LazyCache", "WanContextWindowsManual", "CFGOverride"])
+@pytest.mark.parametrize("node", ["EasyCache", "LazyCache", "WanContextWindowsManual"])
 def test_wrappers_around_a_sampler_do_no_harm_and_those_within_are_named(custom, tiny, stock, caplog, node):
     assert torch.equal(custom(apply(stock[node], tiny.model)), custom(tiny.model))
     assert "no effect here: " in caplog.text and "wrapper outer_sample" not in caplog.text
+
+
+def test_cfg_override_is_the_cfg_of_the_steps_it_is_for(tiny, guided, custom, stock, ignored):
+    def override(**widgets):
+        return apply(stock["CFGOverride"], tiny.model, **widgets)
+
+    three, one = guided(tiny.model), guided(tiny.model, cfg=1.0)
+    assert torch.allclose(guided(override(cfg=3.0), cfg=1.0), three, atol=1e-2)
+    assert torch.allclose(guided(override(cfg=1.0)), one, atol=1e-2)
+    assert torch.allclose(guided(override(cfg=9.0, start_percent=0.999, end_percent=1.0)), three, atol=1e-2)
+    first = guided(override(cfg=1.0, end_percent=0.1))
+    assert not torch.allclose(first, three, atol=1e-2) and not torch.allclose(first, one, atol=1e-2)
+    both = apply(stock["CFGOverride"], override(cfg=9.0), cfg=3.0)  # the last one wins
+    assert torch.allclose(guided(both, cfg=1.0), three, atol=1e-2)
+    assert ignored(both) == []
+    assert torch.allclose(custom(override(cfg=1.0)), custom(override(cfg=1.0, start_percent=0.0)))
+    assert not torch.allclose(custom(override(cfg=1.0)), custom(tiny.model), atol=1e-2)
+
+
+def test_functions_of_guidance_see_the_cfg_of_an_override(tiny, guided, stock):
+    seen = []
+    patched = apply(stock["CFGOverride"], tiny.model, cfg=1.0, end_percent=0.1)
+    patched.set_model_sampler_post_cfg_function(
+        lambda args: seen.append((args["cond_scale"], args["uncond"] is None)) or args["denoised"]
+    )
+    guided(patched)
+    assert set(seen) == {(1.0, True), (3.0, False)}
+
+
+def test_cfg_override_without_a_negative_prompt_is_refused(tiny, sample, stock):
+    patched = apply(stock["CFGOverride"], tiny.model, cfg=3.0)
+    with pytest.raises(ValueError, match="cfg other than 1 without a negative prompt"):
+        sample(model=patched)
+    assert torch.equal(sample(model=apply(stock["CFGOverride"], tiny.model, cfg=1.0)), sample())
+
+
+def test_wrapper_that_does_more_than_set_cfg_is_named(tiny, guided, ignored):
+    def halves(executor, *args, **kwargs):
+        executor.class_obj.cfg = 1.0
+        return executor(*args, **kwargs) * 0.5 + torch.zeros(1)
+
+    patched = tiny.model.clone()
+    patched.add_wrapper("predict_noise", halves)
+    assert [line for line in ignored(patched) if "halves" in line]
+    assert torch.equal(guided(patched), guided(tiny.model))
+
+
+# --- Prompts ---------------------------------------------------------------------------------------------------------
+
+ON_PROMPTS = {  # of one's own: what stock nodes put into a prompt's dict
+    "hooks": lambda: __import__("comfy.hooks").hooks.HookGroup(),
+    "control": object,
+    "mask": lambda: torch.ones(1, 4, 4),
+    "area": lambda: (4, 4, 0, 0),
+    "strength": lambda: 0.5,
+    "end_percent": lambda: 0.5,
+    "concat_latent_image": lambda: torch.ones(1, 16, 1, 4, 4),
+    "something_new": lambda: 1,
+}
+
+
+@pytest.mark.parametrize("key", ON_PROMPTS)
+def test_what_is_on_a_prompt_and_has_no_effect_is_named(tiny, sample, negative, caplog, key):
+    embeds, values = tiny.prompt[0]
+    prompt = [[embeds, {**values, key: ON_PROMPTS[key]()}]]
+    assert torch.equal(sample(positive=prompt), sample())
+    assert f"no effect here: setting of a prompt {key} (positive); a rollout reads its words alone" in caplog.text
+    caplog.clear()
+    sample(negative=[[negative[0][0], prompt[0][1]]], cfg=3.0)
+    assert f"setting of a prompt {key} (negative)" in caplog.text
+
+
+def test_hooks_on_a_prompt_are_named_in_sampler_custom_too(call, tiny, caplog):
+    from comfy.hooks import HookGroup
+    from comfy.samplers import CFGGuider
+
+    guider = CFGGuider(tiny.model)
+    guider.set_conds([[tiny.prompt[0][0], {**tiny.prompt[0][1], "hooks": HookGroup()}]], tiny.prompt)
+    sampler, empty = call("SamplerSelect", chunk=0, window=0, sink=-1), torch.zeros(1, 16, 3, 4, 4)
+    guider.sample(empty, empty, sampler, call("Sigmas", model=tiny.model, preset="auto", steps=0), seed=0)
+    assert "hooks (positive)" in caplog.text
+
+
+def test_prompts_combined_with_the_first_are_named(tiny, sample, negative, caplog):
+    import nodes
+
+    both = nodes.ConditioningCombine().combine(tiny.prompt, negative)[0]
+    assert torch.equal(sample(positive=both), sample())
+    assert "no effect here: prompt combined with another 1 (positive)" in caplog.text
+
+
+def test_prompts_that_are_followed_are_not_named(call, tiny, sample, negative, custom, caplog):
+    later = call("NextPrompt", tiny.prompt, call("Prompt", tiny.clip, "a blue square"), "0.5s", "recache", 1.0)
+    sample(positive=later)
+    sample(negative=negative, cfg=3.0)
+    custom(tiny.model)
+    assert "no effect here" not in caplog.text
 
 
 def unknown(*args, **kwargs):
