@@ -245,10 +245,10 @@ def smaller_plans(plan: MemoryPlan, limit: int) -> Iterator[tuple[str, MemoryPla
         yield "--fp8-cache", plan.with_fp8_cache()
     if not plan.fp8 and plan.weights_fp8 < plan.weights:
         yield "--fp8", replace(plan, fp8=True)
-    if plan.weights and not plan.offload and plan.decoder is not BUILT_IN:
-        yield "--offload", replace(plan, offload=True)
     if plan.decoder is WAN_VAE:
         yield "--taehv instead of --vae", replace(plan, decoder=TAEHV, tile=None)
+    if plan.weights and not plan.offload and plan.decoder is not BUILT_IN:
+        yield "--offload", replace(plan, offload=True)
     shorter = range(plan.window - plan.plan.sampling.chunk, plan.shortest_window - 1, -plan.plan.sampling.chunk)
     if shorter:
         window = plan.longest_window(limit, plan.plan.sampling.chunk)
