@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -85,12 +87,47 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Memory of a device in bytes: of a GPU what is free, of a CPU all; None where nobody can tell."""
+    """Memory of a device in bytes: of a GPU what is free, of a CPU all; None where nobody can tell.
+
+    In a container that has a limit, all is what the limit says.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     names = getattr(os, "sysconf_names", {})
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
+    return min(filter(None, (total, _cgroup("limit"))), default=None)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Memory of a device that nobody uses, in bytes; None where nobody can tell. Containers' limits count."""
+    if device.type == "cuda":
+        return available_memory(device)
+    try:
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        found = None
+    limit, used = _cgroup("limit"), _cgroup("used")
+    rooms = [int(found[1]) * 1024] if found else []
+    rooms += [max(0, limit - used)] if limit and used is not None else []
+    return min(rooms, default=None)
+
+
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_FILES = {  # of version 2, and of version 1
+    "limit": ("memory.max", "memory/memory.limit_in_bytes"),
+    "used": ("memory.current", "memory/memory.usage_in_bytes"),
+}
+
+
+def _cgroup(what: str) -> int | None:
+    """Bytes that this container may use ("limit") or uses ("used"); None where there is no container, or no limit."""
+    for name in CGROUP_FILES[what]:
+        try:
+            return int((CGROUP / name).read_text())
+        except (OSError, ValueError):  # "max" is no number
+            continue
+    return None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

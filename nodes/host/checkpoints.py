@@ -1,16 +1,11 @@
 """A user's files in ComfyUI's own forms: a native MODEL from any causal Wan checkpoint, a native VAE from a TAEHV.
 
-The core finds the weights in the file; ComfyUI builds the network around them, so that LoRAs, offloading and saving
-work as with its own loaders. Float8 is ComfyUI's own format too: one scale for each matrix, and metadata that names
-the quantised layers. What reads or writes the latents stays as it is; see fp8.py.
-
-On GPUs with float8 units ComfyUI also turns activations to float8, with a scale of 1 unless the file has another.
-What is quantised here is exempt from that, since it costs more than the weights do; so are files that ask for it.
+The core finds the weights in the file, and puts float8 into ComfyUI's own form (checkpoints/comfy.py); ComfyUI builds
+the network around them, so that LoRAs, offloading and saving work as with its own loaders.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,17 +22,20 @@ from torch import Tensor
 
 from ...sf_core.autoencoders.taehv import TAEHV
 from ...sf_core.checkpoints.autoencoder import load_autoencoder
-from ...sf_core.checkpoints.identify import is_scale, metadata_entry
+from ...sf_core.checkpoints.comfy import (
+    SCALED,
+    multiplies_in_full,
+    quantisation_metadata,
+    to_comfy_fp8,
+    wan_metadata,
+)
 from ...sf_core.checkpoints.load import Checkpoint, dequantised, formats_of, load_checkpoint, plain_dtype
 from ...sf_core.checkpoints.tensorfiles import map_tensors, read_header
-from ...sf_core.wan.config import WanConfig
-from ...sf_core.wan.fp8 import E4M3, LARGEST
+from ...sf_core.wan.fp8 import E4M3
 from .model import Family, family_of, load_again, set_family, wan_config, wan_of
 
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": E4M3}
 ATTENTION_CHOICE = re.compile(r"(?:^|\.)(blocks\.\d+\.(?:\w+\.)*comfy_attention\.config)$")
-IN_FULL = "full_precision_matrix_mult"  # as ComfyUI calls it
-SCALED = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}  # ComfyUI's names
 
 
 # --- MODEL -----------------------------------------------------------------------------------------------------------
@@ -168,70 +166,6 @@ def load_quantised(loader: tuple, disable_dynamic: bool = False) -> ModelPatcher
     state, layers = to_comfy_fp8(state, state["blocks.0.self_attn.q.weight"].dtype, True)
     metadata = wan_metadata(wan_config(network)) | quantisation_metadata(layers)
     return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=disable_dynamic)
-
-
-def multiplies_in_full(path: Path) -> bool:
-    """Whether a float8 file asks for products in full precision, in any of the three forms that ComfyUI knows."""
-    file = read_header(path)
-    layers = metadata_entry(file.metadata, "_quantization_metadata").get("layers", {}).values()
-    marks = [name for name in file.tensors if name.endswith("comfy_quant")]
-    told = (json.loads(bytes(mark.tolist())) for mark in map_tensors(file, marks).values())
-    return any(layer.get(IN_FULL, False) for layer in (*layers, *told)) or any(
-        name.endswith("scaled_fp8") and tensor.numel() == 2 for name, tensor in file.tensors.items()
-    )
-
-
-def quantisation_metadata(layers: dict[str, dict]) -> dict[str, str]:
-    """The metadata that names quantised layers."""
-    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
-
-
-def wan_metadata(config: WanConfig) -> dict[str, str]:
-    """What ComfyUI cannot read off the weights' shapes, as the metadata of a file would say it."""
-    fields = {
-        "causal_ar": True,
-        "num_heads": config.heads,
-        "freq_dim": config.freq_dim,
-        "text_dim": config.text_dim,
-        "text_len": config.text_len,
-        "eps": config.eps,
-    }
-    return {"config": json.dumps({"transformer": fields})}
-
-
-def to_comfy_fp8(
-    state: dict[str, Tensor], dtype: torch.dtype, quantise: bool, in_full: bool = False
-) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """A state dict in ComfyUI's form of float8, and for each quantised layer its format.
-
-    Matrices that are float8 stay what they are, except that scales per row, which ComfyUI has not, become one scale
-    per matrix. `quantise` makes float8 of the other matrices of the blocks. Other float8 tensors are turned to `dtype`.
-    `in_full` keeps activations as they are for the matrices that stay; for those made here they always are.
-    """
-    done: dict[str, Tensor] = {}
-    layers = {}
-    for name, tensor in state.items():
-        if is_scale(name):
-            continue
-        layer, scale = name.removesuffix(".weight"), state.get(f"{name}_scale", torch.ones(()))
-        matrix = tensor.ndim == 2 and name.endswith(".weight")
-        if matrix and tensor.dtype in SCALED and not scale.ndim:
-            done |= {name: tensor, f"{name}_scale": scale}
-            layers[layer] = {"format": SCALED[tensor.dtype]} | ({IN_FULL: True} if in_full else {})
-            if (inputs := state.get(f"{layer}.input_scale")) is not None:
-                done[f"{layer}.input_scale"] = inputs
-        elif matrix and (tensor.dtype in SCALED or (quantise and name.startswith("blocks."))):
-            done |= quantise_matrix(name, dequantised({name: tensor, f"{name}_scale": scale}, torch.float32)[name])
-            layers[layer] = {"format": SCALED[E4M3], IN_FULL: True}
-        else:
-            done[name] = tensor.to(dtype) if tensor.dtype in SCALED else tensor
-    return done, layers
-
-
-def quantise_matrix(name: str, matrix: Tensor) -> dict[str, Tensor]:
-    """A matrix [out, in] as float8 with one scale: weight = float8 * scale."""
-    scale = matrix.abs().amax().float().clamp(min=1e-12) / LARGEST
-    return {name: (matrix / scale).to(E4M3), f"{name}_scale": scale}
 
 
 # --- VAE -------------------------------------------------------------------------------------------------------------

@@ -280,8 +280,8 @@ def _notes(file: TensorFile, found: Found, guessed: Guess, chosen: bool, has_lor
     if chosen:
         notes = [f"Sampled as {guessed.family}, as chosen."]
     elif guessed.evidence:
-        where = "metadata say" if file.metadata.get(FAMILY) == guessed.evidence else "name says"
-        notes = [f'Sampled as {guessed.family}: its {where} "{guessed.evidence}".']
+        where = "metadata" if file.metadata.get(FAMILY) == guessed.evidence else "name"
+        notes = [f'Sampled as {guessed.family}: its {where} says "{guessed.evidence}".']
     else:
         notes = [
             f"NOTHING TELLS WHICH MODEL THIS IS: neither its name, nor its folders, nor its metadata. It is sampled as "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -89,3 +90,22 @@ def device(text: str) -> torch.device:
     if not there.get(found.type) or (found.index or 0) >= count:
         raise argparse.ArgumentTypeError(f"got {text}, which this machine or this torch lacks; use {usable}")
     return found
+
+
+def add_loras(parser: argparse._ActionsContainer) -> None:
+    """The options that name LoRAs and their strengths."""
+    lora = "LoRA merged into the model (LongLive's lora.pt); may be given several times"
+    parser.add_argument("--lora", type=Path, action="append", metavar="FILE", help=lora)
+    strength = "LoRA strength (1); for several LoRAs several times, in the same order"
+    parser.add_argument("--lora-strength", type=number_in(-10, 10), action="append", metavar="NUMBER", help=strength)
+
+
+def read_loras(args: argparse.Namespace) -> tuple[tuple[Path, float], ...]:
+    """(file, strength) of each LoRA that `add_loras`'s options name."""
+    loras, strengths = args.lora or [], args.lora_strength or []
+    if len(strengths) > len(loras):
+        raise ValueError(
+            f"Got --lora-strength {len(strengths)} times for {len(loras)} LoRAs; each is the strength of the --lora at "
+            "its place. Leave out what is too much, or name another --lora."
+        )
+    return tuple(zip(loras, [*strengths, *[1.0] * (len(loras) - len(strengths))]))

@@ -22,7 +22,7 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,12 +144,15 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_peak(
+    device: torch.device, dtype: torch.dtype, sizes: Sequence[int] | None = None, repeats: int = 8
+) -> float:
     """Operations per second of the best of a few square matrix products, each repeated."""
-    sizes, best = ((4096, 8192) if device.type == "cuda" else (1024, 1536, 2048)), 0.0
+    best = 0.0
+    sizes = sizes or ((4096, 8192) if device.type == "cuda" else (1024, 1536, 2048))
     for size in sizes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        for _ in range(8):
+        for _ in range(repeats):
             began = now(device)
             a @ b
             best = max(best, 2 * size**3 / (now(device) - began))

@@ -50,7 +50,7 @@ from ..wan.attention import KERNELS, attention_kernel
 from ..wan.compile import MODES, compile_ops
 from ..wan.fp8 import E4M3
 from ..worker import run_beside
-from .arguments import DTYPES, device, fraction, int_in, number_in, size, steps, window
+from .arguments import DTYPES, add_loras, device, fraction, int_in, number_in, read_loras, size, steps, window
 
 MAX_FRAMES = 1_000_000  # 17 hours
 USUAL_STRENGTH = 0.5
@@ -67,14 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompt from a text file")
     add("--out", required=True, metavar="FILE", help="output: .mp4, .webm, .gif, or a folder/ of PNGs")
     add("--seed", type=int_in(-1, MAX_SEED), default=0, help="seed (0); -1 draws one and prints it")
+    add("--preview", nargs="?", const="", metavar="PNG", help="contact sheet, too (beside the video)")
+    add("--json", action="store_true", help="report of what was done as JSON")
+    add_video(parser)
+
+
+def add_video(parser: argparse.ArgumentParser) -> None:
+    """The options of a video, whatever its prompt, seed and file."""
+    add = parser.add_argument
     add("--frames", type=int_in(1, MAX_FRAMES), help="pixel frames, --start included (81; 80 more; --source's)")
     add("--width", type=size, help="width in pixels, a multiple of 16 (64, with --model 832)")
     add("--height", type=size, help="height in pixels, a multiple of 16 (64, with --model 480)")
     add("--fps", type=int_in(1, 120), default=16, help="frames per second the file plays at (16)")
     add("--device", type=device, default="auto", help="device: cpu, cuda, cuda:1, mps (cuda if there is one)")
     add("--dtype", choices=DTYPES, default=None, help="dtype to compute in (float32 on cpu, else bfloat16)")
-    add("--preview", nargs="?", const="", metavar="PNG", help="contact sheet, too (beside the video)")
-    add("--json", action="store_true", help="report of what was done as JSON")
     _add_sampling(parser.add_argument_group("sampling: what is not given stays as the model was made for"))
     _add_starts(parser.add_argument_group("what it starts from, and what it leads away from"))
     _add_files(parser.add_argument_group("a model of your own, instead of the built-in one; see docs/files.md"))
@@ -141,10 +147,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     decoder.add_argument("--taehv", type=Path, metavar="FILE", help="TAEHV (taew2_1), a small and fast decoder")
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder, UMT5-XXL: file or folder")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer, where the text encoder's file lacks it")
-    lora = "LoRA merged into the model (LongLive's lora.pt); may be given several times"
-    add("--lora", type=Path, action="append", metavar="FILE", help=lora)
-    strength = "LoRA strength (1); for several LoRAs several times, in the same order"
-    add("--lora-strength", type=number_in(-10, 10), action="append", metavar="NUMBER", help=strength)
+    add_loras(group)
     add("--family", metavar="NAME", help=f"family, how it is sampled (guessed): {', '.join(FAMILIES)}")
 
 
@@ -173,20 +176,9 @@ def read_pipeline(args: argparse.Namespace) -> Pipeline:
             "Got --model without all that goes with it; it needs --text-encoder (UMT5-XXL), and --vae (the Wan 2.1 "
             "VAE) or --taehv (taew2_1). Name their files."
         )
-    loras, is_taehv = _loras(args), args.vae is None
+    loras, is_taehv = read_loras(args), args.vae is None
     named = ModelFiles(args.model, args.text_encoder, decoder, is_taehv, args.tokenizer, args.family, loras)
     return FilePipeline(named, _runtime(args))
-
-
-def _loras(args: argparse.Namespace) -> tuple[tuple[Path, float], ...]:
-    """(file, strength) of each LoRA."""
-    loras, strengths = args.lora or [], args.lora_strength or []
-    if len(strengths) > len(loras):
-        raise ValueError(
-            f"Got --lora-strength {len(strengths)} times for {len(loras)} LoRAs; each is the strength of the --lora at "
-            "its place. Leave out what is too much, or name another --lora."
-        )
-    return tuple(zip(loras, [*strengths, *[1.0] * (len(loras) - len(strengths))]))
 
 
 def _runtime(args: argparse.Namespace) -> Runtime:
@@ -217,7 +209,7 @@ def read_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
         name: _open_clip(path, most, tuple(size.values()), args.fps) for name, (path, most) in clips.items() if path
     }
     return pipeline.request(
-        args.prompt if args.prompt_file is None else _read_prompt(args.prompt_file),
+        args.prompt if args.prompt_file is None else read_prompt(args.prompt_file),
         **({"frames": args.frames} if args.frames else {}),
         **size,
         **given,
@@ -257,7 +249,7 @@ def _explain(path: Path, error: OSError) -> str:
     return f"Got {path}, but {reason.lower()}. Give an image, a video, or a folder of pictures."
 
 
-def _read_prompt(path: Path) -> str:
+def read_prompt(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -290,13 +282,18 @@ def _preview(args: argparse.Namespace) -> str | None:
     return path
 
 
+def input_files(args: argparse.Namespace) -> dict[str, Path | None]:
+    """The files that the options of `add_video` name."""
+    names = ("start", "source", "model", "vae", "taehv", "text_encoder", "tokenizer")
+    inputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    return inputs | {f"--lora {i}" if i > 1 else "--lora": path for i, path in enumerate(args.lora or [], 1)}
+
+
 def _check_files(args: argparse.Namespace, preview: str | None) -> None:
     """Refuses outputs that cannot be written, or would replace an input or each other."""
     for output in filter(None, (args.out, preview)):
         check_names(output)
-    names = ("start", "source", "prompt_file", "model", "vae", "taehv", "text_encoder", "tokenizer")
-    inputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    inputs |= {f"--lora {i}" if i > 1 else "--lora": path for i, path in enumerate(args.lora or [], 1)}
+    inputs = {"--prompt-file": args.prompt_file, **input_files(args)}
     check_outputs({"--out": args.out, "--preview": preview}, inputs)
     check_destination(args.out)
     if preview:
@@ -313,21 +310,21 @@ def run(args: argparse.Namespace) -> str:
     pipeline = read_pipeline(args)
     request = read_request(args, pipeline)
     if pipeline.note:
-        _note(f"{pipeline.name}: {pipeline.note}")
+        note(f"{pipeline.name}: {pipeline.note}")
     _note_starts(request)
     if args.seed < 0:
-        _note(f"seed {request.seed}")
+        note(f"seed {request.seed}")
     if args.out.lower().endswith(".gif") and gif_rate(args.fps) != args.fps:
-        _note(f"a GIF holds no {args.fps} frames per second; this one plays at {gif_rate(args.fps):.4g}")
+        note(f"a GIF holds no {args.fps} frames per second; this one plays at {gif_rate(args.fps):.4g}")
     if args.device.type == "cpu" and isinstance(pipeline, TinyPipeline):
         torch.set_num_threads(1)  # the built-in model is so small that two threads are slower
     with timer.measure("load"):
         plan = pipeline.memory_plan(request)
     _check_clips(request, args)
-    _check_memory(plan, args.device)
+    check_memory(plan, args.device)
     tiles = within_memory(
         lambda: _write(pipeline, request, timer, args),
-        lambda: _out_of_memory(plan, args.device),
+        lambda: out_of_memory(plan, args.device),
         lambda: release_memory(args.device),
     )
     if preview:
@@ -339,7 +336,7 @@ def run(args: argparse.Namespace) -> str:
 
 def _write(pipeline: Pipeline, request: Request, timer: Timer, args: argparse.Namespace) -> dict[int, Tensor]:
     """Writes the video; returns the frames of the contact sheet by their numbers."""
-    generation, decoder = pipeline.prepare(request, timer, _note_ignored)
+    generation, decoder = pipeline.prepare(request, timer, note_ignored)
     length, chunks, tiles = request.frames - request.skipped, len(generation.plan.chunks), {}
     with tqdm(total=length, unit=" frames", file=sys.stderr) as bar:
         if args.compile != "off":
@@ -395,7 +392,7 @@ def _check_clips(request: Request, args: argparse.Namespace) -> None:
             )
 
 
-def _check_memory(plan: MemoryPlan, device: torch.device) -> None:
+def check_memory(plan: MemoryPlan, device: torch.device) -> None:
     """Refuses what cannot fit before it is allocated."""
     there = available_memory(device)
     if there and plan.total > there:
@@ -405,7 +402,7 @@ def _check_memory(plan: MemoryPlan, device: torch.device) -> None:
         )
 
 
-def _out_of_memory(plan: MemoryPlan, device: torch.device) -> MemoryError:
+def out_of_memory(plan: MemoryPlan, device: torch.device) -> MemoryError:
     return MemoryError(
         f"Got out of memory on {device}, where {_describe_use(plan)} were expected to be enough. "
         f"{advise(plan, plan.total - 1)}"
@@ -425,18 +422,18 @@ def _describe_use(plan: MemoryPlan) -> str:
 def _note_starts(request: Request) -> None:
     """Says when prompts after the first take effect. Raises ValueError if their times do not fit the video."""
     if hint := explain_unscheduled(request.prompt):
-        _note(hint)
+        note(hint)
     frames = place([prompt.start for prompt in request.prompts], request.plan().chunks)
     for prompt, latent in list(zip(request.prompts, frames))[1:]:
         frame = 4 * latent - 3
-        _note(f"the prompt of {prompt.start.said} starts with frame {frame} ({frame / request.fps:.2f} s)")
+        note(f"the prompt of {prompt.start.said} starts with frame {frame} ({frame / request.fps:.2f} s)")
 
 
-def _note_ignored(reason: str, words: list[str]) -> None:
-    _note(f"{reason}: {' '.join(words[:8])}{' ...' if len(words) > 8 else ''}")
+def note_ignored(reason: str, words: list[str]) -> None:
+    note(f"{reason}: {' '.join(words[:8])}{' ...' if len(words) > 8 else ''}")
 
 
-def _note(message: str) -> None:
+def note(message: str) -> None:
     tqdm.write(f"sf_core: {message}", file=sys.stderr)
 
 
@@ -447,7 +444,7 @@ def _report(request: Request, args: argparse.Namespace, preview: str | None, tim
         "out": args.out,
         "preview": preview,
         "model": str(args.model) if args.model else "built-in",
-        "loras": [{"file": str(path), "strength": strength} for path, strength in _loras(args)],
+        "loras": [{"file": str(path), "strength": strength} for path, strength in read_loras(args)],
         "prompt": request.prompt,
         "seed": request.seed,
         "frames": request.frames - request.skipped,

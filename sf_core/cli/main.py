@@ -1,4 +1,4 @@
-"""The command line: python -m sf_core generate | info | bench | train | evaluate.
+"""The command line: python -m sf_core generate | batch | info | doctor | convert | bench | train | evaluate.
 
 A command is a module with `add_arguments(parser)` and `run(args)`; what run returns is printed. It is imported when it
 is asked for, so a typing error is told at once. Every error is one line with its remedy, and exit status 2.
@@ -27,7 +27,10 @@ class Command:
 
 COMMANDS = {
     "generate": Command(".generate", "make a video from a prompt"),
+    "batch": Command(".batch", "make many videos, one for each line of a file; resumable, on several GPUs"),
     "info": Command(".info", "list built-in model, presets and devices, or say what a model file is"),
+    "doctor": Command(".doctor", "say what runs here, which model files there are and what to expect: a bug report"),
+    "convert": Command(".convert", "make a safetensors file that all loaders read of any causal checkpoint"),
     "bench": Command(".bench", "time rollout and decoders on this machine"),
     "train tiny": Command(".train_tiny", "train the built-in model"),
     "train": Command(".train", "train a model by a configuration: Self Forcing and its baselines"),

@@ -198,7 +198,7 @@ def test_registry_metadata_is_complete():
 
 
 def test_pack_has_what_its_users_need():
-    for name in ["__init__.py", "LICENSE", "README.md", "nodes", "sf_core", "web", "locales", "workflows"]:
+    for name in ["__init__.py", "LICENSE", "README.md", "nodes", "sf_core", "web", "locales", "workflows", "subgraphs"]:
         assert (ROOT / name).exists(), name
 
 
@@ -225,13 +225,13 @@ def test_built_in_model_stays_small():
 def test_published_archive_leaves_out_nothing_the_pack_needs():
     ignored = {line.strip().strip("/") for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()}
     needed = {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "nodes", "sf_core", "web",
-              "locales", "workflows"}  # fmt: skip
+              "locales", "workflows", "subgraphs"}  # fmt: skip
     assert not ignored & needed
 
 
 SOURCES = [
     path
-    for folder in ["sf_core", "nodes", "web", "locales", "workflows", "tests", "scripts", ".ci", ".github"]
+    for folder in ["sf_core", "nodes", "web", "locales", "workflows", "subgraphs", "tests", "scripts", ".ci", ".github"]
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in {".py", ".json", ".js", ".md", ".sh", ".yml", ""} and path.is_file()
 ]

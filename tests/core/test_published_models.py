@@ -162,7 +162,7 @@ def test_metadata_tell_the_family(tmp_path):
     titled = write(tmp_path / "a.safetensors", weights(), {"modelspec.title": "One-Forcing 1.3B"})
     assert describe(titled).family == "one-forcing"
     named = write(tmp_path / "self_forcing_dmd.safetensors", weights(), {"family": "memflow"})
-    assert describe(named).family == "memflow" and 'metadata say "memflow"' in describe(named).note
+    assert describe(named).family == "memflow" and 'metadata says "memflow"' in describe(named).note
 
 
 def test_a_layout_that_nothing_tells_is_said_to_be_assumed(tmp_path):
