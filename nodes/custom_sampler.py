@@ -120,7 +120,7 @@ class RolloutSampler(Sampler):
         progress = CallbackProgress(None if disable_pbar else callback)
 
         def sample() -> Tensor:
-            load(generation.model, generation.memory)
+            load(generation.model, generation.memory, others=generation.companions)
             with threads_for(generation.model, generation.pixels):
                 return generation.latents(progress, options)
 

@@ -61,8 +61,9 @@ class SelfForcingLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "family", options=[AUTO, *FAMILIES], default=AUTO,
-                    tooltip="Family: which model it is, and so its steps, chunk, window and sink. auto: by the file's "
-                    "name. Choosing one also says that the model is causal where nothing in the file does.",
+                    tooltip="Family: which model it is, and so its steps, chunk, window and sink. auto: by the names "
+                    "of the file and its folders and by its metadata; where none tells, the node says so. Choosing "
+                    "one also says that the model is causal where nothing in the file does.",
                 ),
                 io.Combo.Input(
                     "precision", options=list(checkpoints.PRECISIONS), default=AUTO,
@@ -91,7 +92,8 @@ class SelfForcingLoadModel(io.ComfyNode):
         merged = None if lora == NONE else Path(folder_paths.get_full_path_or_raise("loras", lora))
         source = checkpoints.CheckpointSource(path, None if family == AUTO else family, precision, merged, strength)
         checkpoint = source.checkpoint()
-        log.info("%s: %s", console_text(file), console_text(checkpoint.note))
+        level = logging.INFO if checkpoint.known else logging.WARNING
+        log.log(level, "%s: %s", console_text(file), console_text(checkpoint.note))
         say(cls, checkpoint.note)
         return io.NodeOutput(checkpoints.from_checkpoint(checkpoint, source))
 

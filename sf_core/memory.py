@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from .sampling.config import fit_window
 from .sampling.context import allocate_cache
 from .sampling.plan import Plan
 from .wan.config import WanConfig
@@ -108,6 +109,9 @@ class MemoryPlan:
     rereads    whether the window is read again in one forward, as some prompt switches do
     guided     whether a negative prompt runs beside, with a cache of its own
     keeps_all  whether the cache overwrites nothing (training with gradient checkpointing)
+    networks   sets of weights, each with its keys of the prompt: 2 where another than the one that denoises writes the
+               cache
+    offload    whether blocks wait in the CPU's memory: two of them at a time are on the device
     """
 
     config: WanConfig
@@ -120,16 +124,20 @@ class MemoryPlan:
     rereads: bool = False
     guided: bool = False
     keeps_all: bool = False
+    networks: int = 1
+    offload: bool = False
 
     @cached_property
     def use(self) -> MemoryUse:
         """Bytes, with b bytes a number and S = height/16 * width/16 tokens a latent frame, for each video and branch:
 
-        cache        2 layers min(window, frames) S dim b; in float8 b is 1, and each token and head has a float32
-                     scale; sinks whose positions move along keep their first keys too: layers sink S dim b
+        cache        2 layers slots S dim b, where slots are min(window, frames) and those of a memory bank; in float8
+                     b is 1, and each token and head has a float32 scale; sinks whose positions move along keep their
+                     first keys too, once the window moves: layers sink S dim b
         prompt       2 layers text_len dim b: keys and values
         activations  chunk S (2 ffn_dim + 20 dim) b, and 3 min(window, frames) S dim b where a float8 cache is turned
-                     back; with `rereads` the whole window takes the chunk's place
+                     back; with `rereads` the whole window takes the chunk's place,
+                     with the rolling sampler all chunks under way
 
         The cache is exact. Activations are an estimate: the feed-forward with both its halves alive and what a block
         holds besides, fitted to measured peaks (10 % above them for 1 to 3 layers in float32 and bfloat16).
@@ -139,14 +147,15 @@ class MemoryPlan:
         branches = 2 if self.guided else 1
         cache = allocate_cache(config, self.plan, cache_dtype, "meta", branches, self.keeps_all)
         videos = self.plan.batch * branches
-        first_keys = config.layers * cache.sink * cache.tokens * config.dim * size if cache.pinned else 0
-        tokens = (cache.slots if self.rereads else self.plan.sampling.chunk) * cache.tokens
+        moves = cache.keeps_sinks and (self.plan.frames > self.plan.window or self.plan.is_rolling)
+        first_keys = config.layers * cache.sink * cache.tokens * config.dim * size if moves else 0
+        tokens = (cache.slots if self.rereads else self.plan.frames_at_once) * cache.tokens
         turned_back = 3 * cache.slots * cache.tokens * config.dim if cache_dtype.itemsize == 1 else 0
         held, used = self._decoder_numbers
         return MemoryUse(
-            weights=self.weights_fp8 if self.fp8 else self.weights,
+            weights=self._weights_there,
             cache=cache.nbytes + videos * first_keys,
-            prompt=videos * 2 * config.layers * config.text_len * config.dim * size,
+            prompt=self.networks * videos * 2 * config.layers * config.text_len * config.dim * size,
             activations=videos * (tokens * (2 * config.ffn_dim + 20 * config.dim) + turned_back) * size,
             decoder=held * size,
             decoding=used * size,
@@ -160,7 +169,16 @@ class MemoryPlan:
     @property
     def weights_fp8(self) -> int:
         """Bytes of the weights with the blocks in float8; as many as ever where they are that already."""
-        return min(self.weights, float8_bytes(self.config, self.dtype))
+        return min(self.weights, self.networks * float8_bytes(self.config, self.dtype))
+
+    @property
+    def _weights_there(self) -> int:
+        """Bytes of the weights that are on the device at the peak."""
+        every = self.weights_fp8 if self.fp8 else self.weights
+        if not self.offload:
+            return every
+        blocks = every * block_share(self.config, self.dtype, self.fp8)
+        return round(every - blocks + 2 * blocks / (self.config.layers * self.networks))
 
     @property
     def width(self) -> int:
@@ -179,13 +197,15 @@ class MemoryPlan:
 
     @property
     def shortest_window(self) -> int:
-        """The shortest window there can be: sink and chunk, and what a shot pins."""
+        """The shortest window there can be: sink and chunk, a deep sink shrinking with it, and what a shot pins."""
         sampling = self.plan.sampling
-        pinned = min(sampling.sink, sampling.chunk) if sampling.shots and sampling.shots.pinned else 0
-        return sampling.sink + pinned + max(sampling.chunk, sampling.first_chunk or 0)
+        chunk = max(sampling.chunk, sampling.first_chunk or 0)
+        if sampling.shots:
+            return sampling.sink + (min(sampling.sink, chunk) if sampling.shots.pinned else 0) + chunk
+        return chunk if sampling.sink > sampling.chunk else sampling.sink + chunk
 
     def with_window(self, window: int) -> MemoryPlan:
-        return self._replace_plan(sampling=replace(self.plan.sampling, window=window))
+        return self._replace_plan(sampling=fit_window(self.plan.sampling, window))
 
     def with_fp8_cache(self) -> MemoryPlan:
         return self._replace_plan(cache_dtype=E4M3)
@@ -219,6 +239,15 @@ def float8_bytes(config: WanConfig, dtype: torch.dtype) -> int:
     return sum(tensor.nbytes for tensor in state.values())
 
 
+@lru_cache
+def block_share(config: WanConfig, dtype: torch.dtype, fp8: bool) -> float:
+    """Share of a model's bytes that are its blocks'."""
+    wan = WanModel(config, device="meta", dtype=dtype)
+    state = (quantise_model(wan) if fp8 else wan).state_dict()
+    blocks = sum(tensor.nbytes for name, tensor in state.items() if name.startswith("blocks."))
+    return blocks / sum(tensor.nbytes for tensor in state.values())
+
+
 def smaller_plans(plan: MemoryPlan, limit: int) -> Iterator[tuple[str, MemoryPlan]]:
     """(option of `generate`, the plan with it), one change each, those that cost the least quality first."""
     decoder = plan.decoder
@@ -235,6 +264,8 @@ def smaller_plans(plan: MemoryPlan, limit: int) -> Iterator[tuple[str, MemoryPla
     if decoder and decoder.tile:
         small = TAEHV22 if plan.config.channels == 48 else TAEHV
         yield "--taehv instead of --vae", replace(plan, decoder=small, tile=None)
+    if plan.weights and not plan.offload and plan.decoder is not BUILT_IN:
+        yield "--offload", replace(plan, offload=True)
     shorter = range(plan.window - plan.plan.sampling.chunk, plan.shortest_window - 1, -plan.plan.sampling.chunk)
     if shorter:
         window = plan.longest_window(limit, plan.plan.sampling.chunk)

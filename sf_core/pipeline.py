@@ -29,7 +29,17 @@ from . import memory, tiny
 from .autoencoders import taehv, wan_vae
 from .autoencoders.stream import DecoderStream, EncoderStream, latent_frames, pixel_frames
 from .checkpoints.autoencoder import WAN_VAES, Autoencoder, load_autoencoder
-from .checkpoints.load import Checkpoint, Description, dequantised, describe, load_checkpoint, load_model
+from .checkpoints.load import (
+    Checkpoint,
+    Description,
+    dequantised,
+    describe,
+    load_checkpoint,
+    load_memory,
+    load_model,
+    plain_dtype,
+    quantised_error,
+)
 from .device import HostCopy, Timer, available_memory, default_device, default_dtype, release_memory
 from .memory import DecoderMemory, MemoryPlan
 from .sampling.config import PRESETS, Sampling
@@ -44,6 +54,7 @@ from .wan.attention import Attention, sdpa
 from .wan.config import WanConfig
 from .wan.fp8 import E4M3, Fp8Linear, quantise_block, quantise_model
 from .wan.model import EAGER, BlockOps, Network, WanModel
+from .wan.offload import BlockLoader
 
 if TYPE_CHECKING:  # a machine that only measures needs no PyAV
     from .video import Clip
@@ -64,6 +75,7 @@ class Runtime:
     tile         side of the decoder's tiles in latent pixels; None: the whole picture at once
     attention    attention kernel; see `attention_kernel`
     ops          block operations; see `compile_ops`
+    offload      blocks of a user's model wait in the CPU's memory and come one at a time
     """
 
     device: torch.device = field(default_factory=default_device)
@@ -73,6 +85,7 @@ class Runtime:
     tile: int | None = None
     attention: Attention = sdpa
     ops: BlockOps = EAGER
+    offload: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", torch.device(self.device))
@@ -121,7 +134,7 @@ class Request:
     full_history        the start is a video that was generated: all of it is read, however long
     source, strength    frames, likewise, of a video to make another of, and how much of it gives way, in (0, 1]
     negative, guidance  a prompt to lead away from, where guidance (CFG) is not 1
-    reencode            first-frame re-encode, for models of short clips
+    reencode            first-frame re-encode, for models of short clips; some are sampled so by themselves
     space               pixels to a latent pixel of the model
     """
 
@@ -164,10 +177,15 @@ class Request:
         return tuple(map(_as_scene, prompts)) if self.sampling.shots else prompts
 
     @property
+    def reencodes(self) -> bool:
+        """Whether first-frame re-encode is asked for, or what the model was made for."""
+        return self.reencode or self.sampling.reencode
+
+    @property
     def rereads(self) -> bool:
         """Whether a prompt, or re-encoding, makes the model read its window again."""
         starts = [prompt.start.transition for prompt in self.prompts[1:]]
-        return self.reencode or any(map(self.sampling.rereads_at, starts))
+        return self.reencodes or any(map(self.sampling.rereads_at, starts))
 
     def plan(self, cache_dtype: torch.dtype | None = None) -> Plan:
         """Size and chunks of the rollout, in whole chunks. Raises ValueError as `Plan` does, and for an odd size."""
@@ -239,6 +257,7 @@ class Pipeline(ABC):
 
     name           what is used, for people
     note           what else there is to say of it
+    networks       sets of weights: 2 where another writes the cache
     sampling       how the model is sampled unless a request says otherwise
     width, height  pixels of a video unless a request says otherwise
     frames         pixel frames, likewise: the length of a training clip
@@ -247,6 +266,7 @@ class Pipeline(ABC):
 
     name: str
     note: str = ""
+    networks: int = 1
     sampling: Sampling
     width: int
     height: int
@@ -289,6 +309,8 @@ class Pipeline(ABC):
             tile=self.runtime.tile,
             rereads=request.rereads,
             guided=request.guidance != 1,
+            networks=self.networks,
+            offload=self.runtime.offload,
         )
 
     def prepare(
@@ -313,14 +335,26 @@ class Pipeline(ABC):
             prompts = self._encode_prompts(text, request, plan)
         del text
         release_memory(runtime.device)
-        reencode = (lambda latents: self.encode_still(autoencoder, latents)) if request.reencode else None
+        reencode = (lambda latents: self.encode_still(autoencoder, latents)) if request.reencodes else None
         with timer.measure("load"):
-            network = Network(self.load_model(), runtime.dtype, runtime.attention, runtime.ops)
+            wan, written = self.load_model(), self.load_memory()
+            ops = self._block_ops(wan, written)
+            network = Network(wan, runtime.dtype, runtime.attention, ops, memory=written)
         return Generation(network, plan, prompts, request.seed, prefix, source, reencode), decoder
 
     def _frames(self, request: Request) -> Iterator[Tensor]:
         generation, decoder = self.prepare(request)
         return drop_frames((piece[0] for piece in generation.frames(decoder, request.frames)), request.skipped)
+
+    def _block_ops(self, *models: WanModel | None) -> BlockOps:
+        """Block operations that bring blocks to the device, where they wait in the CPU's memory."""
+        runtime = self.runtime
+        if not runtime.offload:
+            return runtime.ops
+        call = runtime.ops.call
+        for wan in filter(None, models):
+            call = BlockLoader(wan, runtime.device, call)
+        return runtime.ops._replace(call=call)
 
     def _encode_clip(self, clip: Tensor | ClipFrames | None, length: int, timer: Timer) -> Tensor | None:
         """Latents [1, C, F, H, W] of frames, cut or with the last one repeated to `length`; the encoder is freed."""
@@ -353,6 +387,10 @@ class Pipeline(ABC):
     @abstractmethod
     def load_model(self) -> WanModel:
         """The model on its device, in float8 where that was asked for."""
+
+    def load_memory(self) -> WanModel | None:
+        """The network that writes the cache, where it is another than the one that denoises."""
+        return None
 
     @abstractmethod
     def load_text_encoder(self) -> nn.Module:
@@ -461,8 +499,10 @@ class FilePipeline(Pipeline):
         super().__init__(runtime)
         self.files = files
         self.description = describe(files.model, files.family, files.loras)
+        if self.description.quantised:
+            raise quantised_error(files.model.name, self.description.quantised)
         self.name, self.note, self.sampling = str(files.model), self.description.note, self.description.sampling
-        self.config = self.description.config
+        self.config, self.networks = self.description.config, self.description.networks
         is_wan22 = self.config.space == 16
         self.width, self.height = (1280, 704) if is_wan22 else (832, 480)
         self.frames, self.fps = (125, 24) if is_wan22 else (81, 16)  # 32 latent frames, or 21
@@ -479,13 +519,34 @@ class FilePipeline(Pipeline):
         return "lighttae" in self.files.vae.name.lower()
 
     def load_model(self) -> WanModel:
-        files, device, dtype = self.files, self.runtime.device, self.runtime.dtype
+        files, dtype = self.files, self.runtime.dtype
+        device = torch.device("cpu") if self.runtime.offload else self.runtime.device  # blocks stay there then
         if self.description.dtype is E4M3:
             wan = load_fp8_model(load_checkpoint(files.model, files.family), device, dtype)  # takes no LoRA
-            return quantise_model(wan) if self.runtime.fp8 else wan  # what the file has in another dtype
+            wan = quantise_model(wan) if self.runtime.fp8 else wan  # what the file has in another dtype
+        elif self.runtime.fp8:
+            wan = quantise_onto(load_model(files.model, family=files.family, loras=files.loras)[0], device, dtype)
+        else:
+            wan = load_model(files.model, device, dtype, files.family, files.loras)[0]
+        return self._place(wan)
+
+    def load_memory(self) -> WanModel | None:
+        if self.description.networks == 1:
+            return None
+        dtype = self.runtime.dtype
+        device = torch.device("cpu") if self.runtime.offload else self.runtime.device
+        checkpoint = load_checkpoint(self.files.model, self.files.family)
         if self.runtime.fp8:
-            return quantise_onto(load_model(files.model, family=files.family, loras=files.loras)[0], device, dtype)
-        return load_model(files.model, device, dtype, files.family, files.loras)[0]
+            wan = load_memory(checkpoint, "cpu", plain_dtype(checkpoint.dtype))
+            return self._place(quantise_onto(wan, device, dtype))
+        return self._place(load_memory(checkpoint, device, dtype))
+
+    def _place(self, wan: WanModel) -> WanModel:
+        """The model with all that is not a block on the device, where blocks stay behind."""
+        for name, part in wan.named_children() if self.runtime.offload else ():
+            if name != "blocks":
+                part.to(self.runtime.device)
+        return wan
 
     def load_text_encoder(self) -> nn.Module:
         """UMT5, on the device if it fits there, else on the CPU."""

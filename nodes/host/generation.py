@@ -83,7 +83,14 @@ class HostGeneration:
         """What it takes of the device, beside the weights."""
         starts = [prompt.start.transition for prompt in self.prompts[1:]]
         rereads = any(map(self.plan.sampling.rereads_at, starts)) or self.reencoder is not None
-        return MemoryPlan(self.wan.config, self.plan, self.dtype, rereads=rereads, guided=self.negative is not None)
+        return MemoryPlan(
+            self.wan.config,
+            self.plan,
+            self.dtype,
+            rereads=rereads,
+            guided=self.negative is not None,
+            networks=1 if self.memory_model is None else 2,
+        )
 
     @property
     def what(self) -> str:
@@ -95,6 +102,16 @@ class HostGeneration:
     def pixels(self) -> int:
         """Pixels of a frame."""
         return self.wan.config.space**2 * self.plan.height * self.plan.width
+
+    @cached_property
+    def memory_model(self) -> ModelPatcher | None:
+        """The network that writes the cache, where it is another, ready to run like the MODEL."""
+        memory = family_of(self.model).memory
+        return memory if memory is None or self.compile == "off" else for_compiling(memory)
+
+    @property
+    def memory_wan(self) -> WanLayers | None:
+        return None if self.memory_model is None else wan_of(self.memory_model)
 
     @property
     def reencoder(self) -> comfy.sd.VAE | None:
@@ -114,8 +131,11 @@ class HostGeneration:
         levels = [step.sigma for step in self.plan.steps(self.plan.chunks[-1])]
         sigmas = torch.tensor([*levels, 0.0], device=model.load_device)
         told = transformer_options(options, self.wan.config.layers, sigmas, prompts.is_guided)
-        attention, wan = attention_of(told, compiled), traceable(self.wan) if compiled else self.wan
-        network = Network(wan, self.dtype, attention, telling_ops(compile_ops(self.compile), attention))
+        attention, wan, memory = attention_of(told, compiled), self.wan, self.memory_wan
+        if compiled:
+            wan, memory = traceable(wan), memory and traceable(memory)
+        ops = telling_ops(compile_ops(self.compile), attention)
+        network = Network(wan, self.dtype, attention, ops, memory=memory)
         use = self.memory.use
         reencode = self.reencoder and still_encoder(model, self.reencoder, use.total - use.cache + reserve_bytes)
         generation = Generation(network, self.plan, prompts, self.seed, self.prefix, self.source, reencode)
@@ -136,10 +156,16 @@ class HostGeneration:
             buffer.append(x0.to(management.intermediate_device()))
         return buffer.tensor
 
+    @property
+    def companions(self) -> list[ModelPatcher]:
+        """What is loaded beside the MODEL."""
+        reencoder = None if self.reencoder is None else self.reencoder.patcher
+        return [model for model in (self.memory_model, reencoder) if model is not None]
+
     @contextmanager
     def loaded(self, reserve_bytes: int = 0, *others: ModelPatcher) -> Iterator[None]:
         """The model on its device, with room for the rollout and `reserve_bytes`, and `others` loaded with it."""
-        others = (*others, *([] if self.reencoder is None else [self.reencoder.patcher]))
+        others = (*others, *self.companions)
         with loaded(self.model, self.memory, reserve_bytes, others):
             yield
 
@@ -262,6 +288,16 @@ def shift_warning(generation: HostGeneration) -> str | None:
     return "the shift of ModelSamplingSD3 (or its like) does nothing here. Set it in Self Forcing Settings."
 
 
+def reencode_warning(generation: HostGeneration) -> str | None:
+    """Why long videos will drift, where a model that is sampled with first-frame re-encode has no VAE for it."""
+    if not generation.plan.sampling.reencode or generation.reencoder is not None:
+        return None
+    return (
+        "this model reads its memory again for every chunk, with its first frame re-encoded, and has no VAE for that. "
+        "Connect one to reencode_vae of Self Forcing Settings."
+    )
+
+
 def begin_notes(generation: HostGeneration, node: type, own_steps: bool = True) -> Notes:
     """The node's notes, which begin with what will not go as expected; the log has it, too.
 
@@ -272,6 +308,7 @@ def begin_notes(generation: HostGeneration, node: type, own_steps: bool = True) 
     for message in (
         chunk_warning(generation),
         shift_warning(generation) if own_steps else None,
+        reencode_warning(generation),
         *ignored,
         *generation.unheard,
     ):

@@ -37,12 +37,14 @@ class Family:
     trained    latent frames of the chunks it was trained with; None: those of `sampling`
     preview    newest latents [B, C, F, H, W] in model space -> picture; None: ComfyUI's own preview for the latents
     reencoder  the VAE that makes stills for first-frame re-encode; None: without
+    memory     the network that writes the cache, where it is another than the MODEL (SGF+)
     """
 
     sampling: Sampling = PRESETS["cli"]
     trained: int | None = None
     preview: Callable[[Tensor], Image.Image] | None = None
     reencoder: comfy.sd.VAE | None = None
+    memory: ModelPatcher | None = None
 
 
 def set_family(patcher: ModelPatcher, family: Family) -> None:

@@ -239,7 +239,7 @@ class TellingCall:
     def __call__(self, part: Callable, module: torch.nn.Module, *args):
         if part is velocity:
             x, t = args[:2]
-            noisiest = t.max().item() if isinstance(t, Tensor) else t  # frames that are held have 0
+            noisiest = t.max().item() if isinstance(t, Tensor) else t  # frames that are held have 0, and chunks differ
             self.attention.options["sigmas"] = torch.full((1,), noisiest / 1000, device=x.device)
         elif part is run_block:
             self.attention.options["block_index"] = args[2]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
 from . import nvfp4
-from .tensorfiles import CheckpointError, TensorFile
+from .tensorfiles import CheckpointError, TensorFile, map_tensors
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,8 +30,8 @@ DIM_14B = 5120
 
 NEEDED = "a causal Wan 2.1 text-to-video model is needed"
 GET_ONE = (
-    "Get checkpoints/self_forcing_dmd.pt from huggingface.co/gdhe17/Self-Forcing, or another causal 1.3B model: Causal "
-    "Forcing, LongLive, Reward Forcing, Rolling Forcing"
+    "Get checkpoints/self_forcing_dmd.pt from huggingface.co/gdhe17/Self-Forcing, or another causal model: Self "
+    "Gradient Forcing, LongLive, Causal Forcing, Rolling Forcing"
 )
 
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
@@ -60,7 +60,10 @@ DIFFUSERS_NAMES = {
     r"\bscale_shift_table$": "head.modulation",
     r"\bproj_out\.": "head.head.",
 }
-MARKERS = ("scaled_fp8", "comfy_quant", "freqs")  # tensors that say nothing the others do not
+MARK = "comfy_quant"  # a tensor with JSON that says how its layer is quantised
+FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # ComfyUI's names of what we compute with ourselves
+MEMORY = re.compile(r"(^|\.)memory_(?=[a-z_]+(\.|$))")
+MARKERS = ("scaled_fp8", MARK, "freqs")  # tensors that say nothing the others do not
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Found:
     """A model in a file: its shape and, for every tensor of it (float8 scales included), {Wan's name: file's name}.
 
     `root` is the prefix its names have in the file, wrappers removed; `causal` whether the file itself says so;
+    `memory` the same names of a second set of weights, which writes the cache (SGF+), {} where there is none;
+    `quantised` what the file says of each layer that is quantised in a form which only ComfyUI computes with: a dict
+    with its `format`. Such a layer's tensors are all among `names`, whatever they are called;
     `packed` has {part: file's name} of weights in four bits (nvfp4.py), which in `names` go by their first part.
     """
 
@@ -75,7 +81,9 @@ class Found:
     names: dict[str, str]
     root: str
     causal: bool
-    packed: dict[str, dict[str, str]] = field(default_factory=dict)
+    memory: dict[str, str]
+    quantised: dict[str, dict]
+    packed: dict[str, dict[str, str]]
 
     def headers(self, file: TensorFile) -> dict[str, Tensor]:
         """The model's tensors under Wan's names, on the meta device."""
@@ -91,21 +99,33 @@ def find_wan(file: TensorFile, trusted: bool = False) -> Found:
     _refuse_loras(file.tensors, title)
     root, names = _best_root(file.tensors, title)
     names, packed = _packed(names, title)
+    names, memory = _split_memory(names)
+    quantised = _quantised_layers(file, root)
     tensors = _headers(file, names, packed)
     facts = _transformer_facts(file.metadata)
     causal = facts.get("causal_ar") is True or "generator" in root
     _refuse_variants(tensors, title, trusted or facts.get("causal_ar") is True, causal)
     config = _config(tensors, facts, title)
-    _check(tensors, config, title)
-    return Found(config, names, root, causal, packed)
+    _check(tensors, config, title, quantised)
+    if memory:
+        _check(_headers(file, memory), config, title)
+    return Found(config, names, root, causal, memory, quantised, packed)
 
 
-def _headers(file: TensorFile, names: dict[str, str], packed: dict[str, dict[str, str]]) -> dict[str, Tensor]:
-    tensors = {name: file.tensors[at] for name, at in names.items()}
+def _headers(file: TensorFile, names: dict[str, str], packed: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Tensors under Wan's names; `packed` are the names of weights in four bits, whose shape the file does not have."""
+    tensors = {name: in_wans_shape(name, file.tensors[at]) for name, at in names.items()}
     for name in packed:
         rows, *half = tensors[name].shape or (0,)
         tensors[name] = torch.empty(rows, *(2 * columns for columns in half), dtype=torch.bfloat16, device="meta")
     return tensors
+
+
+def in_wans_shape(name: str, tensor: Tensor) -> Tensor:
+    """A weight as Wan has it: the patch embedding is a convolution, of which Causal-rCM made a linear layer."""
+    if name == "patch_embedding.weight" and tensor.ndim == 2 and tensor.shape[1] % 4 == 0:
+        return tensor.reshape(len(tensor), -1, 1, 2, 2)
+    return tensor
 
 
 def _packed(names: dict[str, str], title: str) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
@@ -122,6 +142,28 @@ def _packed(names: dict[str, str], title: str) -> tuple[dict[str, str], dict[str
         raise _incomplete(title, missing)
     plain = {name: at for name, at in names.items() if not name.rpartition(".")[2].startswith(nvfp4.PREFIX)}
     return plain | {weight: at["values"] for weight, at in parts.items()}, parts
+
+
+def _quantised_layers(file: TensorFile, root: str) -> dict[str, dict]:
+    """{layer: what the file says of it} of all layers, where any is in another form than float8; else {}.
+
+    ComfyUI's files say it in their metadata, or in a tensor of each layer that holds JSON.
+    """
+    layers = metadata_entry(file.metadata, "_quantization_metadata").get("layers", {})
+    layers = (
+        {name: about for name, about in layers.items() if isinstance(about, dict)} if isinstance(layers, dict) else {}
+    )
+    marks = [name for name, tensor in file.tensors.items() if name.endswith(f".{MARK}") and tensor.dtype is torch.uint8]
+    for name, mark in map_tensors(file, marks).items() if marks else ():
+        try:
+            about = json.loads(bytes(mark.flatten().tolist()))
+        except ValueError:
+            continue
+        if isinstance(about, dict):
+            layers[name.removesuffix(f".{MARK}")] = about
+    layers = {WRAPPERS.sub("", name).removeprefix(root): about for name, about in layers.items()}
+    known = {str(about.get("format")) for about in layers.values() if "format" in about}
+    return layers if known - set(FLOAT8_FORMATS) else {}
 
 
 def is_scale(name: str) -> bool:
@@ -149,10 +191,22 @@ def _best_root(tensors: dict[str, Tensor], title: str) -> tuple[str, dict[str, s
     return best, {name: at for name, at in under.items() if not _is_marker(name)}
 
 
+def _split_memory(names: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """{Wan's name: the file's} of the weights that denoise, and of those that write the cache, {} where there are none.
+
+    The latter have `memory_` before the last part of their names, or before the first. Their head is not needed, since
+    nothing reads what it says: where it is left out there is the other one.
+    """
+    memory = {MEMORY.sub(r"\1", name): at for name, at in names.items() if MEMORY.search(name)}
+    names = {name: at for name, at in names.items() if not MEMORY.search(name)}
+    head = {name: at for name, at in names.items() if memory and name.startswith("head.")}
+    return names, head | memory
+
+
 def _is_marker(name: str) -> bool:
     """Whether a tensor says nothing of the weights; `comfy_attention.config` names a preferred attention, which is
     ComfyUI's to choose."""
-    return name.rpartition(".")[2] in MARKERS or name.endswith("comfy_attention.config")
+    return name.rpartition(".")[2] in MARKERS or name.endswith("comfy_attention.config") or name.startswith("accum_")
 
 
 def wan_name(name: str) -> str:
@@ -207,7 +261,7 @@ def _config(tensors: dict[str, Tensor], facts: dict, title: str) -> WanConfig:
             f"the number is needed where heads are not {HEAD_WIDTH} wide",
             'Save it as safetensors with the metadata config = {"transformer": {"num_heads": n}}',
         )
-    ffn_dim, _ = _shape(tensors, "blocks.0.ffn.0.weight", 2, title)
+    ffn_dim, _ = _shape(tensors, "blocks.0.ffn.0.weight", 2, title)  # rows, which no packing changes
     _, freq_dim = _shape(tensors, "time_embedding.0.weight", 2, title)
     _, text_dim = _shape(tensors, "text_embedding.0.weight", 2, title)
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
@@ -227,9 +281,19 @@ def _shape(tensors: dict[str, Tensor], name: str, ndim: int, title: str) -> tupl
     return shape
 
 
-def _check(tensors: dict[str, Tensor], config: WanConfig, title: str) -> None:
-    """Every tensor of the model is there, nothing else is, and all have the right shape and a dtype of use."""
+def _check(tensors: dict[str, Tensor], config: WanConfig, title: str, quantised: Collection[str] = ()) -> None:
+    """Every tensor of the model is there, nothing else is, and all have the right shape and a dtype of use.
+
+    Of `quantised` layers the weights need only be there.
+    """
     needed = {name: tuple(tensor.shape) for name, tensor in WanModel(config, device="meta").state_dict().items()}
+    if quantised:
+        layers = {name: name.rpartition(".")[0] for name in tensors}
+        tensors = {
+            name: torch.empty(needed.get(name, ()), device="meta") if layer in quantised else tensors[name]
+            for name, layer in layers.items()
+            if layer not in quantised or name in needed
+        }
     if missing := [name for name in needed if name not in tensors]:
         raise _incomplete(title, missing)
     for name in needed:
@@ -399,7 +463,7 @@ def _refuse_variants(tensors: dict[str, Tensor], title: str, trusted: bool, caus
         what, remedy = f"a Wan variant that takes {takes} channels and gives {gives} (inpainting, control)", GET_ONE
     elif dim == DIM_14B and not trusted:
         what = "a Wan 14B model that nothing calls causal (the step-distilled 'self forcing' 14B models are not)"
-        remedy = f"{GET_ONE}. If it is causal all the same, choose its family"
+        remedy = f"{GET_ONE}. If it is causal all the same, choose its family (Krea Realtime: krea-14b)"
     else:
         return
     raise CheckpointError(f"{title}, {what}", NEEDED, remedy)

@@ -90,6 +90,29 @@ class Plan:
         """First latent frames that never leave the window."""
         return min(self.sampling.sink, self.window)
 
+    @property
+    def is_rolling(self) -> bool:
+        """Whether several chunks are denoised at once."""
+        return self.sampling.sampler == "rolling"
+
+    @property
+    def frames_at_once(self) -> int:
+        """Latent frames of the largest forward, prompt switches aside."""
+        sampling = self.sampling
+        largest = max(sampling.chunk, sampling.first_chunk or 0)
+        return min(self.frames, largest * len(sampling.steps) if self.is_rolling else largest)
+
+    @property
+    def slots(self) -> int:
+        """Latent frames that the KV cache holds: the window, and sinks that the window may lie beyond."""
+        return min(self.frames, self.window + self.sink) if self.is_rolling else self.window
+
+    @property
+    def gap(self) -> int:
+        """Latent frames between pinned sinks and the oldest other frame, once the window has moved so far."""
+        sampling = self.sampling
+        return (sampling.position_range - sampling.window) if sampling.position_range and sampling.window else 0
+
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         """All chunks in order, those of the prefix first; see `cut_into_chunks`."""
@@ -103,7 +126,8 @@ class Plan:
     @cached_property
     def total_steps(self) -> int:
         """Denoising steps of the whole rollout; the forwards that write finished chunks into the cache not counted."""
-        return sum(len(self.steps(chunk)) for chunk in self.chunks if not chunk.given)
+        steps = [len(self.steps(chunk)) for chunk in self.chunks if not chunk.given]
+        return len(steps) - 1 + steps[-1] if self.is_rolling else sum(steps)
 
 
 def cut_into_chunks(frames: int, sampling: Sampling, prefix: int = 0, full_history: bool = False) -> tuple[Chunk, ...]:

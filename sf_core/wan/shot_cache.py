@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attention, sdpa
-from .cache import CachedAttention, CacheShape, RollingCache
+from .cache import CachedAttention, CacheShape, RollingCache, SlotBuffer
 from .config import WanConfig
 from .rope import Rope
 
@@ -61,7 +61,7 @@ class ShotCache(RollingCache):
     ) -> None:
         self.shots, self.counts_inside = shots, shape.pinned
         super().__init__(config, shape, dtype, device)
-        self.pinned = False  # no keys are kept twice
+        self.pinned = self.keeps_sinks = False  # no keys are kept twice
 
     def restart(self, first: int) -> None:
         super().restart(first)
@@ -115,7 +115,7 @@ class ShotCache(RollingCache):
 
     def rope(self, start: int, frames: int) -> Rope:
         positions = [self._position(frame) for frame in range(start, start + frames)]
-        return Rope.at(self.config.head_dim, positions, self.height, self.width, self.device)
+        return self._rope(positions, self.height, self.width)
 
     def turns(self) -> Rope | None:
         """What turns keys, slot by slot, to the positions their frames have now; None where all have kept theirs."""
@@ -123,8 +123,8 @@ class ShotCache(RollingCache):
         if not any(moved.values()):
             return None
         by = [moved[slot] for slot in sorted(moved)]
-        turns = Rope.at(self.config.head_dim, by, 2, 2, self.device).turns  # one angle a frame: rows and columns stay
-        return Rope(turns.repeat_interleave(self.tokens, dim=0))
+        turns = self._rope(by, 2, 2).turns  # one angle a frame: rows and columns stay
+        return Rope(turns.repeat_interleave(self.tokens, dim=-3))
 
     def _position(self, frame: int) -> int:
         return self.held.index(frame) if self.counts_inside else frame + self.jumped
@@ -167,6 +167,6 @@ class ShotAttention(CachedAttention):
         super().__init__(cache, start, frames, attention)
         self.turns = cache.turns() if cache.counts_inside else None
 
-    def read_keys(self, keys) -> Tensor:
-        read = super().read_keys(keys)
-        return read if self.turns is None else self.turns(read)
+    def read_keys(self, keys: SlotBuffer, count: int, at: int) -> Tensor:
+        read = super().read_keys(keys, count, at)
+        return read if self.turns is None else Rope(self.turns.turns[..., at : at + count, :, :])(read)

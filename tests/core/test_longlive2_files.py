@@ -251,7 +251,7 @@ def test_one_chunk_through_the_full_network(full):
         context.enter(last)
         x0 = context.predict(torch.empty(1, 48, 8, 44, 80), plan.steps(last)[0])
     assert x0.shape == (1, 48, 8, 44, 80)
-    assert context.attend.length == 28160 and context.cache.tokens == 880
+    assert (context.attend.begin, context.attend.end) == (0, 28160) and context.cache.tokens == 880
     assert context.cache.nbytes == 2 * 30 * 28160 * 3072 * 2
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 HERE = Path(__file__).parent
 FORWARDS = ("kv.", "bidir.", "train.context", "train_nfb3.", "train_indep_local5.", "train_tf_aug.")
@@ -40,6 +41,11 @@ LEFT_OUT = ("nvfp4.matmul", "nvfp4.x", "lora.blocks.0", "lora.blocks.1.cross_att
 FACT = (
     "batch", "chunk", "frames", "guidance_scale", "inference_overrides", "initial_frames", "multi_shot_rope_offset",
     "multi_shot_sink", "prompt_texts", "prompts", "sampling_steps", "sink", "window", "config", "quirk",
+)  # fmt: skip
+CHANNELS = 4  # of the newer families' latents, every fourth channel is kept
+FAMILY_FACTS = (
+    "case", "chunk", "steps", "window_frames", "sink_frames", "decay", "position_mode", "train_frames", "bank_frames",
+    "record_interval", "pipeline", "SMA", "do_not_reproduce", "source",
 )  # fmt: skip
 NUMBERS = ("loss", "grad_norm", "D", "r1", "r2")
 
@@ -143,6 +149,32 @@ def longlive2_parts(source: Path) -> dict:
     return unipc | forwards | {f"vae.{name}": t for name, t in kept.items()} | other
 
 
+def family_part(name: str, tensor: Tensor) -> Tensor:
+    """What is kept of an output of the newer families: every fourth channel of latents, every 29th entry of caches."""
+    return (tensor[:, :, ::CHANNELS] if name == "latents" else tensor.flatten()[::EVERY]).clone()
+
+
+def family_facts(manifest: dict) -> dict:
+    """What the manifest tells of each case, without its calls; of a rolling draw its frames and those that are used."""
+    facts = {}
+    for case, entry in manifest.items():
+        facts[case] = {name: value for name, value in entry["meta"].items() if name in FAMILY_FACTS}
+        if "draws" in entry["meta"]:
+            batch = entry["meta"]["case"].get("B", 1)
+            drawn = entry["meta"]["draws"]
+            facts[case]["draws"] = [[draw["shape"][0] // batch, *draw["used_frames"]] for draw in drawn]
+    return facts
+
+
+def family_cases(source: Path, facts: dict) -> dict:
+    kept = {}
+    for case in facts:
+        outputs = load_file(source / f"{case}.safetensors")
+        names = [name for name in outputs if name == "latents" or name.startswith("final_")]
+        kept |= {f"{case}.{name}": family_part(name, outputs[name]) for name in names}
+    return kept
+
+
 def main(source: Path) -> None:
     def read(name: str) -> dict:
         return load_file(source / f"{name}.safetensors")
@@ -160,6 +192,10 @@ def main(source: Path) -> None:
     save_file(training_cases(training), HERE / "g7_training.safetensors")
     facts = json.dumps(training_facts(source, training), indent=1)
     (HERE / "g7_training.json").write_text(facts + "\n")
+    facts = family_facts(json.loads((source / "families" / "manifest.json").read_text()))
+    save_file(family_cases(source / "families", facts), HERE / "families.safetensors")
+    lines = ",\n".join(f"{json.dumps(case)}: {json.dumps(about)}" for case, about in facts.items())
+    (HERE / "families.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":
