@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from comfy.samplers import CFGGuider, Sampler
@@ -122,7 +122,7 @@ class RolloutSampler(Sampler):
         progress = CallbackProgress(None if disable_pbar else callback)
 
         def sample() -> Tensor:
-            load(generation.model, generation.memory)
+            load(generation.model, generation.memory, others=generation.companions)
             with threads_for(generation.model, generation.pixels):
                 return generation.latents(progress, options)
 
@@ -144,7 +144,7 @@ class RolloutSampler(Sampler):
         prefix = None if self.prefix is None else read_latents(self.prefix, wan, "prefix")
         prefix = None if prefix is None else model.model.process_latent_in(prefix)
         source = None
-        if sigmas[0] != 1:
+        if sigmas[0] < (own.steps_of(True)[0].sigma if own.solver == "unipc" else 1):  # it begins a little below 1
             source = require_content(latent_image, f"sigmas from {sigmas[0]:g} on", SIGMAS_FROM_1)
         batch, _, length, height, width = shape
         begun = 0 if prefix is None else prefix.shape[2]
@@ -155,7 +155,7 @@ class RolloutSampler(Sampler):
         negative = negative_for(model, guider.model_options, guider.cfg, conds.get("negative"), batch)
         return HostGeneration(
             model, plan, length,
-            read_prompts(conds["positive"], batch),
+            read_prompts(conds["positive"], batch, sampling.shots is not None),
             seed, negative, guider.cfg,
             prefix=repeat_to_batch(prefix, batch),
             source=pad_to_length(repeat_to_batch(source, batch), frames),
@@ -178,7 +178,7 @@ def at_sigmas(sampling: Sampling, sigmas: Tensor) -> Sampling:
             f"Got sigmas {shown}; a rollout finishes each chunk before the next, so they fall from at most 1 to 0. "
             "Connect Self Forcing Sigmas, or a whole schedule of a flow model."
         )
-    return replace(sampling, steps=tuple(1000 * level for level in levels[:-1]), shift=1.0, warp=True, first_steps=None)
+    return sampling.at_levels(levels[:-1])
 
 
 def _check_guider(guider: CFGGuider) -> None:

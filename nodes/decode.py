@@ -17,11 +17,11 @@ class SelfForcingDecode(io.ComfyNode):
             display_name="Self Forcing Decode",
             category=inputs.CATEGORY,
             description="Decodes a video piece by piece, so that memory does not grow with its length. Streams the "
-            "Wan VAE, TAEHV and the built-in autoencoder; any other VAE decodes as VAE Decode does.",
+            "Wan VAEs, TAEHV and the built-in autoencoder; any other VAE decodes as VAE Decode does.",
             search_aliases=["vae decode", "streaming decode", "taehv decode", "decode video", "latent to video"],
             inputs=[
                 io.Latent.Input("latent", tooltip="Latents of the video, from Self Forcing Sampler."),
-                io.Vae.Input("vae", tooltip="VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
+                io.Vae.Input("vae", tooltip="VAE that belongs to the model: the built-in one, TAEHV or Wan's."),
                 inputs.tile(),
             ],
             outputs=[io.Image.Output(tooltip="Frames, one after the other; videos of a batch follow each other.")],
@@ -32,13 +32,14 @@ class SelfForcingDecode(io.ComfyNode):
     def execute(cls, latent, vae, tile=0) -> io.NodeOutput:
         samples = latent["samples"]
         check_channels(samples, vae)
-        check_tile(tile)
         decoder = streaming_decoder(vae) if samples.ndim == 5 else None
+        check_tile(tile, decoder)
         if decoder is None:
             return io.NodeOutput(vae.decode(samples).flatten(0, -4))
-        what = f"{samples.shape[2]} latent frames of {8 * samples.shape[4]} x {8 * samples.shape[3]} pixels to decode"
-        with threads_for(vae.patcher, 64 * samples.shape[3] * samples.shape[4]):
-            frames = within_memory(lambda: decoder.decode(samples, tile // 8 or None), what, decoder.remedy)
+        height, width = (decoder.space * side for side in samples.shape[3:])
+        what = f"{samples.shape[2]} latent frames of {width} x {height} pixels to decode"
+        with threads_for(vae.patcher, decoder.pixels(samples)):
+            frames = within_memory(lambda: decoder.decode(samples, tile // decoder.space or None), what, decoder.remedy)
         return io.NodeOutput(frames.flatten(0, 1))
 
 

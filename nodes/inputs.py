@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from comfy_api.latest import io
 
-from ..sf_core.sampling.config import PRESETS, Sampling, override
+from ..sf_core.sampling.config import LENGTHS, PRESETS, Sampling, override, preset_of
 from ..sf_core.sampling.families import FAMILIES
 from ..sf_core.sampling.noise import MAX_SEED
 from ..sf_core.wan.compile import MODES
@@ -23,7 +23,7 @@ from ..sf_core.wan.fp8 import E4M3
 CATEGORY = "Self Forcing"
 AUTO = "auto"
 CACHES = {AUTO: None, "fp8": E4M3}
-NAMED = PRESETS | {name: family.sampling for name, family in FAMILIES.items()}
+NAMED = (*PRESETS, *LENGTHS, *FAMILIES)
 
 
 def check_numbers(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
@@ -84,8 +84,9 @@ def preset() -> io.Input:
     return io.Combo.Input(
         "preset", options=[AUTO, *NAMED], default=AUTO,
         tooltip="Preset: steps, shift, chunk and window that belong together. auto: what the model was made for; cli: "
-        "the published script (shift 5); demo: the published web demo (shift 8); tiny: the built-in model; the "
-        "others: published models by name.",
+        "the published script (shift 5); demo: the published web demo (shift 8); tiny: the built-in model; long: the "
+        "model's own with a deep sink, for minutes; fast: its own with a window of 12 or three chunks; the others: "
+        "published models by name.",
     )  # fmt: skip
 
 
@@ -241,4 +242,11 @@ def change_sampling(
     changes |= {"steps": steps or None, "chunk": chunk or None, "window": window or None}
     changes |= {"sink": None if sink < 0 else sink}
     given = {name: value for name, value in changes.items() if value is not None}
-    return override(own if preset == AUTO else NAMED[preset], **given)
+    return override(named_sampling(preset, own), **given)
+
+
+def named_sampling(preset: str, own: Sampling) -> Sampling:
+    """The sampling of a preset or a family, for a model that is sampled as `own` by itself."""
+    if preset == AUTO:
+        return own
+    return FAMILIES[preset].sampling if preset in FAMILIES else preset_of(preset, own)

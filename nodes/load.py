@@ -56,7 +56,7 @@ class SelfForcingLoadModel(io.ComfyNode):
             node_id="SelfForcingLoadModel",
             display_name="Load Self Forcing Model",
             category=CATEGORY,
-            description="Loads a causal Wan 2.1 checkpoint (Self Forcing, Causal Forcing, LongLive, ...) in whatever "
+            description="Loads a causal Wan checkpoint (Self Forcing, Causal Forcing, LongLive, ...) in whatever "
             "format it comes, as a MODEL that stock nodes take too.",
             search_aliases=["self forcing loader", "causal forcing", "longlive", "load wan", "unet loader", "causvid"],
             inputs=[
@@ -67,8 +67,9 @@ class SelfForcingLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "family", options=[AUTO, *FAMILIES], default=AUTO,
-                    tooltip="Family: which model it is, and so its steps, chunk, window and sink. auto: by the file's "
-                    "name. Choosing one also says that the model is causal where nothing in the file does.",
+                    tooltip="Family: which model it is, and so its steps, chunk, window and sink. auto: by the names "
+                    "of the file and its folders and by its metadata; where none tells, the node says so. Choosing "
+                    "one also says that the model is causal where nothing in the file does.",
                 ),
                 io.Combo.Input(
                     "precision", options=list(checkpoints.PRECISIONS), default=AUTO,
@@ -102,7 +103,8 @@ class SelfForcingLoadModel(io.ComfyNode):
         merged = None if lora == NONE else Path(folder_paths.get_full_path_or_raise("loras", lora))
         source = checkpoints.CheckpointSource(path, None if family == AUTO else family, precision, merged, strength)
         checkpoint = source.checkpoint()
-        log.info("%s: %s", console_text(file), console_text(checkpoint.note))
+        level = logging.INFO if checkpoint.known else logging.WARNING
+        log.log(level, "%s: %s", console_text(file), console_text(checkpoint.note))
         say(cls, checkpoint.note)
         return io.NodeOutput(checkpoints.from_checkpoint(checkpoint, source))
 
@@ -114,14 +116,14 @@ class SelfForcingLoadTAEHV(io.ComfyNode):
             node_id="SelfForcingLoadTAEHV",
             display_name="Load TAEHV",
             category=CATEGORY,
-            description="Loads a tiny autoencoder for Wan 2.1 video (taew2_1, lighttaew2_1): far faster and smaller "
-            "than the Wan VAE, a little softer. The VAE works in VAE Decode and VAE Encode too.",
+            description="Loads a tiny autoencoder for Wan video (taew2_1, lighttaew2_1; taew2_2 for LongLive 2): far "
+            "faster and smaller than the Wan VAE, a little softer. The VAE works in VAE Decode and VAE Encode too.",
             search_aliases=["taew2_1", "taehv", "lighttae", "tiny vae", "tiny autoencoder", "load vae", "fast vae"],
             inputs=[
                 io.Combo.Input(
                     "file", display_name="vae_name", options=files_in(TAEHV_FOLDERS),
-                    tooltip="TAEHV file: taew2_1 or lighttaew2_1, .safetensors or .pth, in models/vae_approx or "
-                    "models/vae.",
+                    tooltip="TAEHV file: taew2_1, lighttaew2_1 or taew2_2, .safetensors or .pth, in models/vae_approx "
+                    "or models/vae.",
                 ),
             ],
             outputs=[io.Vae.Output(tooltip="VAE, for Self Forcing Decode, VAE Decode and VAE Encode.")],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..sf_core.sampling.prompt_text import explain_unscheduled, parse, parse_start
+from ..sf_core.sampling.prompt_text import Prompt, explain_unscheduled, parse, parse_start, scene_texts
 from ..sf_core.sampling.prompts import TRANSITIONS
 from . import inputs
-from .host.conditioning import start_later, take_scheduled
+from .host.conditioning import SCENE, start_later, take_scheduled
 from .host.progress import Notes
 from .host.tiny import words_left_out
 
@@ -49,9 +49,9 @@ class SelfForcingPrompt(io.ComfyNode):
         if not text.strip():
             raise ValueError("Got an empty prompt; the model needs words to follow. Write what the video shows.")
         first, *later = parse(text, fps)
-        conditioning = encode(clip, first.text)
+        conditioning = encode_prompt(clip, first)
         if later:
-            entries = [start_later(encode(clip, prompt.text), prompt.start) for prompt in later]
+            entries = [start_later(encode_prompt(clip, prompt), prompt.start) for prompt in later]
             conditioning = [conditioning[0], *entries]
         notes, hint = Notes(cls), explain_unscheduled(text)
         left_out = [line for prompt in (first, *later) for line in words_left_out(clip, prompt.text)]
@@ -86,7 +86,7 @@ class SelfForcingNextPrompt(io.ComfyNode):
                     "transition", options=list(TRANSITIONS), default=TRANSITIONS[0],
                     tooltip="Transition. recache: the latest frames are read again under the new prompt. renew: the "
                     "same, and they become the new sink. cut: they are forgotten. blend: the old prompt turns into "
-                    "the new one.",
+                    "the new one. To LongLive 2 a cut is a new shot, and all others change the words alone.",
                 ),
                 io.Float.Input(
                     "blend", default=1.5, min=0.25, max=10_000.0, step=0.25, advanced=True,
@@ -110,6 +110,17 @@ class SelfForcingNextPrompt(io.ComfyNode):
         how = f"blend {blend:g}s" if transition == "blend" else transition
         new = start_later(next, parse_start(start.strip() and f"{start.strip()} {how}", fps))
         return io.NodeOutput([*take_scheduled(first), new])
+
+
+def encode_prompt(clip, prompt: Prompt) -> list:
+    """A prompt's CONDITIONING; where a shot begins its first entry has what models of several shots are told, too."""
+    words = scene_texts(prompt)
+    conditioning = encode(clip, prompt.text)
+    if words is None:
+        return conditioning
+    (embeds, values), *others = conditioning
+    scene, caption = (embeds if text == prompt.text else encode(clip, text)[0][0] for text in words)
+    return [[embeds, {**values, SCENE: (scene, caption)}], *others]
 
 
 def encode(clip, text: str) -> list:

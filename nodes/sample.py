@@ -7,11 +7,12 @@ import torch
 from comfy_api.latest import io
 
 from ..sf_core.autoencoders.stream import latent_frames
+from ..sf_core.wan.config import WanConfig
 from . import inputs
 from .host.conditioning import OPEN_SIZE
 from .host.generation import REMEDY, begin_notes, prepare_generation
 from .host.memory import within_memory
-from .host.model import WAN_SIZE
+from .host.model import WAN_SIZE, family_of, wan_of
 from .host.progress import PreviewProgress
 
 
@@ -51,28 +52,38 @@ class SelfForcingLatent(io.ComfyNode):
                 io.Int.Input("batch_size", default=1, min=1, max=64,
                     tooltip="Batch size: videos made at once, each different.",
                 ),
+                io.Model.Input(
+                    "model", optional=True,
+                    tooltip="Model that the latent is for, where it is not one of Wan 2.1: those of LongLive 2 have 48 "
+                    "channels and sizes that are multiples of 32, such as 1280 x 704, at 24 fps.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="Empty video latent for Self Forcing Sampler.")],
         )  # fmt: skip
 
     @classmethod
     @inputs.check_numbers
-    def execute(cls, width, height, frames, seconds, fps, batch_size) -> io.NodeOutput:
+    def execute(cls, width, height, frames, seconds, fps, batch_size, model=None) -> io.NodeOutput:
         length = latent_frames(max(1, round(seconds * fps)) if seconds > 0 else frames)
-        shape = [batch_size, 16, length, *latent_size(width or WAN_SIZE[0], height or WAN_SIZE[1])]
+        config = WanConfig() if model is None else wan_of(model).config
+        usual = WAN_SIZE if model is None else family_of(model).size
+        size = latent_size(width or usual[0], height or usual[1], config.space)
+        shape = [batch_size, config.channels, length, *size]
         # One zero, seen as so many: an hour of empty latents would be gigabytes of memory that nobody reads.
         empty = {"samples": torch.zeros((), device=management.intermediate_device()).expand(shape)}
         return io.NodeOutput(empty if width and height else {**empty, OPEN_SIZE: (width, height)})
 
 
-def latent_size(width: int, height: int) -> tuple[int, int]:
-    """(height, width) in latent pixels. Raises ValueError unless both are multiples of 16 pixels."""
-    if width % 16 or height % 16:
-        nearest = [max(16, round(pixels / 16) * 16) for pixels in (width, height)]
+def latent_size(width: int, height: int, space: int) -> tuple[int, int]:
+    """(height, width) in latent pixels of `space` pixels. Raises ValueError unless both are even."""
+    step = 2 * space
+    if width % step or height % step:
+        nearest = [max(step, round(pixels / step) * step) for pixels in (width, height)]
         raise ValueError(
-            f"Got {width} x {height} pixels; width and height must be multiples of 16. Use {nearest[0]} x {nearest[1]}."
+            f"Got {width} x {height} pixels; width and height must be multiples of {step}. "
+            f"Use {nearest[0]} x {nearest[1]}."
         )
-    return height // 8, width // 8
+    return height // space, width // space
 
 
 class SelfForcingSampler(io.ComfyNode):

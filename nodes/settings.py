@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
+from ..sf_core.sampling.config import SAMPLERS
 from . import inputs
 from .host import checkpoints
 from .host.model import family_of, set_family
@@ -65,6 +66,7 @@ class SelfForcingSettings(io.ComfyNode):
                     "sink that flicker or change once the first frames have left the window. Takes the place of the "
                     "sink.",
                 ),
+                *rules(),
             ],
             outputs=[io.Model.Output(tooltip="Model with these settings.")],
         )  # fmt: skip
@@ -73,7 +75,7 @@ class SelfForcingSettings(io.ComfyNode):
     @inputs.check_numbers
     def execute(
         cls, model, preset, steps, chunk, window, sink, sink_positions, context_noise, shift, first_chunk, first_steps,
-        reencode_vae=None,
+        reencode_vae=None, **rules,
     ) -> io.NodeOutput:  # fmt: skip
         family = family_of(model)
         sampling = inputs.change_sampling(
@@ -83,12 +85,68 @@ class SelfForcingSettings(io.ComfyNode):
             shift=shift or None,
             first_chunk=first_chunk or None,
             first_steps=first_steps or None,
+            **changed_rules(**rules),
         )  # fmt: skip
         model = model.clone()
         trained = family.trained or family.sampling.chunk
         reencoder = reencode_vae or family.reencoder
         set_family(model, replace(family, sampling=sampling, trained=trained, reencoder=reencoder))
         return io.NodeOutput(model)
+
+
+def rules() -> list[io.Input]:
+    """Inputs of rules that some families have by themselves."""
+    return [
+        io.Combo.Input(
+            "sampler", options=[inputs.AUTO, *SAMPLERS], default=inputs.AUTO, optional=True, advanced=True,
+            tooltip="Sampler. chunks: one after the other. rolling: as many at once as there are steps, each a step "
+            "further than the next, as Rolling Forcing's models were trained.",
+        ),
+        io.Int.Input(
+            "position_range", default=0, min=0, max=100_000, optional=True, advanced=True,
+            tooltip="Position range: latent frames that positions of a pinned sink stay within, as Self Gradient "
+            "Forcing's models were trained (21). 0: the preset's, else the window.",
+        ),
+        io.Float.Input(
+            "sink_decay", default=-1.0, min=-1.0, max=1.0, step=0.001, optional=True, advanced=True,
+            tooltip="Sink decay: what a sink keeps of itself as frames that leave the window are blended into it, as "
+            "Reward Forcing does (0.999). 1: all of it. -1: the preset's.",
+        ),
+        io.Int.Input(
+            "bank", default=-1, min=-1, max=1000, optional=True, advanced=True,
+            tooltip="Memory bank: latent frames kept beside the window, those that the prompt fits most, as MemFlow "
+            "does (3). 0: none. -1: the preset's.",
+        ),
+        io.Int.Input(
+            "bank_interval", default=0, min=0, max=1000, optional=True, advanced=True,
+            tooltip="Memory bank's interval: chunks that share one of its places. 0: the preset's (3).",
+        ),
+        io.Float.Input(
+            "rope_jitter", default=-1.0, min=-1.0, max=0.99, step=0.05, optional=True, advanced=True,
+            tooltip="RoPE jitter: spread of the attention heads' bases in time, so that a sink does not pull a long "
+            "video back to its beginning; LoL has 0.8. 0: none. -1: the preset's.",
+        ),
+    ]  # fmt: skip
+
+
+def changed_rules(
+    sampler: str = inputs.AUTO,
+    position_range: int = 0,
+    sink_decay: float = -1.0,
+    bank: int = -1,
+    bank_interval: int = 0,
+    rope_jitter: float = -1.0,
+) -> dict:
+    """Fields of `Sampling` for the inputs of `rules`, those that were left alone not among them."""
+    fields = {
+        "sampler": None if sampler == inputs.AUTO else sampler,
+        "position_range": position_range or None,
+        "sink_decay": None if sink_decay < 0 else sink_decay,
+        "bank_frames": None if bank < 0 else bank,
+        "bank_interval": bank_interval or None,
+        "rope_jitter": None if rope_jitter < 0 else rope_jitter,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 class SelfForcingFP8(io.ComfyNode):

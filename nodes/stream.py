@@ -36,7 +36,7 @@ class SelfForcingStream(io.ComfyNode):
             ],
             inputs=[
                 inputs.model(), inputs.positive(), inputs.latent(),
-                io.Vae.Input("vae", tooltip="VAE that belongs to the model: the built-in one, TAEHV or Wan 2.1's."),
+                io.Vae.Input("vae", tooltip="VAE that belongs to the model: the built-in one, TAEHV or Wan's."),
                 inputs.seed(DRAWN),
                 io.Float.Input(
                     "fps", default=16.0, min=1.0, max=120.0, step=1.0,
@@ -95,8 +95,8 @@ class SelfForcingStream(io.ComfyNode):
         given = inputs.StreamInputs(**given)
         drawn = secrets.randbelow(2**53) if given.seed == DRAWN else None
         generation = prepare_generation(given, drawn)
-        check_tile(given.tile)
         decoder = require_decoder(given.vae, given.latent["samples"])
+        check_tile(given.tile, decoder)
         video = LiveVideo(generation, decoder, given, cls, drawn)
         notes = begin_notes(generation, cls)
         if drawn is not None:
@@ -118,8 +118,8 @@ class SelfForcingStream(io.ComfyNode):
             message = f"file has {', '.join(unknown)}, which stands for nothing here and stays as it is."
             log.warning("Self Forcing: %s", console_text(message))
             notes.add(message)
-        plan = generation.plan
-        return next_files(name, plan.batch, 8 * plan.width, 8 * plan.height)
+        plan, space = generation.plan, generation.wan.config.space
+        return next_files(name, plan.batch, space * plan.width, space * plan.height)
 
 
 NODES = [SelfForcingStream]

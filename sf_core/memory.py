@@ -3,7 +3,8 @@
     weights + KV cache + prompt + decoder + the larger of (a forward, a step of the decoder)
 
 since chunks are made and decoded in turns. What decoders take goes by pixels; it was counted, tensor by tensor, for
-832 x 480 and for half the width and height. What convolution kernels borrow besides is not in it.
+832 x 480 (1280 x 704 with Wan 2.2) and for half the width and height. What convolution kernels borrow besides is not in
+it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from .sampling.config import fit_window
 from .sampling.context import allocate_cache
 from .sampling.plan import Plan
 from .wan.config import WanConfig
@@ -22,8 +24,6 @@ from .wan.fp8 import E4M3, quantise_model
 from .wan.model import WanModel
 
 LONGEST_TRAINED = 21  # latent frames of a training clip, 81 frames of video
-TILE = 32  # latent pixels: what is suggested
-COARSE, BETWEEN = 550, 144  # numbers per pixel of a whole frame while tiles are used: before them, and beside them
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,20 @@ class DecoderMemory:
     kept     per pixel of a frame, from one chunk to the next
     working  per pixel of a frame, while it runs
     fine     of `kept`, what belongs to the sizes that can run tile by tile, 0 where none can
+    coarse   per pixel of a frame while tiles are used, before they run
+    between  the same, beside them
+    space    pixels of a latent pixel's side
+    tile     side of the tiles that are suggested, in latent pixels; None where there are none
     """
 
     weights: int
     kept: int
     working: int
     fine: int = 0
+    coarse: int = 0
+    between: int = 0
+    space: int = 8
+    tile: int | None = None
 
     def held(self, pixels: int, tiled: bool) -> int:
         """Numbers that stay. Tiles' memories wait in the CPU's."""
@@ -49,12 +57,16 @@ class DecoderMemory:
         """Numbers that come and go; `tile` in latent pixels."""
         if not tile:
             return pixels * self.working
-        seen = min(pixels, (8 * tile) ** 2)
-        return max(COARSE * pixels, BETWEEN * pixels + seen * (self.fine + self.working))
+        seen = min(pixels, (self.space * tile) ** 2)
+        return max(self.coarse * pixels, self.between * pixels + seen * (self.fine + self.working))
 
 
-WAN_VAE = DecoderMemory(weights=126_900_000, kept=2370, working=3200, fine=1970)
+WAN_VAE = DecoderMemory(126_900_000, kept=2370, working=3200, fine=1970, coarse=550, between=144, tile=32)
+WAN22_VAE = DecoderMemory(
+    704_700_000, kept=1790, working=3200, fine=1700, coarse=400, between=176, space=16, tile=32
+)  # fmt: skip
 TAEHV = DecoderMemory(weights=11_300_000, kept=132, working=600)
+TAEHV22 = DecoderMemory(weights=11_500_000, kept=33, working=250, space=16)
 BUILT_IN = DecoderMemory(weights=1_030_000, kept=88, working=320)
 
 
@@ -97,6 +109,9 @@ class MemoryPlan:
     rereads    whether the window is read again in one forward, as some prompt switches do
     guided     whether a negative prompt runs beside, with a cache of its own
     keeps_all  whether the cache overwrites nothing (training with gradient checkpointing)
+    networks   sets of weights, each with its keys of the prompt: 2 where another than the one that denoises writes the
+               cache
+    offload    whether blocks wait in the CPU's memory: two of them at a time are on the device
     """
 
     config: WanConfig
@@ -109,16 +124,20 @@ class MemoryPlan:
     rereads: bool = False
     guided: bool = False
     keeps_all: bool = False
+    networks: int = 1
+    offload: bool = False
 
     @cached_property
     def use(self) -> MemoryUse:
         """Bytes, with b bytes a number and S = height/16 * width/16 tokens a latent frame, for each video and branch:
 
-        cache        2 layers min(window, frames) S dim b; in float8 b is 1, and each token and head has a float32
-                     scale; sinks whose positions move along keep their first keys too: layers sink S dim b
+        cache        2 layers slots S dim b, where slots are min(window, frames) and those of a memory bank; in float8
+                     b is 1, and each token and head has a float32 scale; sinks whose positions move along keep their
+                     first keys too, once the window moves: layers sink S dim b
         prompt       2 layers text_len dim b: keys and values
         activations  chunk S (2 ffn_dim + 20 dim) b, and 3 min(window, frames) S dim b where a float8 cache is turned
-                     back; with `rereads` the whole window takes the chunk's place
+                     back; with `rereads` the whole window takes the chunk's place,
+                     with the rolling sampler all chunks under way
 
         The cache is exact. Activations are an estimate: the feed-forward with both its halves alive and what a block
         holds besides, fitted to measured peaks (10 % above them for 1 to 3 layers in float32 and bfloat16).
@@ -128,14 +147,15 @@ class MemoryPlan:
         branches = 2 if self.guided else 1
         cache = allocate_cache(config, self.plan, cache_dtype, "meta", branches, self.keeps_all)
         videos = self.plan.batch * branches
-        first_keys = config.layers * cache.sink * cache.tokens * config.dim * size if cache.pinned else 0
-        tokens = (cache.slots if self.rereads else self.plan.sampling.chunk) * cache.tokens
+        moves = cache.keeps_sinks and (self.plan.frames > self.plan.window or self.plan.is_rolling)
+        first_keys = config.layers * cache.sink * cache.tokens * config.dim * size if moves else 0
+        tokens = (cache.slots if self.rereads else self.plan.frames_at_once) * cache.tokens
         turned_back = 3 * cache.slots * cache.tokens * config.dim if cache_dtype.itemsize == 1 else 0
         held, used = self._decoder_numbers
         return MemoryUse(
-            weights=self.weights_fp8 if self.fp8 else self.weights,
+            weights=self._weights_there,
             cache=cache.nbytes + videos * first_keys,
-            prompt=videos * 2 * config.layers * config.text_len * config.dim * size,
+            prompt=self.networks * videos * 2 * config.layers * config.text_len * config.dim * size,
             activations=videos * (tokens * (2 * config.ffn_dim + 20 * config.dim) + turned_back) * size,
             decoder=held * size,
             decoding=used * size,
@@ -149,17 +169,26 @@ class MemoryPlan:
     @property
     def weights_fp8(self) -> int:
         """Bytes of the weights with the blocks in float8; as many as ever where they are that already."""
-        return min(self.weights, float8_bytes(self.config, self.dtype))
+        return min(self.weights, self.networks * float8_bytes(self.config, self.dtype))
+
+    @property
+    def _weights_there(self) -> int:
+        """Bytes of the weights that are on the device at the peak."""
+        every = self.weights_fp8 if self.fp8 else self.weights
+        if not self.offload:
+            return every
+        blocks = every * block_share(self.config, self.dtype, self.fp8)
+        return round(every - blocks + 2 * blocks / (self.config.layers * self.networks))
 
     @property
     def width(self) -> int:
         """Pixels."""
-        return 8 * self.plan.width
+        return self.config.space * self.plan.width
 
     @property
     def height(self) -> int:
         """Pixels."""
-        return 8 * self.plan.height
+        return self.config.space * self.plan.height
 
     @property
     def window(self) -> int:
@@ -168,12 +197,15 @@ class MemoryPlan:
 
     @property
     def shortest_window(self) -> int:
-        """The shortest window there can be: sink and chunk."""
+        """The shortest window there can be: sink and chunk, a deep sink shrinking with it, and what a shot pins."""
         sampling = self.plan.sampling
-        return sampling.sink + max(sampling.chunk, sampling.first_chunk or 0)
+        chunk = max(sampling.chunk, sampling.first_chunk or 0)
+        if sampling.shots:
+            return sampling.sink + (min(sampling.sink, chunk) if sampling.shots.pinned else 0) + chunk
+        return chunk if sampling.sink > sampling.chunk else sampling.sink + chunk
 
     def with_window(self, window: int) -> MemoryPlan:
-        return self._replace_plan(sampling=replace(self.plan.sampling, window=window))
+        return self._replace_plan(sampling=fit_window(self.plan.sampling, window))
 
     def with_fp8_cache(self) -> MemoryPlan:
         return self._replace_plan(cache_dtype=E4M3)
@@ -181,9 +213,10 @@ class MemoryPlan:
     def longest_window(self, limit: int, step: int = 1) -> int | None:
         """The longest window that stays within `limit` bytes, shorter than this one by multiples of `step`.
 
-        None if not even the shortest does.
+        None if not even the shortest does. With shots it is a multiple of the chunk.
         """
-        windows = range(self.window, self.shortest_window - 1, -step)
+        chunk = self.plan.sampling.chunk if self.plan.sampling.shots else 1
+        windows = range(self.window // chunk * chunk, self.shortest_window - 1, -max(step, chunk))
         found = bisect_left(windows, True, key=lambda window: self.with_window(window).total <= limit)
         return windows[found] if found < len(windows) else None
 
@@ -206,19 +239,33 @@ def float8_bytes(config: WanConfig, dtype: torch.dtype) -> int:
     return sum(tensor.nbytes for tensor in state.values())
 
 
+@lru_cache
+def block_share(config: WanConfig, dtype: torch.dtype, fp8: bool) -> float:
+    """Share of a model's bytes that are its blocks'."""
+    wan = WanModel(config, device="meta", dtype=dtype)
+    state = (quantise_model(wan) if fp8 else wan).state_dict()
+    blocks = sum(tensor.nbytes for name, tensor in state.items() if name.startswith("blocks."))
+    return blocks / sum(tensor.nbytes for tensor in state.values())
+
+
 def smaller_plans(plan: MemoryPlan, limit: int) -> Iterator[tuple[str, MemoryPlan]]:
     """(option of `generate`, the plan with it), one change each, those that cost the least quality first."""
-    tiled = plan.decoder is WAN_VAE and plan.tile is None and plan.height * plan.width > (8 * TILE) ** 2
-    if tiled:
-        yield f"--tile {8 * TILE}", replace(plan, tile=TILE)
+    decoder = plan.decoder
+    if decoder and decoder.tile and plan.tile is None:
+        side = decoder.space * decoder.tile
+        if plan.height * plan.width > side**2:
+            yield f"--tile {side}", replace(plan, tile=decoder.tile)
     if plan.guided:
         yield "--guidance 1", replace(plan, guided=False)
     if plan.plan.cache_dtype is None:
         yield "--fp8-cache", plan.with_fp8_cache()
     if not plan.fp8 and plan.weights_fp8 < plan.weights:
         yield "--fp8", replace(plan, fp8=True)
-    if plan.decoder is WAN_VAE:
-        yield "--taehv instead of --vae", replace(plan, decoder=TAEHV, tile=None)
+    if decoder and decoder.tile:
+        small = TAEHV22 if plan.config.channels == 48 else TAEHV
+        yield "--taehv instead of --vae", replace(plan, decoder=small, tile=None)
+    if plan.weights and not plan.offload and plan.decoder is not BUILT_IN:
+        yield "--offload", replace(plan, offload=True)
     shorter = range(plan.window - plan.plan.sampling.chunk, plan.shortest_window - 1, -plan.plan.sampling.chunk)
     if shorter:
         window = plan.longest_window(limit, plan.plan.sampling.chunk)

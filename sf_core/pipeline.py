@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -28,22 +28,33 @@ from torch import Tensor, nn
 from . import memory, tiny
 from .autoencoders import taehv, wan_vae
 from .autoencoders.stream import DecoderStream, EncoderStream, latent_frames, pixel_frames
-from .checkpoints.autoencoder import load_autoencoder
-from .checkpoints.load import Checkpoint, Description, dequantised, describe, load_checkpoint, load_model
+from .checkpoints.autoencoder import WAN_VAES, Autoencoder, load_autoencoder
+from .checkpoints.load import (
+    Checkpoint,
+    Description,
+    dequantised,
+    describe,
+    load_checkpoint,
+    load_memory,
+    load_model,
+    plain_dtype,
+    quantised_error,
+)
 from .device import HostCopy, Timer, available_memory, default_device, default_dtype, release_memory
 from .memory import DecoderMemory, MemoryPlan
 from .sampling.config import PRESETS, Sampling
 from .sampling.context import Reencode
 from .sampling.noise import SeededNoise
 from .sampling.plan import Chunk, Plan, round_up_to_chunks
-from .sampling.prompt_text import Prompt, parse, schedule
-from .sampling.prompts import REREADING, PromptSchedule
+from .sampling.prompt_text import EncodedPrompt, Prompt, parse, scene_texts, schedule
+from .sampling.prompts import PromptSchedule
 from .sampling.rollout import OnStep, rollout
 from .text_encoder import bytes_loaded, load_text_encoder
 from .wan.attention import Attention, sdpa
 from .wan.config import WanConfig
 from .wan.fp8 import E4M3, Fp8Linear, quantise_block, quantise_model
 from .wan.model import EAGER, BlockOps, Network, WanModel
+from .wan.offload import BlockLoader
 
 if TYPE_CHECKING:  # a machine that only measures needs no PyAV
     from .video import Clip
@@ -51,7 +62,6 @@ if TYPE_CHECKING:  # a machine that only measures needs no PyAV
 TEXT_ENCODER_WORK = 2**30  # bytes that a text encoder takes beside its weights, roughly
 PIECE = 16  # frames of a clip that are encoded at a time: 4 latents, what a tile takes in one turn
 NATIVE, FITTED = 72, 60  # bytes per pixel of a clip's own frames, and of each frame of a piece, while it is read
-USUAL_FRAMES = 81  # 21 latent frames, the length of a training clip
 Stream = DecoderStream | wan_vae.DecoderStream
 
 
@@ -65,6 +75,7 @@ class Runtime:
     tile         side of the decoder's tiles in latent pixels; None: the whole picture at once
     attention    attention kernel; see `attention_kernel`
     ops          block operations; see `compile_ops`
+    offload      blocks of a user's model wait in the CPU's memory and come one at a time
     """
 
     device: torch.device = field(default_factory=default_device)
@@ -74,6 +85,7 @@ class Runtime:
     tile: int | None = None
     attention: Attention = sdpa
     ops: BlockOps = EAGER
+    offload: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", torch.device(self.device))
@@ -113,7 +125,7 @@ class ClipFrames:
 
 @dataclass(frozen=True)
 class Request:
-    """A video to make: `frames` pixel frames of `width` x `height` pixels, multiples of 16.
+    """A video to make: `frames` pixel frames of `width` x `height` pixels, even multiples of `space`.
 
     prompt, fps         a prompt, or several with their times, and the rate at which those are counted
     sampling            how the model is sampled
@@ -122,7 +134,8 @@ class Request:
     full_history        the start is a video that was generated: all of it is read, however long
     source, strength    frames, likewise, of a video to make another of, and how much of it gives way, in (0, 1]
     negative, guidance  a prompt to lead away from, where guidance (CFG) is not 1
-    reencode            first-frame re-encode, for models of short clips
+    reencode            first-frame re-encode, for models of short clips; some are sampled so by themselves
+    space               pixels to a latent pixel of the model
     """
 
     prompt: str
@@ -140,6 +153,7 @@ class Request:
     negative: str = ""
     guidance: float = 1.0
     reencode: bool = False
+    space: int = 8
 
     @property
     def prefix(self) -> int:
@@ -159,18 +173,32 @@ class Request:
                 "Got an empty prompt; the model needs words to follow. Write what the video shows, such as a red "
                 "circle moves right."
             )
-        return parse(self.prompt, self.fps)
+        prompts = parse(self.prompt, self.fps)
+        return tuple(map(_as_scene, prompts)) if self.sampling.shots else prompts
+
+    @property
+    def reencodes(self) -> bool:
+        """Whether first-frame re-encode is asked for, or what the model was made for."""
+        return self.reencode or self.sampling.reencode
 
     @property
     def rereads(self) -> bool:
         """Whether a prompt, or re-encoding, makes the model read its window again."""
-        return self.reencode or any(prompt.start.transition in REREADING for prompt in self.prompts[1:])
+        starts = [prompt.start.transition for prompt in self.prompts[1:]]
+        return self.reencodes or any(map(self.sampling.rereads_at, starts))
 
     def plan(self, cache_dtype: torch.dtype | None = None) -> Plan:
-        """Size and chunks of the rollout, in whole chunks."""
+        """Size and chunks of the rollout, in whole chunks. Raises ValueError as `Plan` does, and for an odd size."""
+        step = 2 * self.space
+        if self.width % step or self.height % step:
+            near = [max(step, round(pixels / step) * step) for pixels in (self.width, self.height)]
+            raise ValueError(
+                f"Got {self.width} x {self.height} pixels; this model's videos are multiples of {step} wide and high. "
+                f"Use {near[0]} x {near[1]}."
+            )
         frames = round_up_to_chunks(latent_frames(self.frames), self.sampling, self.prefix)
         strength = 1.0 if self.source is None else self.strength
-        size = (self.height // 8, self.width // 8)
+        size = (self.height // self.space, self.width // self.space)
         return Plan(self.sampling, frames, *size, 1, self.prefix, self.full_history, strength, cache_dtype)
 
 
@@ -229,15 +257,21 @@ class Pipeline(ABC):
 
     name           what is used, for people
     note           what else there is to say of it
+    networks       sets of weights: 2 where another writes the cache
     sampling       how the model is sampled unless a request says otherwise
     width, height  pixels of a video unless a request says otherwise
+    frames         pixel frames, likewise: the length of a training clip
+    fps            frames per second, likewise
     """
 
     name: str
     note: str = ""
+    networks: int = 1
     sampling: Sampling
     width: int
     height: int
+    frames: int = 81  # 21 latent frames
+    fps: int = 16
 
     def __init__(self, runtime: Runtime | None = None) -> None:
         self.runtime = runtime or Runtime()
@@ -255,13 +289,13 @@ class Pipeline(ABC):
     def request(self, prompt: str, **settings) -> Request:
         """A request with the model's own size and sampling, where `settings` do not say otherwise.
 
-        It is as long as its source, or 80 frames longer than its start, or has 81 frames.
+        It is as long as its source, or as a training clip, which a start comes before but for one frame of it.
         """
         start, source = settings.get("start"), settings.get("source")
         begun = 1 if start is None else len(start) - (len(start) - 1) % 4
-        frames = begun + USUAL_FRAMES - 1 if source is None else len(source)
+        frames = begun + self.frames - 1 if source is None else len(source)
         usual = {"frames": frames, "width": self.width, "height": self.height, "sampling": self.sampling}
-        return Request(prompt, **{**usual, **settings})
+        return Request(prompt, **{**usual, "fps": self.fps, "space": self.config.space, **settings})
 
     def memory_plan(self, request: Request) -> MemoryPlan:
         """What a request takes of the device's memory, before anything large is loaded."""
@@ -275,6 +309,8 @@ class Pipeline(ABC):
             tile=self.runtime.tile,
             rereads=request.rereads,
             guided=request.guidance != 1,
+            networks=self.networks,
+            offload=self.runtime.offload,
         )
 
     def prepare(
@@ -299,14 +335,26 @@ class Pipeline(ABC):
             prompts = self._encode_prompts(text, request, plan)
         del text
         release_memory(runtime.device)
-        reencode = (lambda latents: self.encode_still(autoencoder, latents)) if request.reencode else None
+        reencode = (lambda latents: self.encode_still(autoencoder, latents)) if request.reencodes else None
         with timer.measure("load"):
-            network = Network(self.load_model(), runtime.dtype, runtime.attention, runtime.ops)
+            wan, written = self.load_model(), self.load_memory()
+            ops = self._block_ops(wan, written)
+            network = Network(wan, runtime.dtype, runtime.attention, ops, memory=written)
         return Generation(network, plan, prompts, request.seed, prefix, source, reencode), decoder
 
     def _frames(self, request: Request) -> Iterator[Tensor]:
         generation, decoder = self.prepare(request)
         return drop_frames((piece[0] for piece in generation.frames(decoder, request.frames)), request.skipped)
+
+    def _block_ops(self, *models: WanModel | None) -> BlockOps:
+        """Block operations that bring blocks to the device, where they wait in the CPU's memory."""
+        runtime = self.runtime
+        if not runtime.offload:
+            return runtime.ops
+        call = runtime.ops.call
+        for wan in filter(None, models):
+            call = BlockLoader(wan, runtime.device, call)
+        return runtime.ops._replace(call=call)
 
     def _encode_clip(self, clip: Tensor | ClipFrames | None, length: int, timer: Timer) -> Tensor | None:
         """Latents [1, C, F, H, W] of frames, cut or with the last one repeated to `length`; the encoder is freed."""
@@ -321,7 +369,12 @@ class Pipeline(ABC):
         def place(embeds: Tensor) -> Tensor:
             return embeds.to(self.runtime.device, self.runtime.dtype)
 
-        prompts = [(prompt.start, place(text.encode([prompt.text]))) for prompt in request.prompts]
+        def encode(prompt: Prompt) -> EncodedPrompt:
+            words = scene_texts(prompt) if request.sampling.shots and prompt.start.at else None
+            scene = words and place(text.encode([words[0]]))
+            return EncodedPrompt(prompt.start, place(text.encode([prompt.text])), scene)
+
+        prompts = list(map(encode, request.prompts))
         negative = place(self.encode_negative(text, request.negative)) if request.guidance != 1 else None
         return schedule(prompts, plan.chunks, negative, request.guidance)
 
@@ -334,6 +387,10 @@ class Pipeline(ABC):
     @abstractmethod
     def load_model(self) -> WanModel:
         """The model on its device, in float8 where that was asked for."""
+
+    def load_memory(self) -> WanModel | None:
+        """The network that writes the cache, where it is another than the one that denoises."""
+        return None
 
     @abstractmethod
     def load_text_encoder(self) -> nn.Module:
@@ -438,15 +495,19 @@ class ModelFiles:
 class FilePipeline(Pipeline):
     """A user's files. Only the model's header is read at first; raises as `checkpoints.load.describe` does."""
 
-    width, height = 832, 480
-
     def __init__(self, files: ModelFiles, runtime: Runtime | None = None) -> None:
         super().__init__(runtime)
         self.files = files
         self.description = describe(files.model, files.family, files.loras)
+        if self.description.quantised:
+            raise quantised_error(files.model.name, self.description.quantised)
         self.name, self.note, self.sampling = str(files.model), self.description.note, self.description.sampling
-        self.config = self.description.config
-        self.decoder_memory = memory.TAEHV if files.is_taehv else memory.WAN_VAE
+        self.config, self.networks = self.description.config, self.description.networks
+        is_wan22 = self.config.space == 16
+        self.width, self.height = (1280, 704) if is_wan22 else (832, 480)
+        self.frames, self.fps = (125, 24) if is_wan22 else (81, 16)  # 32 latent frames, or 21
+        small, large = (memory.TAEHV22, memory.WAN22_VAE) if is_wan22 else (memory.TAEHV, memory.WAN_VAE)
+        self.decoder_memory = small if files.is_taehv else large
 
     @property
     def weight_bytes(self) -> int:
@@ -458,13 +519,34 @@ class FilePipeline(Pipeline):
         return "lighttae" in self.files.vae.name.lower()
 
     def load_model(self) -> WanModel:
-        files, device, dtype = self.files, self.runtime.device, self.runtime.dtype
+        files, dtype = self.files, self.runtime.dtype
+        device = torch.device("cpu") if self.runtime.offload else self.runtime.device  # blocks stay there then
         if self.description.dtype is E4M3:
             wan = load_fp8_model(load_checkpoint(files.model, files.family), device, dtype)  # takes no LoRA
-            return quantise_model(wan) if self.runtime.fp8 else wan  # what the file has in another dtype
+            wan = quantise_model(wan) if self.runtime.fp8 else wan  # what the file has in another dtype
+        elif self.runtime.fp8:
+            wan = quantise_onto(load_model(files.model, family=files.family, loras=files.loras)[0], device, dtype)
+        else:
+            wan = load_model(files.model, device, dtype, files.family, files.loras)[0]
+        return self._place(wan)
+
+    def load_memory(self) -> WanModel | None:
+        if self.description.networks == 1:
+            return None
+        dtype = self.runtime.dtype
+        device = torch.device("cpu") if self.runtime.offload else self.runtime.device
+        checkpoint = load_checkpoint(self.files.model, self.files.family)
         if self.runtime.fp8:
-            return quantise_onto(load_model(files.model, family=files.family, loras=files.loras)[0], device, dtype)
-        return load_model(files.model, device, dtype, files.family, files.loras)[0]
+            wan = load_memory(checkpoint, "cpu", plain_dtype(checkpoint.dtype))
+            return self._place(quantise_onto(wan, device, dtype))
+        return self._place(load_memory(checkpoint, device, dtype))
+
+    def _place(self, wan: WanModel) -> WanModel:
+        """The model with all that is not a block on the device, where blocks stay behind."""
+        for name, part in wan.named_children() if self.runtime.offload else ():
+            if name != "blocks":
+                part.to(self.runtime.device)
+        return wan
 
     def load_text_encoder(self) -> nn.Module:
         """UMT5, on the device if it fits there, else on the CPU."""
@@ -472,8 +554,9 @@ class FilePipeline(Pipeline):
         fits = room is None or bytes_loaded(files.text_encoder) + TEXT_ENCODER_WORK < room
         return load_text_encoder(files.text_encoder, files.tokenizer, self.runtime.device if fits else "cpu")
 
-    def load_autoencoder(self) -> wan_vae.WanVAE | taehv.TAEHV:
-        kind = taehv.TAEHV if self.files.is_taehv else wan_vae.WanVAE
+    def load_autoencoder(self) -> Autoencoder:
+        wan = WAN_VAES.get(self.config.channels, wan_vae.WanVAE)
+        kind = taehv.TAEHV if self.files.is_taehv else wan
         autoencoder = load_autoencoder(self.files.vae, kind, self.config.channels)
         return autoencoder.to(self.runtime.device, self.runtime.dtype)
 
@@ -481,7 +564,7 @@ class FilePipeline(Pipeline):
         if self.files.is_taehv:
             _refuse_tiles(self.runtime.tile, "TAEHV")
             return LightDecoderStream(autoencoder) if self.is_light else DecoderStream(autoencoder)
-        return wan_vae.DecoderStream(autoencoder, _check_tile(self.runtime.tile, autoencoder.margin))
+        return wan_vae.DecoderStream(autoencoder, _check_tile(self.runtime.tile, autoencoder))
 
     def encode(self, autoencoder: nn.Module, pieces: Iterator[Tensor]) -> Tensor:
         """One piece is on the device at a time."""
@@ -490,7 +573,7 @@ class FilePipeline(Pipeline):
             stream = EncoderStream(autoencoder)
             stream.encode(first[:, :1].expand(-1, 3, -1, -1, -1))  # its first latent is of 4 frames too: a still
         else:
-            stream = wan_vae.EncoderStream(autoencoder, _check_tile(self.runtime.tile, autoencoder.margin))
+            stream = wan_vae.EncoderStream(autoencoder, _check_tile(self.runtime.tile, autoencoder))
         latents = torch.cat([stream.encode(piece).cpu() for piece in chain([first], pieces)], 2)
         return wan_vae.to_model_space(latents) if self.files.is_taehv and self.is_light else latents
 
@@ -572,9 +655,17 @@ def _is_fp8_linear(name: str, tensor: Tensor) -> bool:
     return name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2 and tensor.dtype is E4M3
 
 
-def _check_tile(tile: int | None, margin: int) -> int | None:
-    if tile is not None and tile <= 2 * margin:
-        raise ValueError(f"Got --tile {8 * tile}; tiles overlap by {16 * margin} pixels. Use {32 * margin} or more.")
+def _as_scene(prompt: Prompt) -> Prompt:
+    """A prompt as a model of several shots takes it: words that say that the scene changes are a cut."""
+    words = scene_texts(prompt) if prompt.start.at else None
+    return replace(prompt, text=words[1], start=replace(prompt.start, transition="cut", blend=0)) if words else prompt
+
+
+def _check_tile(tile: int | None, vae: wan_vae.WanVAE) -> int | None:
+    margin = vae.space * vae.margin  # pixels
+    if tile is not None and tile <= 2 * vae.margin:
+        got = vae.space * tile
+        raise ValueError(f"Got --tile {got}; tiles overlap by {2 * margin} pixels. Use {4 * margin} or more.")
     return tile
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import takewhile
 
 import comfy.model_management as management
@@ -12,11 +13,12 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...sf_core.sampling.context import Reencode
-from ...sf_core.sampling.prompt_text import StartTime
+from ...sf_core.sampling.prompt_text import EncodedPrompt, StartTime
 from ...sf_core.wan.model import WanLayers
 
 OPEN_SIZE = "self_forcing_open_size"  # key of a LATENT: (width, height) in pixels, 0 where the model may choose
 START = "self_forcing_entrance"  # key of a CONDITIONING entry: the StartTime of a prompt after the first
+SCENE = "self_forcing_scene"  # the same: embeddings for the first chunk of a new shot, and for its others
 
 
 def read_latents(latent: dict, wan: WanLayers, what: str = "latent") -> Tensor:
@@ -30,7 +32,7 @@ def read_latents(latent: dict, wan: WanLayers, what: str = "latent") -> Tensor:
     return samples
 
 
-def settle_size(latent: dict, prefix: dict | None, own: tuple[int, int]) -> dict:
+def settle_size(latent: dict, prefix: dict | None, own: tuple[int, int], space: int) -> dict:
     """A LATENT whose size was left open, at the size of the prefix, or else at the model's `own` (width, height).
 
     Stock nodes keep the key of a LATENT that they put something into; one that is no longer a single zero has its size.
@@ -38,10 +40,10 @@ def settle_size(latent: dict, prefix: dict | None, own: tuple[int, int]) -> dict
     if OPEN_SIZE not in latent or any(latent["samples"].stride()):
         return latent
     if prefix is not None:
-        own = tuple(8 * side for side in prefix["samples"].shape[:-3:-1])
+        own = tuple(space * side for side in prefix["samples"].shape[:-3:-1])
     width, height = (asked or side for asked, side in zip(latent[OPEN_SIZE], own))
     samples = latent["samples"]
-    empty = samples.new_zeros(()).expand(*samples.shape[:3], height // 8, width // 8)
+    empty = samples.new_zeros(()).expand(*samples.shape[:3], height // space, width // space)
     return {key: value for key, value in latent.items() if key != OPEN_SIZE} | {"samples": empty}
 
 
@@ -61,16 +63,30 @@ def take_scheduled(conditioning: list) -> list:
     return [first, *takewhile(lambda entry: START in entry[1], others)]
 
 
-def read_prompts(conditioning: list, batch: int) -> list[tuple[StartTime, Tensor]]:
+def read_prompts(conditioning: list, batch: int, has_shots: bool = False) -> list[EncodedPrompt]:
     """The first entry and those right after it that come in later, with embeddings [B, tokens, width] for `batch`.
 
     Whatever else stock nodes have combined with it is left out. Raises ValueError if there is no entry.
+
+    has_shots  for a model that is told of scene cuts
     """
     if not conditioning:
         raise ValueError("Got empty conditioning; the sampler needs a prompt. Connect Self Forcing Prompt.")
     first, *later = take_scheduled(conditioning)
-    prompts = [(StartTime(), first[0]), *((values[START], embeds) for embeds, values in later)]
-    return [(start, comfy.utils.repeat_to_batch_size(embeds, batch)) for start, embeds in prompts]
+    prompts = [EncodedPrompt(StartTime(), first[0]), *(_later_prompt(*entry, has_shots) for entry in later)]
+    repeat = comfy.utils.repeat_to_batch_size
+    return [
+        replace(p, embeds=repeat(p.embeds, batch), scene=None if p.scene is None else repeat(p.scene, batch))
+        for p in prompts
+    ]
+
+
+def _later_prompt(embeds: Tensor, values: dict, has_shots: bool) -> EncodedPrompt:
+    start = values[START]
+    if has_shots and SCENE in values:
+        scene, embeds = values[SCENE]
+        return EncodedPrompt(replace(start, transition="cut", blend=0), embeds, scene)
+    return EncodedPrompt(start, embeds)
 
 
 def read_negative(conditioning: list | None, batch: int) -> Tensor:

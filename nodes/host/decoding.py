@@ -9,18 +9,20 @@ import comfy.model_management as management
 import comfy.sd
 import comfy.utils
 from comfy.ldm.wan.vae import WanVAE as HostWanVAE
+from comfy.ldm.wan.vae2_2 import WanVAE as HostWan22VAE
 from comfy.taesd.taehv import TAEHV as HostTAEHV
 from torch import Tensor
 
 from ...sf_core import memory
 from ...sf_core.autoencoders import taehv, wan_vae
 from ...sf_core.autoencoders.stream import DecoderStream, pixel_frames
+from ...sf_core.autoencoders.wan22_vae import Wan22VAE
 from . import tiny
 from .generation import TailBuffer
 from .memory import check_frames
 from .progress import as_preview, check_cancelled, frame_picture
 
-SMALLEST_TILE = 128  # pixels; tiles also look at 24 pixels on each side, so smaller ones do little else
+SMALLEST_TILE = 16  # latent pixels; tiles also look at some on each side, so smaller ones do little else
 
 
 def check_channels(samples: Tensor, vae: comfy.sd.VAE) -> None:
@@ -31,11 +33,12 @@ def check_channels(samples: Tensor, vae: comfy.sd.VAE) -> None:
         )
 
 
-def check_tile(tile: int) -> None:
-    if 0 < tile < SMALLEST_TILE:
+def check_tile(tile: int, decoder: StreamingDecoder | None) -> None:
+    smallest = SMALLEST_TILE * (decoder.space if decoder else 8)
+    if 0 < tile < smallest:
         raise ValueError(
             f"Got tiles of {tile} pixels; such small ones work mostly on what is beyond their edges. Set tile to "
-            f"{SMALLEST_TILE} or more, or to 0 for the whole picture at once."
+            f"{smallest} or more, or to 0 for the whole picture at once."
         )
 
 
@@ -58,12 +61,21 @@ class StreamingDecoder:
     memory: memory.DecoderMemory
     remedy: str = "Make a smaller video."
 
+    @property
+    def space(self) -> int:
+        """Pixels to a latent pixel."""
+        return self.memory.space
+
+    def pixels(self, samples: Tensor) -> int:
+        """Pixels of a frame of latents [B, C, F, H, W]."""
+        return samples.shape[3] * samples.shape[4] * self.space**2
+
     def decode(self, samples: Tensor, tile: int | None) -> Tensor:
         """Raw latents [B, C, F, H, W] -> frames [B, 4F-3, 8H, 8W, 3] on ComfyUI's intermediate device.
 
         One video after the other, with progress, previews and Cancel.
         """
-        pixels, length = samples.shape[3] * samples.shape[4] * 64, len(samples) * pixel_frames(samples.shape[2])
+        pixels, length = self.pixels(samples), len(samples) * pixel_frames(samples.shape[2])
         check_frames(length, pixels, "Use Self Forcing Stream with a file, and set its keep to 81.")
         self.load(self.held(pixels, tile) + self.used(pixels, tile))
         stream, bar = self.stream(tile), comfy.utils.ProgressBar(len(samples) * samples.shape[2])
@@ -113,7 +125,15 @@ def streaming_decoder(host_vae: comfy.sd.VAE) -> StreamingDecoder | None:
             host_vae,
             lambda _: DecoderStream(taehv.TAEHV.from_state_dict(_weights(host_vae))),
             model.process_in,
-            memory.TAEHV,
+            memory.TAEHV if model.latent_channels == 16 else memory.TAEHV22,
+        )
+    if isinstance(model, HostWan22VAE):
+        return StreamingDecoder(
+            host_vae,
+            lambda tile: wan_vae.DecoderStream(Wan22VAE.from_state_dict(_weights(host_vae)), tile),
+            Wan22VAE.statistics.to_model_space,
+            memory.WAN22_VAE,
+            "Set tile to 512, or use taew2_2 from Load TAEHV.",
         )
     if isinstance(model, HostWanVAE) and (host_vae.output_channels, host_vae.conv_out_channels) == (3, 3):
         return StreamingDecoder(

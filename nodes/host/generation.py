@@ -19,8 +19,8 @@ from ...sf_core.device import console_text
 from ...sf_core.memory import MemoryPlan
 from ...sf_core.pipeline import Generation
 from ...sf_core.sampling.plan import Chunk, Plan, round_up_to_chunks
-from ...sf_core.sampling.prompt_text import StartTime, schedule
-from ...sf_core.sampling.prompts import REREADING, PromptSchedule
+from ...sf_core.sampling.prompt_text import EncodedPrompt, schedule
+from ...sf_core.sampling.prompts import PromptSchedule
 from ...sf_core.sampling.rollout import OnStep
 from ...sf_core.wan.compile import compile_ops
 from ...sf_core.wan.model import Network, WanLayers
@@ -60,7 +60,7 @@ class HostGeneration:
     model: ModelPatcher
     plan: Plan
     length: int
-    prompts: list[tuple[StartTime, Tensor]]
+    prompts: list[EncodedPrompt]
     seed: int
     negative: Tensor | None = None
     guidance: float = 1.0
@@ -81,18 +81,37 @@ class HostGeneration:
     @property
     def memory(self) -> MemoryPlan:
         """What it takes of the device, beside the weights."""
-        rereads = any(start.transition in REREADING for start, _ in self.prompts[1:]) or self.reencoder is not None
-        return MemoryPlan(self.wan.config, self.plan, self.dtype, rereads=rereads, guided=self.negative is not None)
+        starts = [prompt.start.transition for prompt in self.prompts[1:]]
+        rereads = any(map(self.plan.sampling.rereads_at, starts)) or self.reencoder is not None
+        return MemoryPlan(
+            self.wan.config,
+            self.plan,
+            self.dtype,
+            rereads=rereads,
+            guided=self.negative is not None,
+            networks=1 if self.memory_model is None else 2,
+        )
 
     @property
     def what(self) -> str:
         """The video, in words for an error."""
-        return f"{self.length} latent frames of {8 * self.plan.width} x {8 * self.plan.height} pixels"
+        space = self.wan.config.space
+        return f"{self.length} latent frames of {space * self.plan.width} x {space * self.plan.height} pixels"
 
     @property
     def pixels(self) -> int:
         """Pixels of a frame."""
-        return 64 * self.plan.height * self.plan.width
+        return self.wan.config.space**2 * self.plan.height * self.plan.width
+
+    @cached_property
+    def memory_model(self) -> ModelPatcher | None:
+        """The network that writes the cache, where it is another, ready to run like the MODEL."""
+        memory = family_of(self.model).memory
+        return memory if memory is None or self.compile == "off" else for_compiling(memory)
+
+    @property
+    def memory_wan(self) -> WanLayers | None:
+        return None if self.memory_model is None else wan_of(self.memory_model)
 
     @property
     def reencoder(self) -> comfy.sd.VAE | None:
@@ -112,8 +131,11 @@ class HostGeneration:
         levels = [step.sigma for step in self.plan.steps(self.plan.chunks[-1])]
         sigmas = torch.tensor([*levels, 0.0], device=model.load_device)
         told = transformer_options(options, self.wan.config.layers, sigmas, prompts.is_guided)
-        attention, wan = attention_of(told, compiled), traceable(self.wan) if compiled else self.wan
-        network = Network(wan, self.dtype, attention, telling_ops(compile_ops(self.compile), attention))
+        attention, wan, memory = attention_of(told, compiled), self.wan, self.memory_wan
+        if compiled:
+            wan, memory = traceable(wan), memory and traceable(memory)
+        ops = telling_ops(compile_ops(self.compile), attention)
+        network = Network(wan, self.dtype, attention, ops, memory=memory)
         use = self.memory.use
         reencode = self.reencoder and still_encoder(model, self.reencoder, use.total - use.cache + reserve_bytes)
         generation = Generation(network, self.plan, prompts, self.seed, self.prefix, self.source, reencode)
@@ -134,10 +156,16 @@ class HostGeneration:
             buffer.append(x0.to(management.intermediate_device()))
         return buffer.tensor
 
+    @property
+    def companions(self) -> list[ModelPatcher]:
+        """What is loaded beside the MODEL."""
+        reencoder = None if self.reencoder is None else self.reencoder.patcher
+        return [model for model in (self.memory_model, reencoder) if model is not None]
+
     @contextmanager
     def loaded(self, reserve_bytes: int = 0, *others: ModelPatcher) -> Iterator[None]:
         """The model on its device, with room for the rollout and `reserve_bytes`, and `others` loaded with it."""
-        others = (*others, *([] if self.reencoder is None else [self.reencoder.patcher]))
+        others = (*others, *self.companions)
         with loaded(self.model, self.memory, reserve_bytes, others):
             yield
 
@@ -171,7 +199,8 @@ def prepare_generation(given: RolloutInputs, seed: int | None = None) -> HostGen
     """
     model = given.model if given.compile == "off" else for_compiling(given.model)
     wan = wan_of(model)
-    samples = read_latents(settle_size(given.latent, given.prefix, family_of(given.model).size), wan)
+    own, space = family_of(given.model).size, wan.config.space
+    samples = read_latents(settle_size(given.latent, given.prefix, own, space), wan)
     refuse_mask(given.latent.get("noise_mask"))
     batch, _, length, height, width = samples.shape
     into = model.model.process_latent_in
@@ -187,7 +216,7 @@ def prepare_generation(given: RolloutInputs, seed: int | None = None) -> HostGen
     negative = negative_for(model, model.model_options, given.cfg, given.negative, batch)
     return HostGeneration(
         model, plan, length,
-        read_prompts(given.positive, batch),
+        read_prompts(given.positive, batch, sampling.shots is not None),
         given.seed if seed is None else seed,
         negative, given.cfg,
         prefix=repeat_to_batch(prefix, batch),
@@ -262,13 +291,23 @@ def shift_warning(generation: HostGeneration) -> str | None:
 
 def size_warning(generation: HostGeneration) -> str | None:
     """Why the video will not look as hoped for, where the model draws well at one size only and this is another."""
-    family, plan = family_of(generation.model), generation.plan
-    (width, height), asked = family.size, (8 * plan.width, 8 * plan.height)
+    family, plan, space = family_of(generation.model), generation.plan, generation.wan.config.space
+    (width, height), asked = family.size, (space * plan.width, space * plan.height)
     if not family.only_size or width * height / 2 <= asked[0] * asked[1] <= 2 * width * height:
         return None
     return (
         f"{asked[0]} x {asked[1]} pixels, but this model was made for {width} x {height} and draws many small shapes "
         f"on larger pictures. Set width to {width} and height to {height} in Self Forcing Latent."
+    )
+
+
+def reencode_warning(generation: HostGeneration) -> str | None:
+    """Why long videos will drift, where a model that is sampled with first-frame re-encode has no VAE for it."""
+    if not generation.plan.sampling.reencode or generation.reencoder is not None:
+        return None
+    return (
+        "this model reads its memory again for every chunk, with its first frame re-encoded, and has no VAE for that. "
+        "Connect one to reencode_vae of Self Forcing Settings."
     )
 
 
@@ -280,7 +319,8 @@ def begin_notes(generation: HostGeneration, node: type, own_steps: bool = True) 
     notes = Notes(node)
     ignored = ignored_patches(generation.model, in_guider=not own_steps)
     shift = shift_warning(generation) if own_steps else None
-    for message in (size_warning(generation), chunk_warning(generation), shift, *ignored, *generation.unheard):
+    warnings = (size_warning(generation), chunk_warning(generation), shift, reencode_warning(generation))
+    for message in (*warnings, *ignored, *generation.unheard):
         if message:
             log.warning("Self Forcing: %s", console_text(message))
             notes.add(message)

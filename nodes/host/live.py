@@ -41,7 +41,7 @@ def require_decoder(vae: comfy.sd.VAE, samples: Tensor) -> StreamingDecoder:
     if decoder is None:
         raise ValueError(
             f"Got a VAE of type {type(vae.first_stage_model).__name__}, which cannot decode piece by piece. Connect "
-            "the Wan 2.1 VAE, a TAEHV of Load TAEHV, or the built-in one; or use Self Forcing Sampler and VAE Decode."
+            "the Wan VAE, a TAEHV of Load TAEHV, or the built-in one; or use Self Forcing Sampler and VAE Decode."
         )
     return decoder
 
@@ -63,7 +63,7 @@ class LiveVideo:
     @property
     def tile(self) -> int | None:
         """Side of the decoder's tiles in latent pixels; None: the whole picture."""
-        return self.given.tile // 8 or None
+        return self.given.tile // self.decoder.space or None
 
     @property
     def batch(self) -> int:

@@ -28,6 +28,7 @@ from ...sf_core.wan.model import WanLayers
 
 FAMILY = "self_forcing_family"
 WAN_SIZE = (832, 480)  # width and height in pixels that Wan 2.1 1.3B was trained at
+WAN22_SIZE = (1280, 704)  # the same of Wan 2.2 5B
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Family:
     reencoder  the VAE that makes stills for first-frame re-encode; None: without
     size       width and height in pixels of a video whose size is left to the model
     only_size  whether it draws well at no other size than that
+    memory     the network that writes the cache, where it is another than the MODEL (SGF+)
     """
 
     sampling: Sampling = PRESETS["cli"]
@@ -48,6 +50,7 @@ class Family:
     reencoder: comfy.sd.VAE | None = None
     size: tuple[int, int] = WAN_SIZE
     only_size: bool = False
+    memory: ModelPatcher | None = None
 
 
 def set_family(patcher: ModelPatcher, family: Family) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor
 from ...sf_core.device import console_text
 from ...sf_core.sampling.schedule import Step
 from ...sf_core.wan.model import BlockOps, run_block, velocity
-from .conditioning import START, read_negative, take_scheduled
+from .conditioning import SCENE, START, read_negative, take_scheduled
 from .model import PatchedAttention
 
 PRE, CFG, POST = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
@@ -240,7 +240,8 @@ class TellingCall:
     def __call__(self, part: Callable, module: torch.nn.Module, *args):
         if part is velocity:
             x, t = args[:2]
-            self.attention.options["sigmas"] = torch.full((1,), t / 1000, device=x.device)
+            noisiest = t.max().item() if isinstance(t, Tensor) else t  # frames that are held have 0, and chunks differ
+            self.attention.options["sigmas"] = torch.full((1,), noisiest / 1000, device=x.device)
         elif part is run_block:
             self.attention.options["block_index"] = args[2]
             self.attention.now["block"] = module
@@ -378,7 +379,7 @@ def on_patcher(patcher: ModelPatcher, in_guider: bool) -> Iterator[tuple[Kind, s
     yield from ((GPUS, str(clone.load_device)) for clone in patcher.get_additional_models_with_key("multigpu"))
 
 
-WORDS = {"pooled_output", "cross_attn", "model_conds", "uuid", "attention_mask", START}
+WORDS = {"pooled_output", "cross_attn", "model_conds", "uuid", "attention_mask", START, SCENE}
 NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}  # as if they were not there
 
 

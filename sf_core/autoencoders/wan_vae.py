@@ -31,36 +31,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Latents in model space are (raw - mean) / std, channel by channel.
-LATENT_MEAN = (
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and standard deviation of each latent channel: latents in model space are (raw - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def to_model_space(self, raw: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] as the autoencoder makes them -> as the model sees them, float32."""
+        mean, std = _mean_and_std(self, raw.device)
+        return (raw.float() - mean) / std
+
+    def from_model_space(self, latents: Tensor) -> Tensor:
+        """The inverse of `to_model_space`."""
+        mean, std = _mean_and_std(self, latents.device)
+        return latents.float() * std + mean
+
+
+@lru_cache
+def _mean_and_std(statistics: LatentStatistics, device: torch.device) -> Tensor:
+    """[2, C, 1, 1, 1]; made once per device, since copying it there makes the CPU wait."""
+    return torch.tensor([statistics.mean, statistics.std], device=device).view(2, -1, 1, 1, 1)
+
+
+WAN21_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
 )  # fmt: skip
-LATENT_STD = (
+WAN21_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 
+WAN21 = LatentStatistics(WAN21_MEAN, WAN21_STD)
+to_model_space, from_model_space = WAN21.to_model_space, WAN21.from_model_space
+
 Past = dict[nn.Module, Tensor]
 """What each layer remembers of the frames before, [B, C, 1 or 2, H, W]; {} before the first frame."""
-
-
-def to_model_space(raw: Tensor) -> Tensor:
-    """Latents [B, 16, F, H, W] as the autoencoder makes them -> as the model sees them, float32."""
-    mean, std = _mean_and_std(raw.device)
-    return (raw.float() - mean) / std
-
-
-def from_model_space(latents: Tensor) -> Tensor:
-    """The inverse of `to_model_space`."""
-    mean, std = _mean_and_std(latents.device)
-    return latents.float() * std + mean
-
-
-@lru_cache
-def _mean_and_std(device: torch.device) -> Tensor:
-    """[2, 16, 1, 1, 1]; made once per device, since copying it there makes the CPU wait."""
-    return torch.tensor([LATENT_MEAN, LATENT_STD], device=device).view(2, -1, 1, 1, 1)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -129,11 +138,11 @@ class Attention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width, half the channels and, with `time`, twice the frames except for a clip's first."""
+    """Twice the height and width, C' channels and, with `time`, twice the frames except for a clip's first."""
 
-    def __init__(self, width: int, time: bool):
+    def __init__(self, width: int, outputs: int, time: bool):
         super().__init__()
-        self.resample = nn.ModuleDict({"1": nn.Conv2d(width, width // 2, 3, padding=1)})
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(width, outputs, 3, padding=1)})
         self.time_conv = CausalConv3d(width, 2 * width, (3, 1, 1)) if time else None
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
@@ -212,7 +221,7 @@ class Layout:
         )
 
 
-def _middle(width: int) -> nn.Sequential:
+def middle_layers(width: int) -> nn.Sequential:
     return nn.Sequential(Residual(width, width), Attention(width), Residual(width, width))
 
 
@@ -228,7 +237,7 @@ class Encoder(nn.Module):
             layers += [Downsample(width, layout.time[i])] if i < len(layout.time) else []
         self.conv1 = CausalConv3d(3, widths[0])
         self.downsamples = nn.Sequential(*layers)
-        self.middle = _middle(widths[-1])
+        self.middle = middle_layers(widths[-1])
         self.head = Head(widths[-1], 2 * layout.channels)
         self.split = 2 * (layout.blocks + 1)  # after the second Downsample
 
@@ -248,9 +257,9 @@ class Decoder(nn.Module):
         layers: list[nn.Module] = []
         for i, (before, width) in enumerate(zip((widths[0], *(w // 2 for w in widths)), widths)):
             layers += [Residual(before if block == 0 else width, width) for block in range(layout.blocks + 1)]
-            layers += [Upsample(width, time[i])] if i < len(time) else []
+            layers += [Upsample(width, width // 2, time[i])] if i < len(time) else []
         self.conv1 = CausalConv3d(layout.channels, widths[0])
-        self.middle = _middle(widths[0])
+        self.middle = middle_layers(widths[0])
         self.upsamples = nn.Sequential(*layers)
         self.head = Head(widths[-1], 3)
         self.split = -2 * (layout.blocks + 2)  # before the last Upsample but one
@@ -265,10 +274,16 @@ class Decoder(nn.Module):
 class WanVAE(nn.Module):
     """The autoencoder itself, for inference. `DecoderStream` and `EncoderStream` run it."""
 
+    name = "a Wan 2.1 VAE"
+    files = "Wan2.1_VAE.pth or wan_2.1_vae.safetensors"
+    layout = Layout
+    statistics = WAN21
+
     def __init__(self, layout: Layout = Layout()):
         super().__init__()
         self.channels = layout.channels
         self.space = 2 ** len(layout.time)  # pixels per latent pixel
+        self.between = self.space // 4  # pixels per latent pixel between `coarse` and `fine`
         self.time = 2 ** sum(layout.time)  # frames per latent, after the first
         self.margin = -(-(6 * layout.blocks + 10) // self.space)  # latent pixels around a tile that `fine` looks at
         self.encoder = Encoder(layout)
@@ -280,18 +295,18 @@ class WanVAE(nn.Module):
     def from_state_dict(cls, state: dict[str, Tensor]) -> WanVAE:
         """Builds the autoencoder that a state dict describes, in its dtype, around its tensors (no copies).
 
-        Raises ValueError if it is not a Wan 2.1 autoencoder.
+        Raises ValueError if it is not an autoencoder of this kind.
         """
         try:
             with torch.device("meta"):
-                vae = cls(Layout.of(state))
+                vae = cls(cls.layout.of(state))
         except (LookupError, ArithmeticError, RuntimeError) as error:  # the last: sizes beyond all memory
-            raise ValueError(_not_a_wan_vae(state, error if isinstance(error, LookupError) else "a layer")) from None
+            raise cls._wrong(state, error if isinstance(error, LookupError) else "a layer") from None
         needed, found = ({name: tensor.shape for name, tensor in d.items()} for d in (vae.state_dict(), state))
         if wrong := needed.items() ^ found.items():
-            raise ValueError(_not_a_wan_vae(state, min(wrong)[0]))
-        if vae.channels != len(LATENT_MEAN):
-            raise ValueError(_not_a_wan_vae(state, f"conv2.weight (for {vae.channels} channels, not 16)"))
+            raise cls._wrong(state, min(wrong)[0])
+        if vae.channels != (channels := len(cls.statistics.mean)):
+            raise cls._wrong(state, f"conv2.weight (for {vae.channels} channels, not {channels})")
         vae.load_state_dict(state, assign=True)
         return vae.requires_grad_(False).eval()
 
@@ -316,12 +331,12 @@ class WanVAE(nn.Module):
         """
         return EncoderStream(self, tile).encode(frames)
 
-
-def _not_a_wan_vae(state: dict[str, Tensor], reason: object) -> str:
-    return (
-        f"Got {len(state)} tensors that do not make up a Wan 2.1 VAE: {reason} is missing, unknown or of a wrong "
-        "shape. Use Wan2.1_VAE.pth or wan_2.1_vae.safetensors, and download the file again if it is one of these."
-    )
+    @classmethod
+    def _wrong(cls, state: dict[str, Tensor], reason: object) -> ValueError:
+        return ValueError(
+            f"Got {len(state)} tensors that do not make up {cls.name}: {reason} is missing, unknown or of a wrong "
+            f"shape. Use {cls.files}, and download the file again if it is one of these."
+        )
 
 
 @dataclass(frozen=True)
@@ -461,10 +476,9 @@ class DecoderStream(Stream):
         self._check(latents)
         batch, _, _, height, width = latents.shape
         if self._begin(batch, height, width):
-            space = self.vae.space
-            self.fine = Fine(self.vae.decoder.fine, space // 4, space, self._tiles(height, width))
+            self.fine = Fine(self.vae.decoder.fine, self.vae.between, self.vae.space, self._tiles(height, width))
         weight = next(self.vae.parameters())
-        raw = from_model_space(latents.to(weight.device)).to(weight.dtype)
+        raw = self.vae.statistics.from_model_space(latents.to(weight.device)).to(weight.dtype)
         frames = [y for piece in raw.split(self._together, 2) for y in self._frames(piece)]
         return torch.cat(frames, 1).float().add_(1).div_(2).clamp_(0, 1)
 
@@ -507,12 +521,12 @@ class EncoderStream(Stream):
         height, width = frames.shape[2] // space, frames.shape[3] // space
         first = self._begin(len(frames), height, width)
         if first:
-            self.fine = Fine(self.vae.encoder.fine, space, space // 4, self._tiles(height, width))
+            self.fine = Fine(self.vae.encoder.fine, space, self.vae.between, self._tiles(height, width))
         x = (frames.to(weight.device, torch.float32) * 2 - 1).to(weight.dtype).movedim(-1, 1)  # [B, 3, T, 8H, 8W]
         steps = self._steps(x if first else torch.cat([self.waiting, x], 2), first)
         pieces = [steps[i : i + self._together] for i in range(0, len(steps), self._together)]
         latents = [z for piece in pieces for z in self._latents(piece)]
-        return to_model_space(torch.cat([self._none(), *latents], 2))
+        return self.vae.statistics.to_model_space(torch.cat([self._none(), *latents], 2))
 
     def flush(self) -> Tensor:
         """Ends the clip. Frames that wait are left out, as in the published code: [B, C, 0, H, W]. Resets the stream.

@@ -34,9 +34,12 @@ MARK = "comfy_quant"
 
 
 def wan_metadata(config: WanConfig, causal: bool = True) -> dict[str, str]:
-    """What ComfyUI cannot read off the weights' shapes, as the metadata of a file would say it."""
+    """What ComfyUI cannot read off the weights' shapes, as the metadata of a file would say it.
+
+    Its causal Wan has the latents of Wan 2.1, so a model of 48 channels is Wan 2.2 to it.
+    """
     fields = {
-        **({"causal_ar": True} if causal else {}),
+        **({"causal_ar": True} if causal and config.channels != 48 else {}),
         "num_heads": config.heads,
         "freq_dim": config.freq_dim,
         "text_dim": config.text_dim,

@@ -22,7 +22,7 @@ from ..sampling.families import FAMILIES
 from .comfy import MARK, SCALED, Fp8Form, multiplies_in_full, quantisation_mark, wan_metadata
 from .identify import is_scale
 from .load import FAMILY, Description, Loras, dequantised, describe, load_checkpoint, plain_dtype
-from .tensorfiles import DTYPES, read_header
+from .tensorfiles import DTYPES, CheckpointError, read_header
 
 PORTION = 2**29  # bytes
 SAID = ("config", "format", "_quantization_metadata")  # metadata that is written anew
@@ -53,7 +53,14 @@ class Conversion:
 
     def describe(self) -> Description:
         """What the checkpoint is. Raises as `load_checkpoint` does."""
-        return describe(self.path, self.family, self.loras)
+        about = describe(self.path, self.family, self.loras)
+        if about.networks > 1:
+            raise CheckpointError(
+                f"{self.path.name}, with a second network that writes the cache",
+                "a converted file holds one",
+                "Use it as it is: Load Self Forcing Model and --model take both",
+            )
+        return about
 
     def metadata(self) -> dict[str, str]:
         """The converted file's: the checkpoint's own, what ComfyUI looks for, family and licence."""

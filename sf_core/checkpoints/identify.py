@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..wan.config import WanConfig
 from ..wan.model import WanModel
-from .tensorfiles import CheckpointError, TensorFile
+from . import nvfp4
+from .tensorfiles import CheckpointError, TensorFile, map_tensors
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,8 +30,8 @@ DIM_14B = 5120
 
 NEEDED = "a causal Wan 2.1 text-to-video model is needed"
 GET_ONE = (
-    "Get checkpoints/self_forcing_dmd.pt from huggingface.co/gdhe17/Self-Forcing, or another causal 1.3B model: Causal "
-    "Forcing, LongLive, Reward Forcing, Rolling Forcing"
+    "Get checkpoints/self_forcing_dmd.pt from huggingface.co/gdhe17/Self-Forcing, or another causal model: Self "
+    "Gradient Forcing, LongLive, Causal Forcing, Rolling Forcing"
 )
 
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
@@ -59,20 +60,34 @@ DIFFUSERS_NAMES = {
     r"\bscale_shift_table$": "head.modulation",
     r"\bproj_out\.": "head.head.",
 }
-MARKERS = ("scaled_fp8", "comfy_quant", "freqs")  # tensors that say nothing the others do not
+MARK = "comfy_quant"  # a tensor with JSON that says how its layer is quantised
+FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # ComfyUI's names of what we compute with ourselves
+MEMORY = re.compile(r"(^|\.)memory_(?=[a-z_]+(\.|$))")
+MARKERS = ("scaled_fp8", MARK, "freqs")  # tensors that say nothing the others do not
 
 
 @dataclass(frozen=True)
 class Found:
     """A model in a file: its shape and, for every tensor of it (float8 scales included), {Wan's name: file's name}.
 
-    `root` is the prefix its names have in the file, wrappers removed; `causal` whether the file itself says so.
+    `root` is the prefix its names have in the file, wrappers removed; `causal` whether the file itself says so;
+    `memory` the same names of a second set of weights, which writes the cache (SGF+), {} where there is none;
+    `quantised` what the file says of each layer that is quantised in a form which only ComfyUI computes with: a dict
+    with its `format`. Such a layer's tensors are all among `names`, whatever they are called;
+    `packed` has {part: file's name} of weights in four bits (nvfp4.py), which in `names` go by their first part.
     """
 
     config: WanConfig
     names: dict[str, str]
     root: str
     causal: bool
+    memory: dict[str, str]
+    quantised: dict[str, dict]
+    packed: dict[str, dict[str, str]]
+
+    def headers(self, file: TensorFile) -> dict[str, Tensor]:
+        """The model's tensors under Wan's names, on the meta device."""
+        return _headers(file, self.names, self.packed)
 
 
 def find_wan(file: TensorFile, trusted: bool = False) -> Found:
@@ -83,13 +98,72 @@ def find_wan(file: TensorFile, trusted: bool = False) -> Found:
     title = file.paths[0].name
     _refuse_loras(file.tensors, title)
     root, names = _best_root(file.tensors, title)
-    tensors = {name: file.tensors[at] for name, at in names.items()}
+    names, packed = _packed(names, title)
+    names, memory = _split_memory(names)
+    quantised = _quantised_layers(file, root)
+    tensors = _headers(file, names, packed)
     facts = _transformer_facts(file.metadata)
     causal = facts.get("causal_ar") is True or "generator" in root
-    _refuse_variants(tensors, title, trusted or facts.get("causal_ar") is True)
+    _refuse_variants(tensors, title, trusted or facts.get("causal_ar") is True, causal)
     config = _config(tensors, facts, title)
-    _check(tensors, config, title)
-    return Found(config, names, root, causal)
+    _check(tensors, config, title, quantised)
+    if memory:
+        _check(_headers(file, memory), config, title)
+    return Found(config, names, root, causal, memory, quantised, packed)
+
+
+def _headers(file: TensorFile, names: dict[str, str], packed: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Tensors under Wan's names; `packed` are the names of weights in four bits, whose shape the file does not have."""
+    tensors = {name: in_wans_shape(name, file.tensors[at]) for name, at in names.items()}
+    for name in packed:
+        rows, *half = tensors[name].shape or (0,)
+        tensors[name] = torch.empty(rows, *(2 * columns for columns in half), dtype=torch.bfloat16, device="meta")
+    return tensors
+
+
+def in_wans_shape(name: str, tensor: Tensor) -> Tensor:
+    """A weight as Wan has it: the patch embedding is a convolution, of which Causal-rCM made a linear layer."""
+    if name == "patch_embedding.weight" and tensor.ndim == 2 and tensor.shape[1] % 4 == 0:
+        return tensor.reshape(len(tensor), -1, 1, 2, 2)
+    return tensor
+
+
+def _packed(names: dict[str, str], title: str) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Names with one for each weight in four bits, and {weight: {part: file's name}} of these.
+
+    Raises CheckpointError for one without a part.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    for name, at in names.items():
+        layer, _, last = name.rpartition(".")
+        if last.startswith(nvfp4.PREFIX):
+            parts.setdefault(f"{layer}.weight", {})[last.removeprefix(nvfp4.PREFIX)] = at
+    if missing := [f"{weight} ({part})" for weight, at in parts.items() for part in nvfp4.PARTS if part not in at]:
+        raise _incomplete(title, missing)
+    plain = {name: at for name, at in names.items() if not name.rpartition(".")[2].startswith(nvfp4.PREFIX)}
+    return plain | {weight: at["values"] for weight, at in parts.items()}, parts
+
+
+def _quantised_layers(file: TensorFile, root: str) -> dict[str, dict]:
+    """{layer: what the file says of it} of all layers, where any is in another form than float8; else {}.
+
+    ComfyUI's files say it in their metadata, or in a tensor of each layer that holds JSON.
+    """
+    layers = metadata_entry(file.metadata, "_quantization_metadata").get("layers", {})
+    layers = (
+        {name: about for name, about in layers.items() if isinstance(about, dict)} if isinstance(layers, dict) else {}
+    )
+    marks = [name for name, tensor in file.tensors.items() if name.endswith(f".{MARK}") and tensor.dtype is torch.uint8]
+    for name, mark in map_tensors(file, marks).items() if marks else ():
+        try:
+            about = json.loads(bytes(mark.flatten().tolist()))
+        except ValueError:
+            continue
+        if isinstance(about, dict):
+            layers[name.removesuffix(f".{MARK}")] = about
+    layers = {WRAPPERS.sub("", name).removeprefix(root): about for name, about in layers.items()}
+    known = {str(about.get("format")) for about in layers.values() if "format" in about}
+    return layers if known - set(FLOAT8_FORMATS) else {}
 
 
 def is_scale(name: str) -> bool:
@@ -117,10 +191,22 @@ def _best_root(tensors: dict[str, Tensor], title: str) -> tuple[str, dict[str, s
     return best, {name: at for name, at in under.items() if not _is_marker(name)}
 
 
+def _split_memory(names: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """{Wan's name: the file's} of the weights that denoise, and of those that write the cache, {} where there are none.
+
+    The latter have `memory_` before the last part of their names, or before the first. Their head is not needed, since
+    nothing reads what it says: where it is left out there is the other one.
+    """
+    memory = {MEMORY.sub(r"\1", name): at for name, at in names.items() if MEMORY.search(name)}
+    names = {name: at for name, at in names.items() if not MEMORY.search(name)}
+    head = {name: at for name, at in names.items() if memory and name.startswith("head.")}
+    return names, head | memory
+
+
 def _is_marker(name: str) -> bool:
     """Whether a tensor says nothing of the weights; `comfy_attention.config` names a preferred attention, which is
     ComfyUI's to choose."""
-    return name.rpartition(".")[2] in MARKERS or name.endswith("comfy_attention.config")
+    return name.rpartition(".")[2] in MARKERS or name.endswith("comfy_attention.config") or name.startswith("accum_")
 
 
 def wan_name(name: str) -> str:
@@ -175,7 +261,7 @@ def _config(tensors: dict[str, Tensor], facts: dict, title: str) -> WanConfig:
             f"the number is needed where heads are not {HEAD_WIDTH} wide",
             'Save it as safetensors with the metadata config = {"transformer": {"num_heads": n}}',
         )
-    ffn_dim, _ = _shape(tensors, "blocks.0.ffn.0.weight", 2, title)
+    ffn_dim, _ = _shape(tensors, "blocks.0.ffn.0.weight", 2, title)  # rows, which no packing changes
     _, freq_dim = _shape(tensors, "time_embedding.0.weight", 2, title)
     _, text_dim = _shape(tensors, "text_embedding.0.weight", 2, title)
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
@@ -195,9 +281,19 @@ def _shape(tensors: dict[str, Tensor], name: str, ndim: int, title: str) -> tupl
     return shape
 
 
-def _check(tensors: dict[str, Tensor], config: WanConfig, title: str) -> None:
-    """Every tensor of the model is there, nothing else is, and all have the right shape and a dtype of use."""
+def _check(tensors: dict[str, Tensor], config: WanConfig, title: str, quantised: Collection[str] = ()) -> None:
+    """Every tensor of the model is there, nothing else is, and all have the right shape and a dtype of use.
+
+    Of `quantised` layers the weights need only be there.
+    """
     needed = {name: tuple(tensor.shape) for name, tensor in WanModel(config, device="meta").state_dict().items()}
+    if quantised:
+        layers = {name: name.rpartition(".")[0] for name in tensors}
+        tensors = {
+            name: torch.empty(needed.get(name, ()), device="meta") if layer in quantised else tensors[name]
+            for name, layer in layers.items()
+            if layer not in quantised or name in needed
+        }
     if missing := [name for name in needed if name not in tensors]:
         raise _incomplete(title, missing)
     for name in needed:
@@ -231,6 +327,7 @@ LORA = re.compile(r"(^|[._])lora[._]|lokr_w|hada_w|\.(diff(_b)?|dora_scale|oft_b
 
 WAN = "a Wan diffusion model"
 WAN_VAE = "the Wan 2.1 VAE"
+WAN22_VAE = "the Wan 2.2 VAE"
 TAEHV = "a TAEHV"
 T5 = "a text encoder (T5)"
 
@@ -277,7 +374,7 @@ STRANGERS = tuple(
         (
             r"(^|\.)(decoder\.upsamples\.\d+\.upsamples|encoder\.downsamples\.\d+\.downsamples"
             r"|(down|up)_blocks\.\d+\.(down|up)sampler)\.",
-            "the Wan 2.2 VAE",
+            WAN22_VAE,
             "vae",
         ),
         (
@@ -346,20 +443,27 @@ def _stranger(names: list[str], teachers: set[str], title: str) -> CheckpointErr
     return wrong_file(title, names, NEEDED, GET_ONE)
 
 
-def _refuse_variants(tensors: dict[str, Tensor], title: str, causal: bool) -> None:
-    """Raises CheckpointError for Wan models that cannot be sampled here; `causal` lets a 14B model pass."""
+def _refuse_variants(tensors: dict[str, Tensor], title: str, trusted: bool, causal: bool) -> None:
+    """Raises CheckpointError for Wan models that cannot be sampled here.
+
+    trusted  lets a 14B model pass, and Wan 2.2 5B as `causal` does
+    """
     dim, takes, *_ = _shape(tensors, "patch_embedding.weight", 5, title)
     gives = _shape(tensors, "head.head.weight", 2, title)[0] // 4
     if takes == 36 or any("k_img" in name or name.startswith("img_emb") for name in tensors):
         what = "a Wan image-to-video model"
         remedy = f"Text-to-video models start from an image too: give it as a prefix. {GET_ONE}"
-    elif takes == gives == 48:
-        what, remedy = "Wan 2.2 5B or a relative, whose latents have 48 channels instead of 16", GET_ONE
+    elif takes == gives == 48 and not (trusted or causal):
+        what = "Wan 2.2 5B or a relative, which nothing calls causal"
+        remedy = (
+            "Get model_bf16.pt from huggingface.co/Efficient-Large-Model/LongLive-2.0-5B. If it is that, choose the "
+            "family longlive-2"
+        )
     elif takes != gives:
         what, remedy = f"a Wan variant that takes {takes} channels and gives {gives} (inpainting, control)", GET_ONE
-    elif dim == DIM_14B and not causal:
+    elif dim == DIM_14B and not trusted:
         what = "a Wan 14B model that nothing calls causal (the step-distilled 'self forcing' 14B models are not)"
-        remedy = f"{GET_ONE}. If it is causal all the same, choose its family"
+        remedy = f"{GET_ONE}. If it is causal all the same, choose its family (Krea Realtime: krea-14b)"
     else:
         return
     raise CheckpointError(f"{title}, {what}", NEEDED, remedy)

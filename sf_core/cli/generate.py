@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from ..device import (
 )
 from ..memory import MemoryPlan, advise, format_bytes
 from ..pipeline import ClipFrames, FilePipeline, ModelFiles, Pipeline, Request, Runtime, TinyPipeline, drop_frames
-from ..sampling.config import PRESETS, override
+from ..sampling.config import LENGTHS, PRESETS, SAMPLERS, override, preset_of
 from ..sampling.families import FAMILIES
 from ..sampling.noise import MAX_SEED
 from ..sampling.prompt_text import explain_unscheduled, place
@@ -75,10 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_video(parser: argparse.ArgumentParser) -> None:
     """The options of a video, whatever its prompt, seed and file."""
     add = parser.add_argument
-    add("--frames", type=int_in(1, MAX_FRAMES), help="pixel frames, --start included (81; 80 more; --source's)")
-    add("--width", type=size, help="width in pixels, a multiple of 16 (64, with --model 832)")
-    add("--height", type=size, help="height in pixels, a multiple of 16 (64, with --model 480)")
-    add("--fps", type=int_in(1, 120), default=16, help="frames per second the file plays at (16)")
+    frames = "pixel frames, --start included (81; 80 more; --source's; of LongLive 2 125, and 124 more)"
+    add("--frames", type=int_in(1, MAX_FRAMES), help=frames)
+    add("--width", type=size, help="width in pixels, a multiple of 16 (64, with --model 832; of LongLive 2: 32, 1280)")
+    add("--height", type=size, help="height in pixels, a multiple of 16 (64, with --model 480; of LongLive 2: 32, 704)")
+    add("--fps", type=int_in(1, 120), help="frames per second the file plays at (16; of LongLive 2 24)")
     add("--device", type=device, default="auto", help="device: cpu, cuda, cuda:1, mps (cuda if there is one)")
     add("--dtype", choices=DTYPES, default=None, help="dtype to compute in (float32 on cpu, else bfloat16)")
     _add_sampling(parser.add_argument_group("sampling: what is not given stays as the model was made for"))
@@ -89,7 +90,10 @@ def add_video(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add, given = group.add_argument, argparse.SUPPRESS
-    add("--preset", choices=PRESETS, help="preset of sampling settings to start from (tiny, or the model's own)")
+    preset = (
+        "preset of sampling settings to start from (tiny, or the model's own); long and fast change the window alone"
+    )
+    add("--preset", choices=(*PRESETS, *LENGTHS), help=preset)
     add("--steps", type=steps, default=given, help="denoising steps, a number (4) or timesteps (1000,750,500,250)")
     add("--first-steps", type=steps, default=given, help="denoising steps of the first chunk, where they differ")
     add("--shift", type=number_in(0.01, 100), default=given, help="flow shift: more steps at high noise (5; tiny 3)")
@@ -102,6 +106,25 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     noise = "context noise: timestep told when a finished chunk enters the cache, below 1000 (0)"
     add("--context-noise", type=number_in(0, 999), default=given, help=noise)
     add("--reencode", action="store_true", help="first-frame re-encode whenever the window is full")
+    _add_rules(add, given)
+
+
+def _add_rules(add: Callable, given: str) -> None:
+    """Options of rules that some families have."""
+    rolling = "sampler: chunks one after the other, or rolling, several at once, each a step further than the next"
+    add("--sampler", choices=SAMPLERS, default=given, help=rolling)
+    reach = "position range: latent frames that positions of a pinned sink stay within (the window)"
+    add("--position-range", type=int_in(1, 100_000), default=given, metavar="FRAMES", help=reach)
+    decay = "sink decay: what a sink keeps as frames that leave the window are blended in, 0 to 1 (1: all)"
+    add("--sink-decay", type=number_in(0, 1), default=given, metavar="SHARE", help=decay)
+    bank = "memory bank: latent frames kept beside the window, chosen by the prompt (0: none)"
+    add("--bank", type=int_in(0, 1000), default=given, dest="bank_frames", metavar="FRAMES", help=bank)
+    interval = "memory bank: chunks that share one of its places (3)"
+    add("--bank-interval", type=int_in(1, 1000), default=given, metavar="CHUNKS", help=interval)
+    chosen = "memory bank: frames of sink and bank that each attention head chooses (all)"
+    add("--bank-selected", type=int_in(1, 1000), default=given, metavar="FRAMES", help=chosen)
+    jitter = "RoPE jitter: spread of the heads' bases in time, below 1, against a sink's pull (0; LoL has 0.8)"
+    add("--rope-jitter", type=number_in(0, 0.99), default=given, metavar="SHARE", help=jitter)
 
 
 def _add_starts(group: argparse._ArgumentGroup) -> None:
@@ -121,8 +144,8 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", type=Path, metavar="FILE", help="causal Wan: file, index of shards, or folder")
     decoder = group.add_mutually_exclusive_group()
-    decoder.add_argument("--vae", type=Path, metavar="FILE", help="Wan 2.1 VAE")
-    decoder.add_argument("--taehv", type=Path, metavar="FILE", help="TAEHV (taew2_1), a small and fast decoder")
+    decoder.add_argument("--vae", type=Path, metavar="FILE", help="Wan 2.1 VAE; of LongLive 2: Wan 2.2 VAE")
+    decoder.add_argument("--taehv", type=Path, metavar="FILE", help="TAEHV (taew2_1 or 2_2), small and fast")
     add("--text-encoder", type=Path, metavar="FILE", help="text encoder, UMT5-XXL: file or folder")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer, where the text encoder's file lacks it")
     add_loras(group)
@@ -132,6 +155,8 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
 def _add_speed(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--fp8", action="store_true", help="float8 weights")
     group.add_argument("--fp8-cache", action="store_true", help="float8 KV cache")
+    offload = "offload: the model's blocks wait in the CPU's memory and come one at a time"
+    group.add_argument("--offload", action="store_true", help=offload)
     group.add_argument("--tile", type=size, metavar="PIXELS", help="tiles of this size for --vae, e.g. 256")
     group.add_argument("--compile", choices=MODES, default="off", help="torch.compile (off)")
     group.add_argument("--attention", choices=KERNELS, default="sdpa", help="attention kernel (sdpa, torch's own)")
@@ -141,9 +166,11 @@ def read_pipeline(args: argparse.Namespace) -> Pipeline:
     """The built-in model, or the files that were named."""
     files = ("vae", "taehv", "text_encoder", "tokenizer", "family", "lora", "lora_strength")
     if args.model is None:
+        if args.offload:
+            raise ValueError("Got --offload without --model; the built-in model is small. Leave --offload out.")
         if stray := [f"--{name.replace('_', '-')}" for name in files if getattr(args, name) is not None]:
             raise ValueError(f"Got {' and '.join(stray)} without --model, to which it belongs. Add --model FILE.")
-        return TinyPipeline(_runtime(args))
+        return _with_defaults(TinyPipeline(_runtime(args)), args)
     decoder = args.vae or args.taehv
     if decoder is None or args.text_encoder is None:
         raise ValueError(
@@ -152,7 +179,15 @@ def read_pipeline(args: argparse.Namespace) -> Pipeline:
         )
     loras, is_taehv = read_loras(args), args.vae is None
     named = ModelFiles(args.model, args.text_encoder, decoder, is_taehv, args.tokenizer, args.family, loras)
-    return FilePipeline(named, _runtime(args))
+    return _with_defaults(FilePipeline(named, _runtime(args)), args)
+
+
+def _with_defaults(pipeline: Pipeline, args: argparse.Namespace) -> Pipeline:
+    """The pipeline with what the options say in pixels, and the options with its frame rate."""
+    args.fps = args.fps or pipeline.fps
+    if args.tile:
+        pipeline.runtime = dataclasses.replace(pipeline.runtime, tile=max(1, args.tile // pipeline.config.space))
+    return pipeline
 
 
 def _runtime(args: argparse.Namespace) -> Runtime:
@@ -162,16 +197,20 @@ def _runtime(args: argparse.Namespace) -> Runtime:
         dtype,
         args.fp8,
         E4M3 if args.fp8_cache else None,
-        args.tile and args.tile // 8,
-        attention_kernel(args.attention, args.device, dtype),
-        compile_ops(args.compile),
+        attention=attention_kernel(args.attention, args.device, dtype),
+        ops=compile_ops(args.compile),
+        offload=args.offload,
     )
 
 
 def read_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
     """The video that the options ask for; reads start and source."""
-    names = ("steps", "first_steps", "shift", "chunk", "first_chunk", "window", "sink", "pinned", "context_noise")
+    names = (
+        "steps", "first_steps", "shift", "chunk", "first_chunk", "window", "sink", "pinned", "context_noise", "sampler",
+        "position_range", "sink_decay", "bank_frames", "bank_interval", "bank_selected", "rope_jitter",
+    )  # fmt: skip
     changes = {name: value for name, value in vars(args).items() if name in names}
+    own = pipeline.sampling
     size = {"height": args.height or pipeline.height, "width": args.width or pipeline.width}
     clips = {"start": (args.start, None), "source": (args.source, args.frames)}
     given = {
@@ -182,7 +221,7 @@ def read_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
         **({"frames": args.frames} if args.frames else {}),
         **size,
         **given,
-        sampling=override(PRESETS[args.preset] if args.preset else pipeline.sampling, **changes),
+        sampling=override(preset_of(args.preset, own) if args.preset else own, **changes),
         fps=args.fps,
         seed=secrets.randbelow(2**32) if args.seed < 0 else args.seed,
         keep_start=not args.drop_start,
@@ -428,6 +467,7 @@ def _report(request: Request, args: argparse.Namespace, preview: str | None, tim
         "dtype": str(DTYPES.get(args.dtype, default_dtype(args.device))).removeprefix("torch."),
         "fp8": args.fp8,
         "fp8_cache": args.fp8_cache,
+        "offload": args.offload,
         "compile": args.compile,
         "attention": args.attention,
         "seconds": {stage: round(value, 4) for stage, value in seconds.items()},

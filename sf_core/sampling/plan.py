@@ -23,6 +23,7 @@ from .schedule import Step
 class Chunk:
     """Latent frames start .. start + frames - 1 that are generated together, or `given` by a prefix.
 
+    held     first ones of a chunk to be made that a prefix gives
     cached   whether they enter the KV cache: of a long prefix only what the first new chunk attends to does
     is_last  whether nothing comes after them
     """
@@ -33,6 +34,7 @@ class Chunk:
     given: bool
     cached: bool
     is_last: bool
+    held: int = 0
 
     @property
     def end(self) -> int:
@@ -88,6 +90,29 @@ class Plan:
         """First latent frames that never leave the window."""
         return min(self.sampling.sink, self.window)
 
+    @property
+    def is_rolling(self) -> bool:
+        """Whether several chunks are denoised at once."""
+        return self.sampling.sampler == "rolling"
+
+    @property
+    def frames_at_once(self) -> int:
+        """Latent frames of the largest forward, prompt switches aside."""
+        sampling = self.sampling
+        largest = max(sampling.chunk, sampling.first_chunk or 0)
+        return min(self.frames, largest * len(sampling.steps) if self.is_rolling else largest)
+
+    @property
+    def slots(self) -> int:
+        """Latent frames that the KV cache holds: the window, and sinks that the window may lie beyond."""
+        return min(self.frames, self.window + self.sink) if self.is_rolling else self.window
+
+    @property
+    def gap(self) -> int:
+        """Latent frames between pinned sinks and the oldest other frame, once the window has moved so far."""
+        sampling = self.sampling
+        return (sampling.position_range - sampling.window) if sampling.position_range and sampling.window else 0
+
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         """All chunks in order, those of the prefix first; see `cut_into_chunks`."""
@@ -96,31 +121,34 @@ class Plan:
     def steps(self, chunk: Chunk) -> tuple[Step, ...]:
         """The (timestep, sigma) list of a chunk; the first one that is generated may have its own."""
         opening = 0 if self.full_history else self.prefix
-        return self.sampling.steps_of(chunk.start == opening, self.strength)
+        return self.sampling.steps_of(chunk.start + chunk.held == opening, self.strength)
 
     @cached_property
     def total_steps(self) -> int:
         """Denoising steps of the whole rollout; the forwards that write finished chunks into the cache not counted."""
-        return sum(len(self.steps(chunk)) for chunk in self.chunks if not chunk.given)
+        steps = [len(self.steps(chunk)) for chunk in self.chunks if not chunk.given]
+        return len(steps) - 1 + steps[-1] if self.is_rolling else sum(steps)
 
 
 def cut_into_chunks(frames: int, sampling: Sampling, prefix: int = 0, full_history: bool = False) -> tuple[Chunk, ...]:
     """Chunks of `frames` latent frames, the first `prefix` of which are given.
 
-    A prefix is read in chunks too, the odd one first (one image: 1, n, n, ...). Where it is longer than the window only
-    what the first new chunk attends to is cached, or all of it with `full_history`. The last chunk may be shorter than
-    the others.
+    A prefix is read in chunks too, the odd one first (one image: 1, n, n, ...) or, where the model holds it, as the
+    first frames of the first new chunk. Where it is longer than the window only what the first new chunk attends to is
+    cached, or all of it with `full_history`. The last chunk may be shorter than the others.
     """
     n = sampling.chunk
-    sizes = [size for size in (prefix % n, *[n] * (prefix // n)) if size]
-    given, left = len(sizes), frames - prefix
+    odd, whole = prefix % n, prefix // n
+    held = odd if sampling.holds_prefix else 0
+    sizes = [size for size in (odd - held, *[n] * whole) if size]
+    given, left = len(sizes), frames - prefix + held
     while left:
         first = sampling.first_chunk if not sizes and sampling.first_chunk else n
         sizes.append(min(first, left))
         left -= sizes[-1]
     oldest, last = 0 if full_history else _oldest_attended(prefix, sampling), len(sizes) - 1
     return tuple(
-        Chunk(i, start, size, i < given, start + size > oldest or start < sampling.sink, i == last)
+        Chunk(i, start, size, i < given, start + size > oldest or start < sampling.sink, i == last, held * (i == given))
         for i, (start, size) in enumerate(zip(accumulate(sizes, initial=0), sizes))
     )
 
@@ -135,6 +163,8 @@ def _oldest_attended(prefix: int, sampling: Sampling) -> int:
 def round_up_to_chunks(frames: int, sampling: Sampling, prefix: int = 0) -> int:
     """Latent frames rounded up so that the last chunk is a full one, as the model was trained."""
     _check_length(frames, prefix)
+    if sampling.holds_prefix:
+        prefix -= prefix % sampling.chunk
     first = sampling.chunk if prefix else sampling.first_chunk or sampling.chunk
     beyond = max(0, frames - prefix - first)
     return prefix + first + -(-beyond // sampling.chunk) * sampling.chunk

@@ -10,13 +10,14 @@ is not to be recache, the transition: renew, cut, or blend and how long it takes
 is words. A text without such a line is one prompt, whatever colons it has.
 
     parse(text, fps)        -> prompts, each with its start time
+    scene_texts(prompt)     -> what a model of several shots is told at a scene cut
     schedule(prompts, chunks, negative, guidance)    -> what `rollout` takes, once it is known where chunks begin
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from .plan import Chunk
 from .prompts import TRANSITIONS, PromptSchedule, TimedPrompt
 
 DEFAULT = "recache"
+SCENE_CUT = "The scene transitions. "  # how the captions of LongLive 2 begin in the first chunk of a shot
 MOST = 1_000_000  # seconds or chunks
 NUMBER = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 SECONDS, CHUNKS = re.compile(rf"(0(?=$)|{NUMBER}(?=s$))s?", re.I), re.compile("@([0-9]+)")
@@ -88,6 +90,16 @@ def parse(text: str, fps: float = 16.0) -> tuple[Prompt, ...]:
         if line.strip():
             prompts.append(_prompt(line, number, fps, prompts))
     return tuple(prompts)
+
+
+def scene_texts(prompt: Prompt) -> tuple[str, str] | None:
+    """(words for a shot's first chunk, words for its others); None where no shot begins.
+
+    One begins with a cut, and with words that say so themselves, as in the published captions.
+    """
+    caption = prompt.text.strip().removeprefix(SCENE_CUT.strip()).strip()
+    says_so = caption != prompt.text.strip()
+    return (SCENE_CUT + caption, caption) if caption and (says_so or prompt.start.transition == "cut") else None
 
 
 def is_schedule(text: str) -> bool:
@@ -223,19 +235,30 @@ def _check_order(words: list[Word], start_time: StartTime, before: list[Prompt])
         )
 
 
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Embeddings [B, tokens, text_dim] of a prompt, when they take over, and those for its first chunk if others."""
+
+    start: StartTime
+    embeds: Tensor
+    scene: Tensor | None = None
+
+
 def schedule(
-    prompts: Iterable[tuple[StartTime, Tensor]],
+    prompts: Sequence[EncodedPrompt],
     chunks: Sequence[Chunk],
     negative: Tensor | None = None,
     guidance: float = 1.0,
 ) -> PromptSchedule:
-    """Prompt schedule of start times and embeddings [B, tokens, text_dim], each starting with a chunk of the rollout.
+    """Prompt schedule of encoded prompts, each starting with a chunk of the rollout.
 
     Raises ValueError as `place` and `PromptSchedule` do.
     """
-    prompts = list(prompts)
-    frames = place([start for start, _ in prompts], chunks)
-    timed = [TimedPrompt(at, embeds, start.transition, start.blend) for at, (start, embeds) in zip(frames, prompts)]
+    frames = place([prompt.start for prompt in prompts], chunks)
+    timed = [
+        TimedPrompt(at, prompt.embeds, prompt.start.transition, prompt.start.blend, prompt.scene)
+        for at, prompt in zip(frames, prompts)
+    ]
     return PromptSchedule(tuple(timed), negative, guidance)
 
 

@@ -6,6 +6,9 @@
     blend     embeddings go over from the old prompt to the new one; the window stays as it is
 
 Source of recache and renew: LongLive, arXiv 2509.22622 (KV recache).
+
+Models of several shots (LongLive 2) read nothing again: to them recache and renew change the words alone, and a cut is
+a scene cut (wan/shot_cache.py). Of a shot's first chunk they are told in words, too, that the scene changes.
 """
 
 from __future__ import annotations
@@ -36,12 +39,14 @@ class TimedPrompt:
     embeds      prompt embeddings [B, tokens, text_dim]
     transition  one of TRANSITIONS; of no consequence for the first prompt
     blend       latent frames that "blend" takes
+    scene       embeddings [B, tokens, text_dim] for its first chunk, where the words of that are others
     """
 
     start: int
     embeds: Tensor
     transition: str = "recache"
     blend: int = 0
+    scene: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.transition not in TRANSITIONS:
@@ -96,7 +101,10 @@ class PromptSchedule:
 
     def to(self, device: torch.device) -> PromptSchedule:
         """The same with its embeddings on a device."""
-        prompts = tuple(replace(prompt, embeds=prompt.embeds.to(device)) for prompt in self.prompts)
+        prompts = tuple(
+            replace(p, embeds=p.embeds.to(device), scene=None if p.scene is None else p.scene.to(device))
+            for p in self.prompts
+        )
         return replace(self, prompts=prompts, negative=None if self.negative is None else self.negative.to(device))
 
     @property
@@ -117,19 +125,19 @@ class PromptSchedule:
         """Forwards side by side: one, or two with guidance."""
         return 2 if self.is_guided else 1
 
-    @property
-    def rereads(self) -> bool:
-        """Whether finished frames are needed again at a switch."""
-        return any(prompt.transition in REREADING for prompt in self.prompts[1:])
-
     def number_at(self, frame: int) -> int:
         """Index of the prompt that a chunk starting at `frame` follows."""
         return sum(prompt.start <= frame for prompt in self.prompts) - 1
 
-    def embeds_at(self, frame: int) -> tuple[tuple[int, float], Tensor]:
-        """What a chunk starting at `frame` follows: (prompt's index, share of it blended in), and embeddings."""
+    def embeds_at(self, frame: int, opens: bool = False) -> tuple[tuple[int, float], Tensor]:
+        """What a chunk starting at `frame` follows: (prompt's index, share of it blended in), and embeddings.
+
+        opens  whether it is the first chunk of its prompt
+        """
         number = self.number_at(frame)
         prompt = self.prompts[number]
+        if opens and prompt.scene is not None:
+            return (number, 0.0), prompt.scene
         share = min(1.0, (frame - prompt.start + 1) / prompt.blend) if number and prompt.transition == "blend" else 1.0
         if share == 1.0:
             return (number, share), prompt.embeds

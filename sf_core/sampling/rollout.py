@@ -5,7 +5,8 @@
         x = noise                       (over a source clip, for video to video)
         for each step of the list:
             x0 = denoise x, attending to the window
-            x = x0 with fresh noise, less of it
+            x = x0 with fresh noise, less of it     (or what another solver makes of x and x0)
+        (the sampler: or several chunks at once, see SAMPLERS)
         yield chunk, x0
         context.append(chunk, x0)       keys and values of the clean chunk enter the cache
 
@@ -23,11 +24,12 @@ import torch
 from torch import Tensor
 
 from ..wan.model import Network
-from .context import Context, Reencode
+from .context import Context, Reencode, Unfinished
 from .noise import Noise
 from .plan import Chunk, Plan
 from .prompts import PromptSchedule
 from .schedule import Step, add_noise
+from .unipc import UniPC
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,52 @@ def _generate(
     reencode: Reencode | None,
     on_step: OnStep | None,
 ) -> Iterator[tuple[Chunk, Tensor]]:
-    context = Context(network, plan, prompts, reencode)
+    context, sample = Context(network, plan, prompts, reencode), SAMPLERS[plan.sampling.sampler]
     for chunk in plan.chunks:
-        context.enter(chunk)
-        if chunk.given:
-            x0 = context.part(prefix, chunk)
-        else:
-            begin = context.part(source, chunk)
-            x0 = denoise(context, plan.steps(chunk), context.noise(noise, chunk), begin, on_step)
+        context.enter(chunk, prefix)
+        x0 = context.part(prefix, chunk) if chunk.given else sample(context, noise, source, on_step)
         yield chunk, x0
         context.append(chunk, x0)
+
+
+def sample_chunk(context: Context, noise: Noise, source: Tensor | None, on_step: OnStep | None) -> Tensor:
+    """One chunk after the other: clean latents of the one under way, all its steps at once."""
+    chunk = context.chunk
+    steps, begin = context.plan.steps(chunk), context.part(source, chunk)
+    return denoise(context, steps, context.noise(noise, chunk), begin, on_step)
+
+
+def sample_rolling(context: Context, noise: Noise, source: Tensor | None, on_step: OnStep | None) -> Tensor:
+    """Rolling Forcing: chunks are denoised together, each one step further than the next; one forward finishes one.
+
+    Clean latents of the oldest chunk under way. Source: arXiv 2509.25161.
+    """
+    ahead, chunks = context.ahead, context.plan.chunks
+    while True:
+        newest = ahead[-1].chunk.index if ahead else context.chunk.index - 1
+        if newest + 1 < len(chunks):
+            ahead.append(begin_chunk(context, chunks[newest + 1], noise, source))
+        x0s = context.predict_ahead()
+        for part, x0 in zip(ahead, x0s):
+            part.done += 1
+            if part.done < len(part.steps):
+                part.x = add_noise(x0, part.noise(part.done), part.step.sigma)
+        oldest = ahead[0]
+        if on_step is not None:
+            total = context.plan.total_steps
+            on_step(Progress(oldest.chunk, oldest.done, len(oldest.steps), total, x0s[0]))
+        if oldest.done == len(oldest.steps):
+            ahead.pop(0)
+            return x0s[0]
+
+
+def begin_chunk(context: Context, chunk: Chunk, noise: Noise, source: Tensor | None) -> Unfinished:
+    """A chunk at its first step, from noise or a noised source."""
+    steps, draw, begin = context.plan.steps(chunk), context.noise(noise, chunk), context.part(source, chunk)
+    return Unfinished(chunk, steps, draw, draw(0) if begin is None else add_noise(begin, draw(0), steps[0].sigma))
+
+
+SAMPLERS = {"chunks": sample_chunk, "rolling": sample_rolling}
 
 
 def denoise(
@@ -110,6 +148,7 @@ def denoise(
     gradient  whether the last step carries gradient, as training wants it; the cache is then left alone
     """
     x = noise(0) if source is None else add_noise(source, noise(0), steps[0].sigma)
+    solve = SOLVERS[context.plan.sampling.solver](steps, noise)
     for i, step in enumerate(steps):
         learns = gradient and i + 1 == len(steps)
         with torch.set_grad_enabled(learns):
@@ -117,8 +156,24 @@ def denoise(
         if on_step is not None:
             on_step(Progress(context.chunk, i + 1, len(steps), context.plan.total_steps, x0))
         if i + 1 < len(steps):
-            x = add_noise(x0, noise(i + 1), steps[i + 1].sigma)
+            x = solve(i, x, x0)
     return x0
+
+
+def renoise(steps: tuple[Step, ...], noise: Callable[[int], Tensor]) -> Solver:
+    """The few-step sampler: the guess of the clean latents, with fresh noise of the next level."""
+    return lambda i, x, x0: add_noise(x0, noise(i + 1), steps[i + 1].sigma)
+
+
+def unipc(steps: tuple[Step, ...], noise: Callable[[int], Tensor]) -> Solver:
+    """UniPC, which draws no noise but the first."""
+    return UniPC(steps)
+
+
+Solver = Callable[[int, Tensor, Tensor], Tensor]
+"""(i, x_t, guess of the clean latents) at step i -> x_t at step i + 1."""
+
+SOLVERS = {"renoise": renoise, "unipc": unipc}
 
 
 def _check(network: Network, plan: Plan, prompts: PromptSchedule, prefix: Tensor | None, source: Tensor | None) -> None:

@@ -34,6 +34,11 @@ class WanConfig:
     def head_dim(self) -> int:
         return self.dim // self.heads
 
+    @property
+    def space(self) -> int:
+        """Pixels to a latent pixel, of the autoencoder that belongs to the model: Wan 2.2's has 48 channels."""
+        return 16 if self.channels == 48 else 8
+
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of `height` x `width` latent pixels (2 x 2 patches)."""
         return (height // 2) * (width // 2)

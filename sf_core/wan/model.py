@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -287,6 +287,7 @@ class Network:
     ops        parts of a block, plain or compiled, and how they are called
     autocast   dtype of torch.autocast around a forward; None: without. Training keeps float32 weights and computes in
                bfloat16 this way
+    memory     layers that write finished chunks into the cache, where the model has a network for that (SGF+)
     """
 
     wan: Wan
@@ -294,6 +295,12 @@ class Network:
     attention: Attention = sdpa
     ops: BlockOps = EAGER
     autocast: torch.dtype | None = None
+    memory: Wan | None = None
+
+    @property
+    def writer(self) -> Network:
+        """The network that writes the cache: this one, or that of the memory."""
+        return self if self.memory is None else replace(self, wan=self.memory, memory=None)
 
     @property
     def config(self) -> WanConfig:

@@ -28,7 +28,7 @@ from sf_core.checkpoints.tensorfiles import TensorFile
 from sf_core.memory import MemoryPlan
 from sf_core.pipeline import loaded_weight_bytes
 from sf_core.sampling.config import Sampling
-from sf_core.sampling.families import FAMILIES, PATTERNS, guess_family
+from sf_core.sampling.families import FAMILIES, KINDS, MODELS, guess_family
 from sf_core.sampling.plan import Plan
 from sf_core.wan.attention import FullAttention
 from sf_core.wan.config import WanConfig
@@ -411,7 +411,7 @@ def test_describe_agrees_with_loading(tmp_path):
     torch.save({"generator": weights()}, tmp_path / "longlive_base.pt")
     about, checkpoint = describe(tmp_path / "longlive_base.pt"), load_checkpoint(tmp_path / "longlive_base.pt")
     facts = vars(checkpoint)
-    assert len(facts.pop("state_dict")) == about.tensors
+    assert len(facts.pop("state_dict")) == about.tensors and facts.pop("memory") is None
     assert facts == vars(about)
     assert "generator" in about.source
 
@@ -460,7 +460,7 @@ NAMES = {
     "causal-forcing++/framewise-1step.pt": "causal-forcing-1step",
     "causal_forcing_framewise_bf16.safetensors": "causal-forcing-framewise",
     "causal_forcing_chunkwise_fp8_scaled.safetensors": "causal-forcing",
-    "chunkwise/longvideo.pt": "rolling-forcing",
+    "chunkwise/longvideo.pt": "causal-forcing-long",
     "Wan2_1-T2V-1_3B-LongLive_fp16.safetensors": "longlive",
     "longlive_models/longlive_base.pt": "longlive",
     "Reward-Forcing-T2V-1.3B/rewardforcing.pt": "reward-forcing",
@@ -493,8 +493,9 @@ def test_chosen_family_wins_over_the_name(tmp_path):
 
 
 def test_every_pattern_leads_to_a_family():
-    assert {family for _, family in PATTERNS} == FAMILIES.keys()
-    assert guess_family("model_final_v2.safetensors") == ("self-forcing", None)
+    kinds = {family for patterns in KINDS.values() for _, family in patterns}
+    assert {model for _, model in MODELS} | kinds == FAMILIES.keys()
+    assert guess_family("model_final_v2.safetensors") == ("self-forcing", None, "")
 
 
 def test_bidirectional_causvid_is_not_taken_for_the_causal_one():
@@ -674,7 +675,7 @@ BAD = {
         lambda p: changed(p, blocks__1__ffn__2__bias=torch.ones(64)),
         "whose blocks.1.ffn.2.bias has the shape [64]",
     ),
-    "wrong_rank.safetensors": (lambda p: changed(p, patch_embedding__weight=torch.ones(128, 64)), "has the shape"),
+    "wrong_rank.safetensors": (lambda p: changed(p, patch_embedding__weight=torch.ones(128, 63)), "has the shape"),
     "no_heads.safetensors": (lambda p: save_file(weights(replace(SMALL, dim=96)), p), "how many heads"),
     "wrong_heads.safetensors": (
         lambda p: save_file(weights(), p, {"config": '{"transformer": {"num_heads": 7}}'}),

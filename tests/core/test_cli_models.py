@@ -129,6 +129,61 @@ def test_family_preset_and_options_decide_the_sampling(make, options, expected):
     assert {name: report["sampling"][name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("options", [[], ["--fp8"]], ids=["plain", "fp8"])
+def test_offloaded_blocks_make_the_same_frames(make, options):
+    report, frames, _ = make(*MODEL, *TINY, *options, "--offload")
+    _, expected, _ = make(*MODEL, *TINY, *options, name="other/")
+    assert report["offload"] and torch.equal(frames, expected)
+
+
+def test_every_rule_can_be_asked_for(make):
+    report, frames, _ = make(
+        *MODEL, *TINY, "--window", "6", "--sink", "3", "--pinned", "--position-range", "9", "--sink-decay", "0.9",
+        "--bank", "2", "--bank-interval", "1", "--bank-selected", "3", "--rope-jitter", "0.5",
+    )  # fmt: skip
+    asked = {"position_range": 9, "sink_decay": 0.9, "rope_jitter": 0.5}
+    assert {name: report["sampling"][name] for name in asked} == asked
+    assert report["sampling"]["bank"]["frames"] == 2 and report["sampling"]["bank"]["selected"] == 3
+    assert frames.shape == (13, 48, 32, 3)
+    rolled, _, _ = make(*MODEL, *TINY, "--sampler", "rolling", "--preset", "fast", name="other/")
+    assert (rolled["sampling"]["sampler"], rolled["sampling"]["window"]) == ("rolling", 12)
+
+
+def test_a_file_with_a_network_for_its_memory(make, files):
+    """Its frames are those of both networks, and not of the one that denoises alone."""
+    state, memory = checkpoints.weights(), checkpoints.weights(seed=1)
+    named = {
+        f"{n.rpartition('.')[0]}.memory_{n.rpartition('.')[2]}" if n.startswith("blocks.") else f"memory_{n}": t
+        for n, t in memory.items()
+    }
+    torch.save({"generator_ema": state | named}, "sgf-plus_chunkwise.pt")
+    torch.save({"generator_ema": state}, "self-gradient-forcing_chunkwise.pt")
+    text = ("--text-encoder", "umt5.safetensors", *TINY)
+    report, both, said = make("--model", "sgf-plus_chunkwise.pt", *text)
+    assert "Sampled as sgf-plus" in said and report["sampling"]["position_range"] == 12
+    _, one, _ = make("--model", "self-gradient-forcing_chunkwise.pt", *text, name="other/")
+    assert torch.equal(both[:1], one[:1]) and not torch.equal(both, one)
+
+
+def test_a_form_that_only_comfyui_computes_with_is_refused(files, capsys):
+    marked(files / "Wan2.1-T2V-1.3B-Self-Forcing-NVFP4.safetensors")
+    model = ("--model", "Wan2.1-T2V-1.3B-Self-Forcing-NVFP4.safetensors", "--text-encoder", "umt5.safetensors")
+    assert main(["generate", PROMPT, "--out", "clip.mp4", *SIZE, *model, *TINY]) != 0
+    assert "quantised as nvfp4; only ComfyUI's own layers compute with that" in capsys.readouterr().err
+    assert main(["info", model[1]]) == 0
+    shown = capsys.readouterr().out
+    assert "family    self-forcing" in shown and "Quantised as nvfp4" in shown
+
+
+def marked(path):
+    """A model with one layer in nvfp4, as ComfyUI marks it."""
+    state = checkpoints.weights(dtype=torch.bfloat16)
+    layer, mark = "blocks.0.ffn.0", torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    state[f"{layer}.weight"] = torch.zeros(64, 64, dtype=torch.uint8)
+    scales = {"weight_scale": torch.zeros(64, 8, dtype=torch.uint8), "weight_scale_2": torch.ones(())}
+    save_file(state | {f"{layer}.{name}": t for name, t in {"comfy_quant": mark, **scales}.items()}, path)
+
+
 def test_a_lora_is_merged_into_the_model(make, files):
     q = "blocks.0.ffn.0"
     pair = {
@@ -354,7 +409,7 @@ def test_every_option_that_is_suggested_fits(limit):
 
 
 def test_single_options_first_then_together_then_a_smaller_size():
-    alone = "Use --tile 256 (7.2 GiB), --taehv instead of --vae (6.5 GiB), or a smaller size."
+    alone = "Use --tile 256 (7.2 GiB), --taehv instead of --vae (6.5 GiB), --offload (7.9 GiB), or a smaller size."
     assert memory.advise(plan(), 8 * 2**30) == alone
     assert "--fp8-cache + --fp8 + --taehv instead of --vae (" in memory.advise(plan(), 4 * 2**30)
     assert re.match(r"Use a smaller size: even .* is too much", memory.advise(plan(), 2**30))

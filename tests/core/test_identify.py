@@ -269,5 +269,5 @@ def test_a_vae_that_is_not_whole_is_refused(tmp_path, state, what):
 
 def test_a_taehv_of_another_model_is_refused(tmp_path):
     save_file(taehvs.autoencoder(taehvs.TAEW2_2).state_dict(), tmp_path / "taew2_2.safetensors")
-    with pytest.raises(CheckpointError, match="latents of 48 channels; the model makes 16. Use .*taew2_1"):
+    with pytest.raises(CheckpointError, match="latents of 48 channels; the model makes 16. Get .*taew2_1"):
         load_autoencoder(tmp_path / "taew2_2.safetensors", TAEHV, 16)

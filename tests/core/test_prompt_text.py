@@ -14,7 +14,16 @@ from sf_core.cli.evaluate import ask
 from sf_core.sampling.config import PRESETS, Sampling
 from sf_core.sampling.noise import SeededNoise
 from sf_core.sampling.plan import cut_into_chunks
-from sf_core.sampling.prompt_text import Prompt, StartTime, explain_unscheduled, parse, parse_start, place, schedule
+from sf_core.sampling.prompt_text import (
+    EncodedPrompt,
+    Prompt,
+    StartTime,
+    explain_unscheduled,
+    parse,
+    parse_start,
+    place,
+    schedule,
+)
 from sf_core.tiny import detect
 from tests.core.rolling import roll_out
 
@@ -209,7 +218,8 @@ def test_built_in_model_follows_a_new_prompt_within_two_chunks_and_the_old_one_u
     _, first = ask(n, 0)
     after, then = ask(n, 1)
     wan, text, vae = tiny.load_transformer(), tiny.load_text_encoder(), tiny.load_autoencoder()
-    shots = [(StartTime(), text.encode(first)), (StartTime(switch // 3, in_chunks=True), text.encode(then))]
+    later = StartTime(switch // 3, in_chunks=True)
+    shots = [EncodedPrompt(StartTime(), text.encode(first)), EncodedPrompt(later, text.encode(then))]
 
     def video(prompt, frames):
         return roll_out(wan, sampling, prompt, noise, frames, 8, 8)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 HERE = Path(__file__).parent
 FORWARDS = ("kv.", "bidir.", "train.context", "train_nfb3.", "train_indep_local5.", "train_tf_aug.")
@@ -34,6 +35,17 @@ EVERY = 29  # of gradients, every 29th entry is kept; a prime, so that it meets 
 FACTS = (
     "dmd_exit0", "dmd_exit1", "dmd_exit3", "dmd_exit1_detachedkv", "dmd_pure", "sid_pure", "critic_loss",
     "gan_critic(non-rel, r1=r2=1)", "gan_critic(relativistic, r1=r2=1)",
+)  # fmt: skip
+CALL = ("first_frame", "rope_offset", "slots")  # what is kept of a forward of LongLive 2.0
+LEFT_OUT = ("nvfp4.matmul", "nvfp4.x", "lora.blocks.0", "lora.blocks.1.cross_attn", "lora.blocks.1.ffn.2.lora")
+FACT = (
+    "batch", "chunk", "frames", "guidance_scale", "inference_overrides", "initial_frames", "multi_shot_rope_offset",
+    "multi_shot_sink", "prompt_texts", "prompts", "sampling_steps", "sink", "window", "config", "quirk",
+)  # fmt: skip
+CHANNELS = 4  # of the newer families' latents, every fourth channel is kept
+FAMILY_FACTS = (
+    "case", "chunk", "steps", "window_frames", "sink_frames", "decay", "position_mode", "train_frames", "bank_frames",
+    "record_interval", "pipeline", "SMA", "do_not_reproduce", "source",
 )  # fmt: skip
 NUMBERS = ("loss", "grad_norm", "D", "r1", "r2")
 
@@ -101,6 +113,68 @@ def training_facts(source: Path, tensors: dict) -> dict:
     return facts | {"every": EVERY, "critic": {"exit": int(tensors["critic.draw2.randint"][0])}}
 
 
+def longlive2_rollouts(source: Path) -> tuple[dict, dict]:
+    """Of each rollout of LongLive 2.0 the last two frames, which depend on all before, and what was recorded of it.
+
+    Noise, prompts and given latents are drawn by name: see tests/core/longlive2.py.
+    """
+    kept, facts = {}, {}
+    for name, entry in json.loads((source / "manifest.json").read_text()).items():
+        for case, fact in entry.get("meta", {}).get("cases", {}).items():
+            tensors = load_file(source / f"{name}.safetensors")
+            kept[f"{case}.latents"] = tensors[f"{case}.latents"][:, -2:].clone()
+            if f"{case}.negative_embeds" in tensors:
+                kept[f"{case}.negative_embeds"] = tensors[f"{case}.negative_embeds"]
+            positive = [call for call in fact.pop("calls") if call["cond"] == "pos"]
+            ends = {(call["chunk"], call["t"] == 0): call for call in reversed(positive)}
+            seen = [{key: ends[at][key] for key in CALL} for at in sorted(ends)]
+            facts[case] = {"file": name, "calls": seen} | {key: fact[key] for key in FACT if key in fact}
+    return kept, facts
+
+
+def longlive2_parts(source: Path) -> dict:
+    """UniPC alone, cached forwards of one video, the Wan 2.2 VAE, a LoRA and NVFP4."""
+    schedule, vae, other = (
+        load_file(source / f"{name}.safetensors") for name in ("h0_sched_forward", "h7_vae", "h8_names_lora_nvfp4")
+    )
+    unipc = {name: t for name, t in schedule.items() if name.startswith("unipc.") and not name.endswith(".x")}
+    forwards = {
+        name: t[:1].clone() for name, t in schedule.items() if name.startswith("fwd.") and ".cache_v" not in name
+    }
+    kept = {name: vae[name] for name in ("decode.z", "decode2.z", "encode.latent", "encode1.latent", "mean", "std")}
+    kept |= {"encode.pixels": vae["encode.pixels"], "decode2.pixels_fresh": vae["decode2.pixels_fresh"]}
+    kept["decode.pixels"] = vae["decode.pixels"][:, ::VAE_FRAMES].clone()
+    other = {name: t for name, t in other.items() if not name.startswith(LEFT_OUT)}
+    other |= {name: t[::2].clone() for name, t in other.items() if name.endswith(".dequantized_f32")}
+    return unipc | forwards | {f"vae.{name}": t for name, t in kept.items()} | other
+
+
+def family_part(name: str, tensor: Tensor) -> Tensor:
+    """What is kept of an output of the newer families: every fourth channel of latents, every 29th entry of caches."""
+    return (tensor[:, :, ::CHANNELS] if name == "latents" else tensor.flatten()[::EVERY]).clone()
+
+
+def family_facts(manifest: dict) -> dict:
+    """What the manifest tells of each case, without its calls; of a rolling draw its frames and those that are used."""
+    facts = {}
+    for case, entry in manifest.items():
+        facts[case] = {name: value for name, value in entry["meta"].items() if name in FAMILY_FACTS}
+        if "draws" in entry["meta"]:
+            batch = entry["meta"]["case"].get("B", 1)
+            drawn = entry["meta"]["draws"]
+            facts[case]["draws"] = [[draw["shape"][0] // batch, *draw["used_frames"]] for draw in drawn]
+    return facts
+
+
+def family_cases(source: Path, facts: dict) -> dict:
+    kept = {}
+    for case in facts:
+        outputs = load_file(source / f"{case}.safetensors")
+        names = [name for name in outputs if name == "latents" or name.startswith("final_")]
+        kept |= {f"{case}.{name}": family_part(name, outputs[name]) for name in names}
+    return kept
+
+
 def main(source: Path) -> None:
     def read(name: str) -> dict:
         return load_file(source / f"{name}.safetensors")
@@ -111,10 +185,17 @@ def main(source: Path) -> None:
     save_file(vae_cases(read("g4_vae")), HERE / "g4_vae.safetensors")
     save_file(read("g6_scheduler"), HERE / "g6_scheduler.safetensors")
     save_file(rollout_cases(read("g8_longlive"), LONGLIVE), HERE / "g8_longlive.safetensors")
+    rollouts, facts = longlive2_rollouts(source / "longlive2")
+    save_file(rollouts | longlive2_parts(source / "longlive2"), HERE / "longlive2.safetensors")
+    (HERE / "longlive2.json").write_text(json.dumps(facts) + "\n")
     training = read("g7_training")
     save_file(training_cases(training), HERE / "g7_training.safetensors")
     facts = json.dumps(training_facts(source, training), indent=1)
     (HERE / "g7_training.json").write_text(facts + "\n")
+    facts = family_facts(json.loads((source / "families" / "manifest.json").read_text()))
+    save_file(family_cases(source / "families", facts), HERE / "families.safetensors")
+    lines = ",\n".join(f"{json.dumps(case)}: {json.dumps(about)}" for case, about in facts.items())
+    (HERE / "families.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,108 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).square().mean() / b.square().mean()).sqrt().item()
 
 
+# --- Quantised in ComfyUI's own forms --------------------------------------------------------------------------------
+
+
+def quantised_file(weights: dict, form: str, **settings) -> dict:
+    """The weights as ComfyUI's own quantiser makes them, each layer with its mark."""
+    import comfy.quant_ops as quant
+
+    out = dict(weights)
+    layout = quant.get_layout_class(quant.QUANT_ALGOS[form]["comfy_tensor_layout"])
+    for name in [name for name, tensor in weights.items() if name.startswith("blocks.") and tensor.ndim == 2]:
+        data, params = layout.quantize(weights[name].bfloat16(), **settings)
+        layer = name.removesuffix(".weight")
+        scales = {"weight_scale": params.scale}
+        if form == "nvfp4":
+            scales = {"weight_scale": params.block_scale, "weight_scale_2": params.scale}
+        raw = {key: scale.view(torch.uint8) if scale.dtype.itemsize == 1 else scale for key, scale in scales.items()}
+        mark = torch.tensor(list(json.dumps({"format": form, **settings}).encode()), dtype=torch.uint8)
+        out |= {name: data, f"{layer}.comfy_quant": mark, **{f"{layer}.{key}": scale for key, scale in raw.items()}}
+    return out
+
+
+FORMS = {
+    "int8_tensorwise": {},
+    "int8 with convrot": {"convrot": True, "convrot_groupsize": 64, "per_channel": True},
+    "nvfp4": {},
+    "mxfp8": {},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quantised_layers_are_handed_on_as_they_are(call, folder, sample, exact, form):
+    import comfy.quant_ops as quant
+    import nodes
+
+    algorithm, settings = "int8_tensorwise" if form.startswith("int8") else form, FORMS[form]
+    if algorithm not in quant.QUANT_ALGOS:
+        pytest.skip(f"this ComfyUI does not know {algorithm}")
+    file = save(
+        folder, "self_forcing_quantised.safetensors", quantised_file(wan_weights(), algorithm, **settings), CAUSAL
+    )
+    model = call("LoadModel", file, "auto", "auto")
+    weight = model.model.diffusion_model.blocks[0].ffn[0].weight
+    assert isinstance(weight, quant.QuantizedTensor)
+    assert torch.equal(
+        weight._qdata.view(torch.uint8),
+        load_file(folder / "diffusion_models" / file)["blocks.0.ffn.0.weight"].view(torch.uint8),
+    )
+    stock = nodes.UNETLoader().load_unet(file, "default")[0]
+    assert torch.equal(sample(model), sample(stock))
+    assert relative_error(sample(model), exact) < 0.35
+    with pytest.raises(ValueError, match="Got the precision bf16 .*Set precision to auto"):
+        call("LoadModel", file, "auto", "bf16")
+
+
+def test_forms_that_the_host_does_not_know_are_refused(call, folder):
+    weights, mark = wan_weights(), {"format": "convrot_w4a4", "convrot_groupsize": 256}
+    weights["blocks.0.ffn.0.weight"] = torch.zeros(256, 64, dtype=torch.uint8)
+    weights["blocks.0.ffn.0.comfy_quant"] = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+    weights["blocks.0.ffn.0.weight_scale"] = torch.ones(256, 2)
+    file = save(folder, "self_forcing_w4a4.safetensors", weights, CAUSAL)
+    with pytest.raises(ValueError, match="quantised as convrot_w4a4; this ComfyUI knows .*Update ComfyUI"):
+        call("LoadModel", file, "auto", "auto")
+
+
+def test_a_preferred_attention_is_handed_on(call, folder, monkeypatch):
+    """Layers that know none of it leave it out."""
+    import comfy.sd
+
+    seen, load = {}, comfy.sd.load_diffusion_model_state_dict
+
+    def watch(state, **settings):
+        seen.update(state)
+        return load(state, **settings)
+
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", watch)
+    choice = torch.tensor(list(b'{"preferred_attention": "sage"}'), dtype=torch.uint8)
+    weights = wan_weights() | {"blocks.1.self_attn.comfy_attention.config": choice}
+    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in weights.items()}
+    call("LoadModel", save(folder, "self_forcing.safetensors", prefixed, CAUSAL), "auto", "auto")
+    assert torch.equal(seen["blocks.1.self_attn.comfy_attention.config"], choice)
+
+
+def test_a_model_with_a_network_for_its_memory_makes_what_the_core_makes(call, folder, sample, prompt):
+    from any_folder_name.sf_core.autoencoders.wan_vae import from_model_space
+    from any_folder_name.sf_core.sampling.families import FAMILIES
+
+    memory = wan_weights(seed=1)
+    named = {
+        f"{name.rpartition('.')[0]}.memory_{name.rpartition('.')[2]}"
+        if name.startswith("blocks.")
+        else f"memory_{name}": t
+        for name, t in memory.items()
+    }
+    model = call("LoadModel", save(folder, "sgf-plus_chunkwise.pt", wan_weights() | named), "auto", "auto")
+    long = {"samples": torch.zeros(1, 16, 9, 4, 4)}
+    got = sample(model, latent=long)
+    wanted = core_latents(core_model(), FAMILIES["sgf-plus"].sampling, prompt[0][0], 9, 4, 4, memory=core_model(memory))
+    assert relative_error(got, from_model_space(wanted)) < 1e-3
+    alone = core_latents(core_model(), FAMILIES["sgf-plus"].sampling, prompt[0][0], 9, 4, 4)
+    assert relative_error(got, from_model_space(alone)) > 1e-2
+
+
 # --- Load Self Forcing Model -----------------------------------------------------------------------------------------
 
 
@@ -413,9 +515,9 @@ def test_lighttae_reads_raw_latents(call, folder):
 
 
 def test_tiny_autoencoders_of_other_models_are_refused(call, folder):
-    save_taehv(folder, "taew2_2.safetensors", weights=taehv_weights(channels=48))
-    with pytest.raises(ValueError, match="latents of 48 channels.*Use taew2_1"):
-        call("LoadTAEHV", "taew2_2.safetensors")
+    save_taehv(folder, "taehv1_5.safetensors", weights=taehv_weights(channels=32))
+    with pytest.raises(ValueError, match="latents of 32 channels; the model makes 16 or 48.*Get taew2_1"):
+        call("LoadTAEHV", "taehv1_5.safetensors")
     save_taehv(folder, "taesd.safetensors", weights={"taesd_decoder.1.weight": torch.zeros(64, 4, 3, 3)})
     with pytest.raises(ValueError, match="Got taesd.safetensors, a TAESD.*a TAEHV .* is needed here"):
         call("LoadTAEHV", "taesd.safetensors")

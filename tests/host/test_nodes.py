@@ -352,7 +352,8 @@ def test_memory_for_model_and_cache_is_asked_for(tiny, sample, monkeypatch):
     )
     sample(window=6), sample(window=4)
     frame = 2 * 6 * 16 * 160 * 4  # keys and values, layers, tokens, dim, bytes
-    assert asked[0] - asked[1] == 2 * frame
+    sink = frame // 2  # in a window that moves, its pinned sink keeps the keys that it began with
+    assert asked[0] - asked[1] == 2 * frame - sink
 
 
 def test_decode_streams_with_progress(call, tiny, sample, progress):

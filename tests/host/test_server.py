@@ -22,6 +22,8 @@ LENGTHS = {
     "wan_long_video": 961,
     "wan_continue_video": 161,
     "wan_upscale_interpolate": 162,
+    "wan22_longlive2_text_to_video": 253,
+    "wan22_longlive2_image_to_video": 125,
 }
 SIDES = {"tiny_upscale": 256, "wan_upscale_interpolate": 128}  # pixels; 64 where it is not named
 
