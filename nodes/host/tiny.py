@@ -105,7 +105,7 @@ class TextModel(nn.Module):
 
 def words_left_out(clip: comfy.sd.CLIP, text: str) -> list[str]:
     """`TextModel.left_out` of a prompt for the built-in text encoder; nothing for other ones."""
-    model = clip.cond_stage_model
+    model = getattr(clip, "cond_stage_model", None)
     return model.left_out(text) if isinstance(model, TextModel) else []
 
 

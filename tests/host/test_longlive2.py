@@ -225,7 +225,7 @@ def test_stream(call, model, vae, prompt, folder, kind):  # noqa: F811
     if kind == "taehv":
         vae = call("LoadTAEHV", save_taehv(folder, "taew2_2.safetensors", weights=taehv_weights(channels=48)))
     latent = latent_of(call, model)
-    frames, latents = call(
+    frames, latents, *_ = call(
         "Stream", model=model, positive=prompt, latent=latent, vae=vae, seed=0, fps=24.0, preset="auto", file="", keep=0
     )
     assert frames.shape == (61, 32, 64, 3) and latents["samples"].shape == (1, 48, 16, 2, 4)

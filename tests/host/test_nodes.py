@@ -498,7 +498,7 @@ def test_latents_of_another_model_are_refused_by_decode(call, tiny):
 
 @pytest.mark.parametrize(
     ("width", "height", "hint"),
-    [(70, 64, "64 x 64"), (64, 1, "height 1; it is a number from 16 to"), (833, 481, "832 x 480")],
+    [(70, 64, "64 x 64"), (64, 1, "64 x 16"), (833, 481, "832 x 480")],
 )
 def test_odd_sizes_are_refused_with_the_nearest_one(call, width, height, hint):
     with pytest.raises(ValueError, match=hint):
