@@ -308,14 +308,14 @@ def _fits(config, plan, parameters: int, dtype, free: int | None) -> dict:
     """What a video takes with each decoder, the longest window that has room, and what would mend the lack of it."""
     from dataclasses import replace
 
-    from ..memory import TAEHV, TILE, WAN_VAE, MemoryPlan, advise
+    from ..memory import TAEHV, WAN_VAE, MemoryPlan, advise
 
     vae = MemoryPlan(config, plan, dtype, parameters * dtype.itemsize, decoder=WAN_VAE)
     taehv = replace(vae, decoder=TAEHV)
     told = {
         "window": plan.window,
         "vae_bytes": vae.total,
-        "vae in tiles_bytes": replace(vae, tile=TILE).total,
+        "vae in tiles_bytes": replace(vae, tile=WAN_VAE.tile).total,
         "taehv_bytes": taehv.total,
         "taehv, --fp8 --fp8-cache_bytes": replace(taehv, fp8=True).with_fp8_cache().total,
     }
