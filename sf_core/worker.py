@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
 from queue import Queue
 from threading import Thread
 from typing import Generic, TypeVar
@@ -30,67 +32,76 @@ def run_beside(items: Iterable[Item], consume: Callable[[Iterator[Item]], Result
     consumer sees `Ended` and may still put its things in order, and the exception goes on once it has; where the
     consumer raises, or has enough, no more are made. Context variables are the caller's.
     """
-    worker = _Worker(consume, waiting)
-    made = iter(items)
+    worker, made = Worker(consume, waiting), iter(items)
     try:
         for item in made:
-            worker.handed.put(_Handed(item))
-            if worker.result.done():
+            if worker.is_done:
                 break
+            worker.put(item)
     except BaseException:
-        worker.handed.put(_Handed(error=True))
-        worker.join()
-        error = worker.result.exception()
-        if error is not None and not isinstance(error, Ended):
-            raise error from None
+        with suppress(Ended):
+            worker.close(is_cut_short=True)
         raise
     finally:
         if hasattr(made, "close"):
             made.close()
-    worker.handed.put(None)
-    worker.join()
-    return worker.result.result()
+    return worker.close()
 
 
-class _Handed(Generic[Item]):
-    """An item, or the news that there will be none."""
+class Worker(Generic[Item, Result]):
+    """A thread that runs `consume` over the items that are put into it, of which `waiting` may wait."""
 
-    def __init__(self, item: Item | None = None, error: bool = False) -> None:
-        self.item, self.error = item, error
+    def __init__(self, consume: Callable[[Iterator[Item]], Result], waiting: int = 2) -> None:
+        self._items: Queue[Item | _Last] = Queue(waiting)
+        self._last: _Last | None = None  # once the consumer has come to it
+        self._result: Future[Result] = Future()
+        self._thread = Thread(target=contextvars.copy_context().run, args=(self._run, consume), name="frames")
+        self._thread.start()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it takes no more items: it has enough, or has failed."""
+        return self._result.done()
 
-class _Worker(Generic[Item, Result]):
-    """A thread that consumes what is `handed` to it; None ends it."""
+    def put(self, item: Item) -> None:
+        """Hands over an item, once there is room. Raises what `consume` has raised."""
+        if self.is_done:
+            self._result.result()
+        self._items.put(item)
 
-    def __init__(self, consume: Callable[[Iterator[Item]], Result], waiting: int) -> None:
-        self.handed: Queue[_Handed[Item] | None] = Queue(waiting)
-        self.result: Future[Result] = Future()
-        self.is_over = False
-        self.thread = Thread(target=contextvars.copy_context().run, args=(self._run, consume), name="frames")
-        self.thread.start()
-
-    def join(self) -> None:
-        self.thread.join()
+    def close(self, is_cut_short: bool = False) -> Result:
+        """Ends the items and waits for the result. Raises what `consume` raises; it sees `Ended` where they are cut
+        short."""
+        self._items.put(_Last(is_cut_short))
+        self._thread.join()
+        return self._result.result()
 
     def _run(self, consume: Callable[[Iterator[Item]], Result]) -> None:
         try:
-            self.result.set_result(consume(self._items()))
+            self._result.set_result(consume(self._taken()))
         except BaseException as error:  # noqa: BLE001 - it is raised again in the other thread
-            self.result.set_exception(error)
-        while not self.is_over:  # nobody may wait for room in the queue of a consumer that has gone
-            self.is_over = self._is_last(self.handed.get())
+            self._result.set_exception(error)
+        while self._last is None:  # nobody may wait for room in the queue of a consumer that has gone
+            self._take()
 
-    def _items(self) -> Iterator[Item]:
-        while True:
-            handed = self.handed.get()
-            self.is_over = self._is_last(handed)
-            if handed is None:
-                return
-            if handed.error:
-                raise Ended("no more frames were made")
-            yield handed.item
-            del handed
+    def _taken(self) -> Iterator[Item]:
+        while self._last is None:
+            item = self._take()
+            if self._last is None:
+                yield item
+            del item  # it is the consumer's alone
+        if self._last.is_cut_short:
+            raise Ended("no more items were made")
 
-    @staticmethod
-    def _is_last(handed: _Handed[Item] | None) -> bool:
-        return handed is None or handed.error
+    def _take(self) -> Item | _Last:
+        item = self._items.get()
+        if isinstance(item, _Last):
+            self._last = item
+        return item
+
+
+@dataclass(frozen=True)
+class _Last:
+    """What is handed over in the end."""
+
+    is_cut_short: bool

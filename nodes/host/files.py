@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from queue import Queue
 
 import folder_paths
 from comfy.cli_args import args
@@ -16,9 +14,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...sf_core.video import save_video
+from ...sf_core.worker import Worker
 
 DRAWN = -1  # as a seed: another one for each run
-WAITING = 2  # pieces that wait for a slow encoder or disk before the rollout does
 SUBGRAPH_INPUT = "-10"  # the node that stands for a subgraph's inputs, in saved workflows
 
 
@@ -39,39 +37,24 @@ class Recorder:
     """
 
     def __init__(self, path: Path, fps: float, metadata: dict[str, str], length: int) -> None:
-        self.path, self.count = path, 0
-        self._pieces: Queue[Tensor | None] = Queue(WAITING)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._write, args=(fps, metadata, length), daemon=True)
-        self._thread.start()
+        self.path, self.count, self.is_begun = path, 0, False
+        settings = {"keep": True, "metadata": metadata, "length": length}
+        self.worker = Worker(lambda pieces: save_video(path, self._counted(pieces), fps, **settings))
 
     def add(self, frames: Tensor) -> None:
         """Hands over frames [T, H, W, 3] in 0..1. Raises what `save_video` has raised over earlier ones."""
-        if self._error is not None:
-            raise self._error
-        self._pieces.put(frames)
+        self.is_begun = True
+        self.worker.put(frames)
 
     def close(self) -> None:
-        """Ends the file, which is whole then. One without frames is none, and no error."""
-        if self._thread.is_alive():
-            self._pieces.put(None)
-            self._thread.join()
-            if self._error is not None and self.count:
-                raise self._error
+        """Ends the file, which is whole then. Raises what `save_video` raises; without frames there is no file."""
+        with nullcontext() if self.is_begun else suppress(ValueError):
+            self.worker.close()
 
-    def _write(self, fps: float, metadata: dict[str, str], length: int) -> None:
-        try:
-            save_video(self.path, self._frames(), fps, keep=True, metadata=metadata, length=length)
-        except BaseException as error:  # noqa: BLE001 - it is raised in `add` or `close`
-            self._error = error
-            while self._pieces.get() is not None:  # nobody may wait for room in it
-                pass
-
-    def _frames(self) -> Iterator[Tensor]:
-        while (piece := self._pieces.get()) is not None:
+    def _counted(self, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        for piece in pieces:
             yield piece
             self.count += len(piece)
-        self._pieces.put(None)  # for those who look for the end once more
 
 
 class Recording:

@@ -307,6 +307,18 @@ def test_a_disk_that_is_full_is_said_and_leaves_the_other_files(call, tiny, outp
     assert [path.name for path in sorted(output_folder.glob("*.mp4"))] == ["b_00001_.mp4", "b_00003_.mp4"]
 
 
+def test_a_file_that_fails_at_its_only_frames_is_an_error(call, tiny, output_folder, monkeypatch):
+    from any_folder_name.nodes.host import files
+
+    def full(path, frames, *args, **settings):
+        next(frames)
+        raise OSError(28, "Got a full disk")
+
+    monkeypatch.setattr(files, "save_video", full)
+    with pytest.raises(OSError, match="full disk"):
+        stream_outputs(call, tiny, call("Latent", 64, 64, 1, 0.0, 16.0, 1), file="b")
+
+
 # --- SAMPLER and SIGMAS ----------------------------------------------------------------------------------------------
 
 
