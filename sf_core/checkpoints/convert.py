@@ -9,7 +9,6 @@ in memory; LoRAs are merged, and matrices made float8, one by one on the way.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,6 @@ from .tensorfiles import DTYPES, CheckpointError, read_header
 PORTION = 2**29  # bytes
 SAID = ("config", "format", "_quantization_metadata")  # metadata that is written anew
 LICENCE = "licence"  # metadata
-PAGE = re.compile(r"huggingface\.co/[\w.-]+/[\w-]+(\.[\w-]+)*")
-LONGLIVE = "CC-BY-NC-SA-4.0 (the model card; its repository says Apache-2.0)"
-LICENCES = {  # of weights, as their pages say
-    **dict.fromkeys((name for name in FAMILIES if name.startswith(("self-forcing", "causal-forcing"))), "Apache-2.0"),
-    **dict.fromkeys((name for name in FAMILIES if name.startswith("longlive")), LONGLIVE),
-}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -122,8 +115,8 @@ class Conversion:
 
 def family_metadata(family: str) -> dict[str, str]:
     """Name of a family, licence of its weights, and where they come from."""
-    page = PAGE.search(FAMILIES[family].description)
-    return {FAMILY: family, LICENCE: LICENCES.get(family, "see its page"), **({"page": page.group()} if page else {})}
+    known = FAMILIES[family]
+    return {FAMILY: family, LICENCE: known.licence, "page": known.page}
 
 
 def write_checkpoint(path: Path, conversion: Conversion) -> None:

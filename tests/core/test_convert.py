@@ -96,7 +96,7 @@ def test_metadata_speaks_of_a_causal_model_its_family_and_licence(tmp_path, conv
     about = metadata_of(out)
     assert json.loads(about["config"])["transformer"]["causal_ar"] is True
     assert about["family"] == "longlive" and "CC-BY-NC-SA-4.0" in about["licence"]
-    assert about["page"] == "huggingface.co/Efficient-Large-Model/LongLive-1.3B"
+    assert about["page"].startswith("huggingface.co/Efficient-Large-Model/LongLive-1.3B")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
