@@ -18,6 +18,7 @@ from comfy_api.latest import InputImpl, Types, io
 from torch import Tensor
 
 from ...sf_core.autoencoders.stream import latent_frames, pixel_frames
+from ...sf_core.device import console_text
 from ...sf_core.sampling.rollout import Progress
 from ..inputs import StreamInputs
 from .decoding import StreamingDecoder, check_channels, streaming_decoder
@@ -164,9 +165,8 @@ class LiveVideo:
 
     def _tell_stopped(self, files: list[Path], frames: int, notes: Notes) -> None:
         names = ", ".join(output_name(path) for path in files)
-        log.warning(
-            "Self Forcing Stream was stopped; its first %d frames are in %s", frames, ", ".join(map(str, files))
-        )
+        paths = console_text(", ".join(map(str, files)))
+        log.warning("Self Forcing Stream was stopped; its first %d frames are in %s", frames, paths)
         notes.add(f"stopped: {frames} frames in {names}", first=True)
         list_output(self.node, self.outputs(files, frames))
 

@@ -169,7 +169,7 @@ def test_a_batch_makes_a_file_of_each_video_and_shows_any(page):
     )
     run(page)
     wait_for_film(page)
-    assert len(re.findall(r"_0000\d_\.mp4", json.dumps(last_outputs(page)))) == 3
+    assert len(re.findall(r"_000\d\d_\.mp4", json.dumps(last_outputs(page)))) == 3
     first = page.evaluate("film().src")
     page.evaluate("screenOf().querySelector('select[title*=batch]').focus()")
     page.keyboard.press("ArrowDown")
