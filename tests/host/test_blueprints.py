@@ -75,7 +75,7 @@ def add_by_search(page, name: str) -> None:  # noqa: F811
     page.wait_for_timeout(300)
 
 
-def runnable(prompt: dict, frames: int) -> dict:
+def runnable(prompt: dict, name: str, frames: int) -> dict:
     """What the frontend would send, with the built-in model in place of files, an image, and a place to save."""
     prompt = with_built_in_model(prompt)
     prompt["image"] = {"class_type": "EmptyImage", "inputs": {**SIZE, "batch_size": 5, "color": 988242}}
@@ -84,9 +84,9 @@ def runnable(prompt: dict, frames: int) -> dict:
             node["inputs"]["image"] = ["image", 0]
         if node["class_type"] == "SelfForcingLatent":
             node["inputs"] |= {"frames": frames, "seconds": 0.0}
-    for name, node in list(prompt.items()):
-        if node["class_type"] == "CreateVideo":
-            inputs = {"video": [name, 0], "filename_prefix": "made", "format": "auto", "codec": "auto"}
+    for number, node in list(prompt.items()):
+        if node["class_type"] == "CreateVideo":  # two blueprints may make the same video: the file tells them apart
+            inputs = {"video": [number, 0], "filename_prefix": name.split()[0], "format": "auto", "codec": "auto"}
             prompt["save"] = {"class_type": "SaveVideo", "inputs": inputs}
     return prompt
 
@@ -107,7 +107,7 @@ def test_a_blueprint_is_found_by_search_and_makes_a_video(page, name, tmp_path):
     length = 657 if "Story" in name else 21  # a story's last prompt begins after 40 s
     prompt = page.evaluate("app.graphToPrompt().then((made) => made.output)")
     host = page.url.partition("?")[0].rstrip("/")
-    answer = page.request.post(f"{host}/prompt", data={"prompt": runnable(prompt, length)}).json()
+    answer = page.request.post(f"{host}/prompt", data={"prompt": runnable(prompt, name, length)}).json()
     assert "prompt_id" in answer, answer
     until = time.monotonic() + RUN
     while not (entry := get(page, f"/history/{answer['prompt_id']}").get(answer["prompt_id"])):
@@ -115,7 +115,9 @@ def test_a_blueprint_is_found_by_search_and_makes_a_video(page, name, tmp_path):
         time.sleep(0.2)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1][1].get("exception_message")
     files = [file for output in entry["outputs"].values() for shown in output.values() for file in shown]
-    (file,) = [file for file in files if isinstance(file, dict) and file.get("filename", "").endswith(".mp4")]
+    videos = [file for file in files if isinstance(file, dict) and file.get("filename", "").endswith(".mp4")]
+    assert len(videos) == 1, entry["outputs"]
+    (file,) = videos
     query = f"filename={file['filename']}&subfolder={file['subfolder']}&type=output"
     (tmp_path / "made.mp4").write_bytes(page.request.get(f"{host}/view?{query}").body())
     with av.open(str(tmp_path / "made.mp4")) as video:
