@@ -312,7 +312,7 @@ def _notes(file: TensorFile, found: Found, guessed: Guess, chosen: bool, has_lor
     if family.base and not has_lora and _is_base(family, file):
         notes.append(
             f"This is the base alone, a model of 5 seconds: what makes it {guessed.family} is in {family.lora}. Give "
-            "that as its LoRA (lora of Load Self Forcing Model, --lora)."
+            "that as its LoRA."
         )
     if STAGE.search(f"{file.paths[0].parent.name}/{name}"):
         notes.append("The name is that of a stage of training before the last: expect blurred motion in few steps.")

