@@ -167,6 +167,11 @@ class MemoryPlan:
         return self.use.total
 
     @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a forward."""
+        return self.plan.sampling.chunk * self.config.tokens_per_frame(self.plan.height, self.plan.width)
+
+    @property
     def weights_fp8(self) -> int:
         """Bytes of the weights with the blocks in float8; as many as ever where they are that already."""
         return min(self.weights, self.networks * float8_bytes(self.config, self.dtype))

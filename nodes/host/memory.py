@@ -16,11 +16,11 @@ import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...sf_core.device import Result, is_out_of_memory
+from ...sf_core.device import Result, is_out_of_memory, use_threads_for
 from ...sf_core.device import within_memory as run_within_memory
 from ...sf_core.memory import MemoryPlan, format_bytes
 
-SMALL, SMALL_FRAME = 64 * 1024**2, 256 * 256  # bytes of a model, pixels
+SMALL = 64 * 1024**2  # bytes of a model
 
 
 def load(
@@ -42,7 +42,7 @@ def loaded(
     load(patcher, memory, reserve_bytes, others)
     patcher.pre_run()
     try:
-        with threads_for(patcher, memory.height * memory.width):
+        with threads_for(patcher, memory.chunk_tokens):
             yield
     finally:
         patcher.cleanup()
@@ -62,11 +62,11 @@ def within_memory(work: Callable[[], Result], what: str, remedy: str) -> Result:
 
 
 @contextmanager
-def threads_for(patcher: ModelPatcher, pixels: int) -> Iterator[None]:
-    """One thread for a model and frames so small that, on a CPU, handing work over takes longer than the work."""
+def threads_for(patcher: ModelPatcher, tokens: int) -> Iterator[None]:
+    """On a CPU, as many threads as forwards of so many tokens keep busy in a small model."""
     threads = torch.get_num_threads()
-    if patcher.load_device.type == "cpu" and patcher.model_size() < SMALL and pixels <= SMALL_FRAME:
-        torch.set_num_threads(1)
+    if patcher.load_device.type == "cpu" and patcher.model_size() < SMALL:
+        use_threads_for(tokens)
     try:
         yield
     finally:

@@ -319,7 +319,7 @@ def make_all(items: Sequence[Item], records: Records, settings: dict, args: argp
     if pipeline.note:
         generate.note(f"{pipeline.name}: {pipeline.note}")
     if args.device.type == "cpu" and isinstance(pipeline, TinyPipeline):
-        torch.set_num_threads(1)  # as in generate
+        torch.set_num_threads(1)  # processes that share a machine keep its cores busy
     asked = [attempt(lambda item=item: request_of(item, pipeline, args)) for item in items]
     keep_networks(pipeline, [request for request, _ in asked if request is not None])
     with tqdm(total=len(items), unit=" videos", file=sys.stderr) as bar:

@@ -26,6 +26,7 @@ from ..device import (
     default_dtype,
     peak_memory_mib,
     release_memory,
+    use_threads_for,
     within_memory,
 )
 from ..memory import MemoryPlan, advise, format_bytes
@@ -324,10 +325,10 @@ def run(args: argparse.Namespace) -> str:
         note(f"seed {request.seed}")
     if args.out.lower().endswith(".gif") and gif_rate(args.fps) != args.fps:
         note(f"a GIF holds no {args.fps} frames per second; this one plays at {gif_rate(args.fps):.4g}")
-    if args.device.type == "cpu" and isinstance(pipeline, TinyPipeline):
-        torch.set_num_threads(1)  # the built-in model is so small that two threads are slower
     with timer.measure("load"):
         plan = pipeline.memory_plan(request)
+    if args.device.type == "cpu" and isinstance(pipeline, TinyPipeline):
+        use_threads_for(plan.chunk_tokens)
     _check_clips(request, args)
     check_memory(plan, args.device)
     tiles = within_memory(
